@@ -1,0 +1,68 @@
+"""Opening the source of clips that a config names, and encoding it once for the diffusion stages."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cmd_jax.data.folder import FolderSource
+from cmd_jax.data.pipeline import local_rows, to_global, video_reader
+from cmd_jax.data.shapes import ShapesSource
+from cmd_jax.errors import choose
+from cmd_jax.sharding import replicated
+
+STATISTICS_CLIPS = 1024
+
+
+def open_source(data, cache: Path | None = None):
+    """The source of a config's `data` group. `cache` remembers which files of a folder could be read."""
+    choose("data.source", data.source, ("shapes", "folder"))
+    shape = dict(frames=data.frames, height=data.height, width=data.width, split=data.split)
+    if data.source == "shapes":
+        return ShapesSource(clips=data.clips, **shape)
+    return FolderSource(
+        data.root,
+        **shape,
+        stride=data.stride,
+        layout=data.layout,
+        fold=data.fold,
+        max_bad_fraction=data.max_bad_fraction,
+        probe_timeout=data.probe_timeout,
+        cache=cache,
+    )
+
+
+def encode_clips(source, encode, count: int, batch_size: int, mesh, seed: int, progress=lambda done: None) -> dict:
+    """Latents of `count` clips (each time around the source a new random start) on the host.
+
+    encode(batch) -> Latents, global. Returns {"content" [N, H, W, C], "motion" [N, T, h+w, K], "label" [N]}.
+    """
+    read, rows = video_reader(source), local_rows(batch_size, mesh)
+
+    def encode_all(batch):
+        content, motion = encode(batch)
+        return {"content": content, "motion": motion, "label": batch["label"]}
+
+    encode_all, parts = jax.jit(encode_all, out_shardings=replicated(mesh)), []
+    for start in range(0, count, batch_size):
+        rngs = {row: np.random.default_rng((seed, 2, start + row)) for row in rows}
+        examples = {row: read((start + row) % len(source), rngs[row]) for row in rows}
+        parts.append(jax.tree.map(np.asarray, encode_all(to_global(examples, batch_size, mesh))))
+        progress(min(start + batch_size, count))
+    return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
+
+
+def latent_reader(latents: dict) -> Callable[[int, np.random.Generator], dict]:
+    """Examples of an encoded source: index -> {"content", "motion", "label"}."""
+    return lambda index, rng: {name: values[index] for name, values in latents.items()}
+
+
+def channel_statistics(latents: dict, measured: bool) -> dict:
+    """Mean and standard deviation per channel of content and motion; zero and one where nothing is to be normalised."""
+    statistics = {}
+    for name in ("content", "motion"):
+        values = latents[name].reshape(-1, latents[name].shape[-1]).astype(np.float64)
+        mean, std = (values.mean(0), values.std(0)) if measured else (np.zeros(values.shape[1]), np.ones(values.shape[1]))
+        statistics[name] = {"mean": mean.tolist(), "std": np.maximum(std, 1e-6).tolist()}
+    return statistics

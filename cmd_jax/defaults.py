@@ -1,0 +1,190 @@
+"""Every config key there is, with its default. Config files start from these and set what differs."""
+
+from ml_collections import ConfigDict
+
+RULES = (  # logical axis of a parameter or activation -> mesh axes
+    ("act_batch", ("data", "fsdp")),
+    ("act_time", ()),
+    ("act_token", ()),
+    ("act_embed", ()),
+    ("layers", ()),
+    ("embed", ("fsdp",)),
+    ("embed_out", ()),
+    ("heads", ("tensor",)),
+    ("mlp", ("tensor",)),
+    ("modulation", ("tensor",)),
+    ("norm", ()),
+    ("patch", ()),
+    ("channels", ()),
+    ("motion", ()),
+    ("timestep", ()),
+    ("classes", ()),
+    ("token", ()),
+    ("conv_height", ()),
+    ("conv_width", ()),
+    ("conv_time", ()),
+    ("conv_in", ()),
+    ("conv_out", ()),
+)
+
+
+def data(**changes) -> ConfigDict:
+    """Where clips come from, and their shape [frames, height, width, 3]."""
+    config = ConfigDict(
+        dict(
+            source="shapes",  # "shapes" (generated) or "folder"
+            frames=16,
+            height=64,
+            width=64,
+            clips=20_000,  # shapes: how many
+            root="",  # folder: where
+            layout="auto",  # folder: "auto", "ucf101", "classes" or "metadata"
+            fold=1,  # ucf101: split files 1, 2 or 3
+            split="train",
+            stride=1,  # folder: take every n-th frame
+            max_bad_fraction=0.05,  # folder: more unreadable files than this is an error
+            probe_timeout=20.0,  # folder: seconds a file may take to decode
+            threads=2,
+            prefetch=4,
+        )
+    )
+    config.update(changes)
+    return config
+
+
+def _common(stage: str) -> ConfigDict:
+    return ConfigDict(dict(stage=stage, seed=0, mesh=dict(data=-1, fsdp=1, tensor=1), rules=RULES))
+
+
+def _training(stage: str) -> ConfigDict:
+    config = _common(stage)
+    config.data = data()
+    config.train = ConfigDict(
+        dict(
+            steps=1000,
+            batch_size=256,
+            ema_decay=0.999,
+            accumulate=1,  # microbatches of one step
+            log_every=20,
+            checkpoint_every=500,
+            keep=2,  # checkpoints
+            preview_every=500,  # pictures while training; 0: none
+        )
+    )
+    config.optimizer = ConfigDict(
+        dict(learning_rate=1e-4, b1=0.9, b2=0.999, eps=1e-8, warmup_steps=0, decay="constant", clip_norm=0.0)
+    )
+    config.optimizer.steps = config.train.get_ref("steps")
+    return config
+
+
+def autoencoder() -> ConfigDict:
+    """Stage 1 (paper section 3.1, appendix B)."""
+    config = _training("autoencoder")
+    config.model = ConfigDict(
+        dict(
+            channels=3,
+            patch=2,
+            width=384,
+            depth=8,
+            heads=8,
+            head_dim=48,
+            motion_channels=8,
+            mode="pixel",
+            position="rotary",
+            rotary_base=10000.0,
+            content="weighted",
+            remat="none",
+            dtype="float32",
+        )
+    )
+    config.loss = ConfigDict(
+        dict(
+            l1=4.0,
+            l2=0.0,
+            lpips=0.0,  # needs `vgg`
+            vgg="",  # path of VGG16-LPIPS weights (safetensors or .pt)
+            adversarial=0.0,
+            feature_matching=4.0,  # times `adversarial`
+            discriminator_channels=64,
+            discriminator_layers=3,
+        )
+    )
+    config.optimizer.update(learning_rate=1e-5, b1=0.5, b2=0.9)
+    return config
+
+
+def _denoiser(stage: str) -> ConfigDict:
+    config = _training(stage)
+    config.model = ConfigDict(
+        dict(patch=2, width=1024, depth=24, heads=16, position="sincos", remat="none", dtype="float32")
+    )
+    config.latents = ConfigDict(
+        dict(
+            autoencoder="",  # folder or weights file of stage 1; empty: WORKDIR/autoencoder
+            normalize=False,  # diffuse latents of zero mean and unit variance
+            cache_clips=0,  # encode that many clips once, before training; 0: encode every batch anew
+        )
+    )
+    config.diffusion = ConfigDict(
+        dict(
+            kind="gaussian",  # or "flow"
+            schedule="linear",  # or "scaled_linear"
+            timesteps=1000,
+            prediction="eps",  # or "v", "x0"
+            learned_range=True,
+            clip=0.0,  # hold x0 within +-clip while sampling; 0: off
+            time_mean=0.0,  # flow: logit-normal training times
+            time_std=1.0,
+        )
+    )
+    config.guidance = ConfigDict(dict(label_dropout=0.1))
+    config.optimizer.clip_norm = 1.0
+    return config
+
+
+def content() -> ConfigDict:
+    """Stage 2: p(content | class) (paper section 3.2)."""
+    config = _denoiser("content")
+    config.diffusion.clip = 1.0
+    return config
+
+
+def motion() -> ConfigDict:
+    """Stage 3: p(motion | content, class) (paper section 3.2)."""
+    config = _denoiser("motion")
+    config.model.content_patch = 4
+    return config
+
+
+def sample() -> ConfigDict:
+    """Sampling and scoring (paper section 3.3, appendix B)."""
+    config = _common("sample")
+    config.data = data(split="test", clips=256)
+    config.weights = ""  # folder of autoencoder/content/motion.safetensors; empty: the workdir's stages
+    config.sampling = ConfigDict(
+        dict(
+            mode="generate",  # "reconstruct", "vary-motion", "animate"
+            num=8,
+            batch_size=8,
+            classes="",  # names or numbers, separated by commas; empty: all in turn
+            guidance=4.0,
+            content_steps=50,
+            content_solver="",  # empty: ddim, or euler for flow
+            motion_steps=100,
+            motion_solver="",
+            eta=0.0,
+            motions=4,  # vary-motion: motions for each content frame
+            image="",  # animate: an image file; empty: content frames of clips of `data`
+            fps=8,
+            output="samples",  # folder of the workdir
+        )
+    )
+    config.evaluation = ConfigDict(dict(videos=256, clips=256, shown=24))  # generated, reconstructed, in the gallery
+    return config
+
+
+def stage(name: str) -> ConfigDict:
+    """The defaults of a stage, locked: setting an undeclared key raises."""
+    config = {"autoencoder": autoencoder, "content": content, "motion": motion, "sample": sample}[name]()
+    return config.lock()

@@ -1,0 +1,244 @@
+"""Discrete-time Gaussian diffusion: forward process, named losses and reverse steps (DDPM, iDDPM, DDIM; CMD section 3).
+
+Arrays are [B, ...] with channels last; t is an int array [B] of indices into the schedule (0 is the least noisy).
+Tables are float64, cast to float32 when indexed; all arithmetic on samples is float32.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cmd_jax.diffusion.guidance import split_range
+from cmd_jax.diffusion.schedules import Schedule, spaced_timesteps
+from cmd_jax.errors import UserError, choose
+
+PREDICTIONS = ("eps", "v", "x0")
+
+
+class Reverse(NamedTuple):
+    """p(x_{t-1} | x_t): four float32 arrays [B,...,C]."""
+
+    mean: jax.Array
+    variance: jax.Array
+    log_variance: jax.Array
+    x0: jax.Array
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Gaussian diffusion over a schedule.
+
+    prediction: what the mean channels of the model mean: the noise, v = sqrt(ab) eps - sqrt(1 - ab) x0, or x0.
+    learned_range: the model gives as many variance channels again, after the mean channels on the last axis; they place
+        the log variance between the posterior's (-1) and beta's (+1).
+    clip: while sampling, x0 is held within [-clip, clip] at every step.
+    A model is a function denoise(x_t [B,...,C] float32, timesteps [B] float32, of the original schedule) -> out.
+    """
+
+    schedule: Schedule
+    prediction: str = "eps"
+    learned_range: bool = False
+    clip: float | None = None
+    solvers: ClassVar[tuple[str, ...]] = ("ddim", "ddpm")
+
+    def __post_init__(self):
+        choose("diffusion.prediction", self.prediction, PREDICTIONS)
+        check_clip(self.clip)
+
+    # Training.
+
+    def draw(self, key, x0):
+        """Data [B,...] -> (t [B] uniform over the schedule, standard normal noise [B,...] float32)."""
+        key_t, key_noise = jax.random.split(key)
+        t = jax.random.randint(key_t, x0.shape[:1], 0, len(self.schedule))
+        return t, jax.random.normal(key_noise, x0.shape, jnp.float32)
+
+    def loss(self, denoise, x0, t, noise):
+        """-> (loss [B], {"mse": [B]}, and {"vb": [B]} in bits with a learned range), means over all but the batch axis.
+
+        With a learned range the loss is mse + vb, where vb sees the mean detached: it trains the variance only (iDDPM).
+        """
+        x0, noise = jnp.asarray(x0, jnp.float32), jnp.asarray(noise, jnp.float32)
+        x_t = self.add_noise(x0, t, noise)
+        out = denoise(x_t, self.timesteps(t))
+        mean, variance = split_range(out, self.learned_range)
+        mse = item_mean(jnp.square(mean - self.target(x0, t, noise)))
+        if variance is None:
+            return mse, {"mse": mse}
+        detached = jnp.concatenate([jax.lax.stop_gradient(mean), variance], axis=-1)
+        vb = self.variational_bound(detached, x0, x_t, t)
+        return mse + vb, {"mse": mse, "vb": vb}
+
+    def target(self, x0, t, noise):
+        """What the mean channels should be: [B,...]."""
+        if self.prediction == "v":
+            return self.v(x0, t, noise)
+        return noise if self.prediction == "eps" else x0
+
+    def variational_bound(self, out, x0, x_t, t):
+        """One term of the bound per item [B], bits per value: KL to the posterior, at t=0 the decoder's likelihood.
+
+        That likelihood is of 8-bit values in [-1, 1], as in iDDPM and DiT, whatever the data.
+        """
+        true_mean, _, true_log_variance = self.posterior(x0, x_t, t)
+        reverse = self.p_mean_variance(out, x_t, t)
+        kl = normal_kl(true_mean, true_log_variance, reverse.mean, reverse.log_variance)
+        nll = -discretized_log_likelihood(x0, reverse.mean, 0.5 * reverse.log_variance)
+        return jnp.where(t == 0, item_mean(nll), item_mean(kl)) / math.log(2.0)
+
+    # Forward process and conversions.
+
+    def timesteps(self, t):
+        """Schedule indices [B] -> the original timesteps that the model sees, float32 [B]."""
+        return jnp.asarray(self.schedule.timesteps, jnp.float32)[t]
+
+    def add_noise(self, x0, t, noise):
+        """q(x_t | x0): data and noise [B,...] -> x_t."""
+        signal, sigma = self._levels(t, x0)
+        return signal * x0 + sigma * noise
+
+    def v(self, x0, t, noise):
+        """The v target [B,...] (Salimans & Ho)."""
+        signal, sigma = self._levels(t, x0)
+        return signal * noise - sigma * x0
+
+    def eps_from_x0(self, x0, x_t, t):
+        """The noise that x_t holds if x0 is its data."""
+        signal, sigma = self._levels(t, x_t)
+        return (x_t - signal * x0) / sigma
+
+    def predict(self, mean, x_t, t, clip: float | None = None):
+        """Mean channels [B,...,C] of the model -> (x0, eps), consistent with x_t also after the clip."""
+        signal, sigma = self._levels(t, x_t)
+        if self.prediction == "eps":
+            x0, eps = (x_t - sigma * mean) / signal, mean
+        elif self.prediction == "v":
+            x0, eps = signal * x_t - sigma * mean, sigma * x_t + signal * mean
+        else:
+            x0, eps = mean, self.eps_from_x0(mean, x_t, t)
+        if clip is None:
+            return x0, eps
+        x0 = jnp.clip(x0, -clip, clip)
+        return x0, self.eps_from_x0(x0, x_t, t)
+
+    def posterior(self, x0, x_t, t):
+        """q(x_{t-1} | x_t, x0) -> (mean [B,...], variance, log variance; these two broadcast against it)."""
+        s = self.schedule
+        mean = _at(s.posterior_mean_x0, t, x_t) * x0 + _at(s.posterior_mean_x_t, t, x_t) * x_t
+        return mean, _at(s.posterior_variance, t, x_t), _at(s.posterior_log_variance, t, x_t)
+
+    def log_variance(self, variance, t):
+        """Variance channels [B,...,C], nominally in [-1, 1] -> log variance of the reverse step (iDDPM)."""
+        low = _at(self.schedule.posterior_log_variance, t, variance)
+        high = _at(np.log(self.schedule.betas), t, variance)
+        share = (variance + 1.0) / 2.0
+        return share * high + (1.0 - share) * low
+
+    def p_mean_variance(self, out, x_t, t, clip: float | None = None) -> Reverse:
+        """Model output -> the reverse step; without a learned range its variance is the posterior's."""
+        mean, variance = split_range(out, self.learned_range)
+        x0, _ = self.predict(mean, x_t, t, clip)
+        mean, *fixed = self.posterior(x0, x_t, t)
+        if variance is None:
+            return Reverse(mean, *(jnp.broadcast_to(value, x_t.shape) for value in fixed), x0)
+        log_variance = self.log_variance(variance, t)
+        return Reverse(mean, jnp.exp(log_variance), log_variance, x0)
+
+    # Sampling.
+
+    def ddim_step(self, out, x_t, t, noise=0.0, eta: float = 0.0):
+        """x_t [B,...] -> the sample one kept step earlier (DDIM); eta > 0 needs `noise`, 1 is ancestral."""
+        x0, eps = self.predict(split_range(out, self.learned_range)[0], x_t, t, self.clip)
+        s = self.schedule
+        sigma = eta * np.sqrt(s.posterior_variance)
+        direction = np.sqrt(np.maximum(1.0 - s.alpha_bar_previous - sigma**2, 0.0))
+        signal = _at(np.sqrt(s.alpha_bar_previous), t, x_t)
+        return signal * x0 + _at(direction, t, x_t) * eps + _at(sigma, t, x_t) * noise
+
+    def ddpm_step(self, out, x_t, t, noise):
+        """x_t [B,...] -> an ancestral sample one kept step earlier; the last step (t=0) adds no noise."""
+        reverse = self.p_mean_variance(out, x_t, t, self.clip)
+        added = jnp.exp(0.5 * reverse.log_variance) * noise
+        return reverse.mean + jnp.where(column(t > 0, x_t), added, 0.0)
+
+    def sample(self, denoise, noise, keys, *, steps: int, solver: str = "ddim", eta: float = 0.0, spacing=None):
+        """The whole reverse process: x_T [B,...] standard normal -> x0 [B,...] float32.
+
+        keys: one PRNG key per sample ([B] typed or [B,2] raw); the step of kept index i draws from fold_in(key, i), so
+            a sample is the same in any batch. Unused, and may be None, where no noise is added (ddim with eta 0).
+        steps: kept steps of the schedule, by the rule `spacing` of `spaced_timesteps` (None: ddim for ddim, else even).
+        eta: 0 (deterministic) to 1, for ddim only.
+        UserError: sampling.steps, sampling.solver, sampling.spacing, sampling.eta.
+        """
+        choose("sampling.solver", solver, self.solvers)
+        if not 0.0 <= eta <= 1.0:
+            raise UserError("sampling.eta", eta, "outside 0 to 1", "use 0 for deterministic sampling")
+        kept = spaced_timesteps(len(self.schedule), steps, spacing or ("ddim" if solver == "ddim" else "even"))
+        process = replace(self, schedule=self.schedule.respace(kept))
+        noisy = solver == "ddpm" or eta > 0
+
+        def step(x, i):
+            t = jnp.full(x.shape[:1], i)
+            out = denoise(x, process.timesteps(t))
+            fresh = _noise(keys, i, x.shape[1:]) if noisy else 0.0
+            if solver == "ddpm":
+                return process.ddpm_step(out, x, t, fresh), None
+            return process.ddim_step(out, x, t, fresh, eta), None
+
+        return jax.lax.scan(step, jnp.asarray(noise, jnp.float32), jnp.arange(len(kept))[::-1])[0]
+
+    def _levels(self, t, x):
+        """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) at t, broadcast against x."""
+        alpha_bar = self.schedule.alpha_bar
+        return _at(np.sqrt(alpha_bar), t, x), _at(np.sqrt(1.0 - alpha_bar), t, x)
+
+
+def column(values, x):
+    """[B] -> [B,1,...,1] with the rank of x."""
+    return values.reshape(values.shape + (1,) * (x.ndim - 1))
+
+
+def item_mean(x):
+    """[B,...] -> [B], the mean of each item."""
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+
+
+def check_clip(clip) -> None:
+    """UserError (sampling.clip) unless clip is None or a positive number."""
+    if clip is not None and not clip > 0:
+        raise UserError("sampling.clip", clip, "must be positive", "use 1.0 for pixels, None for no clipping")
+
+
+def normal_kl(mean, log_variance, other_mean, other_log_variance):
+    """KL(N(mean, variance) || N(other)) in nats, elementwise."""
+    ratio = log_variance - other_log_variance
+    return 0.5 * (jnp.exp(ratio) - ratio - 1.0 + jnp.square(mean - other_mean) * jnp.exp(-other_log_variance))
+
+
+def discretized_log_likelihood(x, mean, log_std):
+    """Log probability in nats, elementwise, of the 8-bit bin around x in [-1, 1]; the end bins reach to infinity.
+
+    The normal distribution function is the tanh approximation, as in the losses this is compared with.
+    """
+    half_bin, tiny = 1.0 / 255.0, 1e-12
+
+    def cdf(z):
+        return 0.5 * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
+
+    below, above = cdf((x - mean - half_bin) * jnp.exp(-log_std)), cdf((x - mean + half_bin) * jnp.exp(-log_std))
+    probability = jnp.where(x < -0.999, above, jnp.where(x > 0.999, 1.0 - below, above - below))
+    return jnp.log(jnp.maximum(probability, tiny))
+
+
+def _at(table: np.ndarray, t, x):
+    """Float64 table -> float32 entries at t [B], broadcast against x."""
+    return column(jnp.asarray(table, jnp.float32)[t], x)
+
+
+def _noise(keys, i, shape):
+    """Normal noise [B, *shape] for step i, each sample from its own key."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(keys)

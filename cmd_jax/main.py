@@ -1,0 +1,77 @@
+"""The `cmd-jax` command: verb, flags, one-line errors; nothing else."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from cmd_jax.errors import UserError, nearest
+from cmd_jax.runtime import keep_freed_memory
+
+EXAMPLES = {
+    "train": ("train one stage, resuming what is there", "--config=configs/quickstart.py:autoencoder --workdir=runs/shapes"),
+    "sample": ("write videos and a gallery", "--config=configs/quickstart.py:sample,size=long --workdir=runs/long"),
+    "evaluate": ("score reconstructions and generated videos", "--config=configs/quickstart.py:sample --workdir=runs/shapes"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cmd-jax", description="Train and sample CMD video diffusion.")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, (what, example) in EXAMPLES.items():
+        sub = verbs.add_parser(verb, help=what, description=what, epilog=f"example: cmd-jax {verb} {example}")
+        sub.add_argument("--config", required=True, metavar="FILE[:ARG]", help="ARG is stage[,key=value...]")
+        sub.add_argument("--workdir", required=True, metavar="DIR", help="one folder a stage is made in it")
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
+    return parser
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Known flags, and the `--config.key=value` overrides."""
+    known, rest = build_parser().parse_known_args(arguments)
+    overrides = {}
+    for flag in rest:
+        name, equals, value = flag.partition("=")
+        if not name.startswith("--config.") or not equals:
+            flags = ("--config", "--workdir", "--debug", "--config.KEY")
+            raise UserError("flag", flag, "not a flag of this verb", f"did you mean {nearest(name, flags)[0]}=...")
+        overrides[name.removeprefix("--config.")] = value
+    return known, overrides
+
+
+def run(verb: str, config, workdir: Path):
+    """Do what the verb says; modules are imported here, since they start JAX."""
+    training = config.stage != "sample"
+    if (verb == "train") != training:
+        wanted = "autoencoder, content or motion" if verb == "train" else "sample"
+        raise UserError("config", config.stage, f"`{verb}` takes another stage", f"use FILE:{wanted}")
+    if verb == "train":
+        from cmd_jax.train import train
+
+        train(config, workdir)
+    else:
+        from cmd_jax import sample
+
+        getattr(sample, verb)(config, workdir)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    keep_freed_memory()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    debug = "--debug" in (sys.argv if arguments is None else arguments)
+    try:
+        flags, overrides = parse(sys.argv[1:] if arguments is None else arguments)
+        from cmd_jax.config import load
+
+        run(flags.verb, load(flags.config, overrides), Path(flags.workdir).expanduser().absolute())
+    except UserError as error:
+        if debug:
+            raise
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

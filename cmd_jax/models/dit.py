@@ -1,0 +1,147 @@
+"""The diffusion transformer (DiT) that draws content frames and motion latents (paper section 3.2, Peebles & Xie 2023)."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from cmd_jax.models.attention import attend
+from cmd_jax.models.layers import Unpatchify, dense, layer_norm, patchify, scanned
+
+NORM_EPSILON = 1e-6
+TIMESTEP_FEATURES = 256
+POSITIONS = ("sincos", "table")
+SIZES = {  # depth, width, heads
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+
+
+def sincos_table(rows: int, columns: int, width: int) -> np.ndarray:
+    """Fixed position table of a rows x columns grid -> [rows * columns, width] float32.
+
+    The first half of the channels encodes the column, the second the row, each as sines then cosines.
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    row, column = (a.ravel()[:, None] * frequencies for a in np.mgrid[:rows, :columns].astype(np.float64))
+    return np.concatenate([f(a) for a in (column, row) for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+def timestep_features(timesteps, features: int = TIMESTEP_FEATURES):
+    """Sinusoidal features of (possibly fractional) timesteps in [0, 1000]: [B] -> [B, features], cosines then sines."""
+    half = features // 2
+    frequencies = jnp.exp(-np.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, modulated and gated by the condition (adaLN-zero): x [B, N, D], condition [B, D] -> x."""
+
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, condition):
+        width = x.shape[-1]
+        norm = partial(layer_norm, NORM_EPSILON, affine=False, dtype=self.dtype)
+        project = partial(dense, width, ("embed", "heads"), dtype=self.dtype)
+        modulation = dense(
+            6 * width, ("embed", "modulation"), init=nn.initializers.zeros, dtype=self.dtype, name="modulation"
+        )(condition)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+        x = nn.with_logical_constraint(x, ("act_batch", "act_token", "act_embed"))
+
+        y = modulate(norm()(x), shift_a, scale_a)
+        query, key, value = (
+            rearrange(project(name=n)(y), "b n (h d) -> b n h d", h=self.heads) for n in ("query", "key", "value")
+        )
+        y = rearrange(attend(query, key, value), "b n h d -> b n (h d)")
+        x = x + gate_a[:, None] * dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(y)
+
+        y = modulate(norm()(x), shift_m, scale_m)
+        y = jax.nn.gelu(dense(4 * width, ("embed", "mlp"), dtype=self.dtype, name="mlp_in")(y), approximate=True)
+        x = x + gate_m[:, None] * dense(width, ("mlp", "embed"), dtype=self.dtype, name="mlp_out")(y)
+        return x, None
+
+
+class DiT(nn.Module):
+    """Denoiser of a 2-D grid: a content frame [B, H, W, C], or a motion latent [B, T, h+w, K].
+
+    (x [B, R, S, channels], timesteps [B] in [0, 1000], label [B] in 0..classes, content) -> [B, R, S, out_channels] float32.
+    Label `classes` is the null class of guidance; classes=None makes a model without label, classes=0 one with the null
+    class only. content_patch > 0 asks for a content frame [B, H, W, C'], whose patches join as extra tokens with an
+    embedding and a position table of their own; only the grid's own tokens are read out (paper section 3.2).
+    position: "sincos" tables of the real rectangular grid, or "table": tables stored with the parameters.
+    """
+
+    channels: int
+    out_channels: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    classes: int | None
+    content_patch: int = 0
+    position: str = "sincos"
+    remat: str = "none"
+    dtype: jnp.dtype = jnp.float32
+
+    def _embed_patches(self, x, patch, name, table_name):
+        tokens = dense(self.width, ("patch", "embed"), dtype=self.dtype, name=name)(patchify(x, patch))
+        table = sincos_table(tokens.shape[1], tokens.shape[2], self.width)
+        if self.position == "table":
+            init = nn.with_logical_partitioning(lambda *_: jnp.asarray(table), ("token", "embed"))
+            table = self.param(table_name, init, table.shape, jnp.float32)
+        return rearrange(tokens, "b r s d -> b (r s) d") + jnp.asarray(table, self.dtype)
+
+    @nn.compact
+    def __call__(self, x, timesteps, label=None, content=None):
+        rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
+        tokens = self._embed_patches(x, self.patch, "embed", "positions")
+        if self.content_patch:
+            extra = self._embed_patches(content, self.content_patch, "embed_content", "content_positions")
+            tokens = jnp.concatenate([tokens, extra], axis=1)
+
+        small = nn.initializers.normal(0.02)
+        condition = timestep_features(timesteps)
+        condition = dense(self.width, ("timestep", "embed"), init=small, dtype=self.dtype, name="time_in")(condition)
+        condition = dense(self.width, ("embed", "embed_out"), init=small, dtype=self.dtype, name="time_out")(
+            jax.nn.silu(condition)
+        )
+        if self.classes is not None:
+            table = nn.Embed(
+                self.classes + 1,
+                self.width,
+                embedding_init=nn.with_logical_partitioning(small, ("classes", "embed")),
+                dtype=self.dtype,
+                name="label",
+            )
+            condition = condition + table(label)
+        condition = jax.nn.silu(condition)
+
+        blocks = scanned(DiTBlock, self.depth, self.remat, broadcast=1)
+        tokens, _ = blocks(self.heads, self.dtype, name="blocks")(tokens, condition)
+
+        tokens = tokens[:, : rows * columns]
+        modulation = dense(
+            2 * self.width, ("embed", "modulation"), init=nn.initializers.zeros, dtype=self.dtype, name="final_modulation"
+        )(condition)
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        tokens = modulate(layer_norm(NORM_EPSILON, affine=False, dtype=self.dtype)(tokens), shift, scale)
+        size = self.patch * self.patch * self.out_channels
+        tokens = dense(size, ("embed", "patch"), init=nn.initializers.zeros, dtype=self.dtype, name="final")(tokens)
+        return rearrange(
+            tokens,
+            "b (r s) (p q c) -> b (r p) (s q) c",
+            r=rows, s=columns, p=self.patch, q=self.patch,
+        ).astype(jnp.float32)  # fmt: skip

@@ -1,0 +1,82 @@
+"""What the models share: layers whose parameters carry logical axes, patches, scanned blocks."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def dense(features: int, axes: tuple[str, str], *, init: Callable | None = None, **kwargs) -> nn.Dense:
+    """A Dense layer with logical axes (input, output) on its kernel; Xavier-uniform unless `init` is given."""
+    init = init or nn.initializers.xavier_uniform()
+    return nn.Dense(
+        features,
+        kernel_init=nn.with_logical_partitioning(init, axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:]),
+        **kwargs,
+    )
+
+
+def layer_norm(epsilon: float, *, affine: bool, dtype, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm over the channels; statistics are float32."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        use_scale=affine,
+        use_bias=affine,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+        dtype=dtype,
+        name=name,
+    )
+
+
+def patchify(x, patch: int):
+    """Cut the last two grid axes into patches: [..., H, W, C] -> [..., H/p, W/p, p*p*C], flattened as (row, column, C)."""
+    return rearrange(x, "... (h p) (w q) c -> ... h w (p q c)", p=patch, q=patch)
+
+
+class Unpatchify(nn.Module):
+    """Transposed convolution with kernel = stride = p, as one matrix product: [..., h, w, D] -> [..., h*p, w*p, C]."""
+
+    patch: int
+    channels: int
+    init: Callable = nn.initializers.xavier_uniform()
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        size = self.patch * self.patch * self.channels
+        kernel = self.param(
+            "kernel", nn.with_logical_partitioning(self.init, ("embed", "patch")), (x.shape[-1], size), jnp.float32
+        )
+        bias = self.param(
+            "bias", nn.with_logical_partitioning(nn.initializers.zeros, ("channels",)), (self.channels,), jnp.float32
+        )
+        x = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        x = rearrange(x, "... h w (p q c) -> ... (h p) (w q) c", p=self.patch, q=self.patch)
+        return x + bias.astype(self.dtype)
+
+
+def scanned(block: type[nn.Module], depth: int, remat: str, broadcast: int) -> Callable:
+    """`depth` copies of `block` run by lax.scan, parameters stacked on a leading `layers` axis.
+
+    The block maps (x, *broadcast arguments) -> (x, None). remat: a name of REMAT_POLICIES.
+    """
+    if remat != "none":
+        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * broadcast,
+        length=depth,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

@@ -1,0 +1,366 @@
+"""The reverse half of CMD: condition -> content frame -> motion latent -> video, one jitted program (paper section 3.3)."""
+
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from cmd_jax.checkpoint import Trained, load_trained, write_json
+from cmd_jax.config import to_json
+from cmd_jax.data.pipeline import local_rows, to_global, video_reader
+from cmd_jax.data.sources import open_source
+from cmd_jax.data.video import fit
+from cmd_jax.diffusion.guidance import check_guidance
+from cmd_jax.errors import UserError, choose, nearest
+from cmd_jax.evaluation import shapes_oracle
+from cmd_jax.evaluation.reconstruction import psnr
+from cmd_jax.models.autoencoder import Latents
+from cmd_jax.report.gallery import Item, Section, write_gallery
+from cmd_jax.report.video import film_strip, image_grid, to_uint8, video_grid, write_gif, write_mp4, write_png
+from cmd_jax.sharding import batch_sharding, check_batch, make_mesh, partitioning, replicated, shardings_of
+from cmd_jax.stages import ContentStage, FrozenAutoencoder, MotionStage, pixels
+from cmd_jax.train import versions
+
+MODES = ("generate", "reconstruct", "vary-motion", "animate")
+
+
+class Sampler:
+    """The three trained stages on a mesh, and the jitted programs over them.
+
+    Every program maps a batch to {"video": [B, T, H, W, C] in [-1, 1], "content": [B, H, W, C], "motion": [B, T, h+w, K]}.
+    Sample i draws from fold_in(key(seed), i) alone, so its video does not depend on the batch it is made in.
+    """
+
+    def __init__(self, stages: dict[str, Trained], config, mesh):
+        self.mesh, self.rules, self.options, self.seed = mesh, config.rules, config.sampling, config.seed
+        check_batch("sampling.batch_size", self.options.batch_size, mesh)
+        check_guidance(self.options.guidance)
+        self.class_names = tuple(stages["content"].facts["class_names"]) if "content" in stages else ()
+        self.autoencoder = FrozenAutoencoder(stages["autoencoder"].config, stages["autoencoder"].params)
+        self.statistics, self.params = {}, {}
+        self._place("autoencoder", self._autoencoder_init, self.autoencoder.params)
+        for name, kind in (("content", ContentStage), ("motion", MotionStage)):
+            if name not in stages:
+                continue
+            facts = stages[name].facts
+            if facts["autoencoder"] != stages["autoencoder"].facts["digest"]:
+                raise UserError(
+                    "weights", name, "this stage was trained with another autoencoder", "give the three stages of one run"
+                )
+            if tuple(facts["class_names"]) != self.class_names:
+                raise UserError("weights", name, "its classes differ from the content stage's", "use stages of one run")
+            stage = kind(stages[name].config, self.autoencoder, len(self.class_names), facts["statistics"])
+            setattr(self, name, stage)
+            self.statistics[name] = jax.device_put(stage.frozen["statistics"], replicated(mesh))
+            self._place(name, stage.init, stages[name].params)
+        self._jit = partial(jax.jit, out_shardings=batch_sharding(mesh))
+
+    def _autoencoder_init(self, key):
+        return self.autoencoder.module.init(key, jnp.zeros((1, *self.autoencoder.video_shape)))["params"]
+
+    def _place(self, name, init, params):
+        """Lay a stage's parameters out on the mesh by the rules table, as in training."""
+        shardings = shardings_of(jax.eval_shape(init, jax.random.key(0)), self.mesh, self.rules)
+        self.params[name] = jax.tree.map(jax.device_put, params, shardings)
+
+    # Programs, pure functions of their arguments.
+
+    def _options(self, name):
+        options = self.options
+        extra = {} if self_is_flow(getattr(self, name)) else {"eta": options.eta}
+        return dict(steps=options[f"{name}_steps"], solver=options[f"{name}_solver"], **extra)
+
+    def _draw_content(self, params, keys, label, guidance):
+        return self.content.sample(
+            params["content"], self.statistics["content"], label, None, keys, guidance=guidance, **self._options("content")
+        )
+
+    def _draw_motion(self, params, keys, label, content, guidance):
+        return self.motion.sample(
+            params["motion"], self.statistics["motion"], label, content, keys, guidance=guidance, **self._options("motion")
+        )
+
+    def _finish(self, params, content, motion):
+        video = self.autoencoder.decode(params["autoencoder"], Latents(content, motion))
+        return {"video": video, "content": content, "motion": motion}
+
+    def _keys(self, seed, indices):
+        """Sample indices [B] -> (content keys [B], motion keys [B])."""
+        one = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(jax.random.key(seed), i)), out_axes=1)
+        content, motion = one(indices)
+        return content, motion
+
+    def _generate(self, params, seed, batch, guidance):
+        """Class labels -> content -> motion -> video. Samples of one "index" share the content frame, not the motion."""
+        content_keys, motion_keys = self._keys(seed, batch["index"])
+        motion_keys = jax.vmap(jax.random.fold_in)(motion_keys, batch["variant"])
+        content = self._draw_content(params, content_keys, batch["label"], guidance)
+        return self._finish(params, content, self._draw_motion(params, motion_keys, batch["label"], content, guidance))
+
+    def _animate(self, params, seed, batch, guidance):
+        """Given content frames -> motion -> video."""
+        _, motion_keys = self._keys(seed, batch["index"])
+        motion_keys = jax.vmap(jax.random.fold_in)(motion_keys, batch["variant"])
+        motion = self._draw_motion(params, motion_keys, batch["label"], batch["content"], guidance)
+        return self._finish(params, batch["content"], motion)
+
+    def _reconstruct(self, params, batch):
+        latents = self.autoencoder.encode(params["autoencoder"], batch)
+        return {**self._finish(params, *latents), "original": pixels(batch["video"])}
+
+    # Calls, which cut any number of samples into batches of one compiled size.
+
+    def generate(self, batch: dict) -> dict:
+        """{"label", "index", "variant"} int [N] -> host arrays of N samples."""
+        return self._in_batches(self._guided(self._generate), batch)
+
+    def animate(self, batch: dict) -> dict:
+        """As generate, with "content" float32 [N, H, W, C] in [-1, 1] given."""
+        return self._in_batches(self._guided(self._animate), batch)
+
+    def reconstruct(self, batch: dict) -> dict:
+        """{"video": uint8 [N, T, H, W, C]} -> reconstructions, and the clips themselves as "original"."""
+        return self._in_batches(partial(self._jit(self._reconstruct), self.params), batch)
+
+    def _guided(self, program):
+        guidance = self.options.guidance
+        if guidance == 1.0:
+            return partial(self._jit(partial(program, guidance=None)), self.params, self.seed)
+        return partial(self._jit(program), self.params, self.seed, guidance=jnp.float32(guidance))
+
+    def _in_batches(self, program, batch: dict) -> dict:
+        size, parts = self.options.batch_size, []
+        count = len(next(iter(batch.values())))
+        rows = local_rows(size, self.mesh)
+        for start in range(0, count, size):
+            # The last batch is filled up by repeating its last sample; what that gives is dropped.
+            picks = {row: min(start + row, count - 1) for row in rows}
+            examples = {row: {name: values[i] for name, values in batch.items()} for row, i in picks.items()}
+            with partitioning(self.mesh, self.rules):
+                out = program(to_global(examples, size, self.mesh))
+            parts.append(jax.tree.map(np.asarray, out))
+        return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
+
+
+def self_is_flow(stage) -> bool:
+    return stage.process.prediction == "velocity"
+
+
+def load_sampler(config, workdir: Path) -> Sampler:
+    """The sampler of a sample config: shipped weights, or the stages of the workdir."""
+    names = ("autoencoder",) if config.sampling.mode == "reconstruct" else ("autoencoder", "content", "motion")
+    root, suffix = (Path(config.weights), ".safetensors") if config.weights else (workdir, "")
+    stages = {name: load_trained(root / f"{name}{suffix}", name) for name in names}
+    shape = stages["autoencoder"].config.data
+    for side in ("frames", "height", "width"):
+        if config.data[side] != shape[side]:
+            raise UserError(f"data.{side}", config.data[side], f"the weights are for {shape[side]}", "use that")
+    return Sampler(stages, config, make_mesh(config.mesh))
+
+
+def choose_labels(wanted: str, class_names: tuple[str, ...], count: int) -> np.ndarray:
+    """`count` labels from names or numbers separated by commas, or from all classes in turn -> int32 [count]."""
+    words = [w.strip() for w in wanted.split(",") if w.strip()]
+    if not class_names:
+        if words:
+            raise UserError("sampling.classes", wanted, "the model was trained without classes", "leave it empty")
+        return np.zeros(count, np.int32)
+    labels = []
+    for word in words:
+        if word.isascii() and word.isdigit() and int(word) < len(class_names):
+            labels.append(int(word))
+        elif word in class_names:
+            labels.append(class_names.index(word))
+        else:
+            near = ", ".join(nearest(word, class_names, 3))
+            raise UserError("sampling.classes", word, "no such class", f"did you mean one of: {near}")
+    return np.resize(np.array(labels or range(len(class_names)), np.int32), count)
+
+
+def _caption(sampler: Sampler, label: int) -> str:
+    return sampler.class_names[label] if label < len(sampler.class_names) else "unlabelled"
+
+
+def read_image(path: str, height: int, width: int) -> np.ndarray:
+    """An image file, centre-cropped and resized -> float32 [H, W, 3] in [-1, 1]."""
+    try:
+        with Image.open(path) as image:
+            array = np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError("sampling.image", path, f"cannot be read as an image ({e})", "give a PNG or JPEG file") from e
+    return fit(array[None], height, width)[0].astype(np.float32) / 127.5 - 1
+
+
+def read_clips(config, workdir: Path, count: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """The first clips of the config's data -> (uint8 [N, T, H, W, 3], labels [N], class names)."""
+    source = open_source(config.data, cache=workdir / "probe.json")
+    read = video_reader(source)
+    clips = [read(i, np.random.default_rng((config.seed, i))) for i in range(min(count, len(source)))]
+    return np.stack([c["video"] for c in clips]), np.array([c["label"] for c in clips]), tuple(source.class_names)
+
+
+def make_samples(sampler: Sampler, config, workdir: Path) -> tuple[dict, np.ndarray, list[str]]:
+    """What `sampling.mode` asks for -> (host arrays, labels [N], captions)."""
+    options = config.sampling
+    choose("sampling.mode", options.mode, MODES)
+    count, variants = options.num, options.motions if options.mode == "vary-motion" else 1
+    index = np.repeat(np.arange(count, dtype=np.int32), variants)
+    variant = np.tile(np.arange(variants, dtype=np.int32), count)
+    if options.mode == "reconstruct":
+        videos, labels, names = read_clips(config, workdir, count)
+        return sampler.reconstruct({"video": videos}), labels, [names[i] if i < len(names) else "" for i in labels]
+    labels = choose_labels(options.classes, sampler.class_names, count)
+    batch = {"index": index, "variant": variant, "label": np.repeat(labels, variants)}
+    if options.mode == "animate":
+        if options.image:
+            image = read_image(options.image, config.data.height, config.data.width)
+            content = np.repeat(image[None], count, axis=0)
+        else:
+            videos, own, names = read_clips(config, workdir, count)
+            content = sampler.reconstruct({"video": videos})["content"]
+            if names == sampler.class_names and not options.classes:
+                labels = own
+            count = len(videos)
+            batch = {"index": index[:count], "variant": variant[:count], "label": labels[:count].astype(np.int32)}
+        out = sampler.animate({**batch, "content": content})
+    else:
+        out = sampler.generate(batch)
+    captions = [_caption(sampler, label) for label in batch["label"]]
+    if variants > 1:
+        captions = [f"{c}, motion {v + 1}" for c, v in zip(captions, variant, strict=True)]
+    return out, batch["label"], captions
+
+
+class OutputFolder:
+    """A folder that appears under its name only when everything in it is written; a taken name gets a number."""
+
+    def __init__(self, workdir: Path, name: str):
+        if not name or Path(name).name != name or name in (".", ".."):
+            raise UserError("sampling.output", name, "not the name of a folder in the workdir", "use for example samples")
+        self.final = workdir / name
+        number = 2
+        while self.final.exists():
+            self.final, number = workdir / f"{name}-{number}", number + 1
+        self.path = self.final.with_name(f".tmp-{self.final.name}")
+
+    def __enter__(self) -> Path:
+        try:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+        except OSError as e:
+            raise UserError("workdir", self.path.parent, f"cannot be written ({e.strerror})", "give another folder") from e
+        return self.path
+
+    def __exit__(self, kind, error, trace):
+        if kind is None:
+            self.path.rename(self.final)
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def write_samples(folder: Path, out: dict, captions: list[str], title: str, options, table=None, note: str = ""):
+    """mp4, gif and content frame of every sample, overview grids, samples.json and index.html."""
+    items, records = [], []
+    for i, caption in enumerate(captions):
+        video, content = to_uint8(out["video"][i]), to_uint8(out["content"][i])
+        if "original" in out:
+            video = np.concatenate([to_uint8(out["original"][i]), video], axis=2)
+        write_mp4(folder / f"{i:04d}.mp4", video, fps=options.fps)
+        write_gif(folder / f"{i:04d}.gif", video, fps=options.fps)
+        write_png(folder / f"{i:04d}_content.png", content)
+        items.append(Item(caption, video=f"{i:04d}.mp4", image=f"{i:04d}_content.png"))
+        records.append({"index": i, "caption": caption, "video": f"{i:04d}.mp4", "content": f"{i:04d}_content.png"})
+    columns = max(1, round(len(captions) ** 0.5))
+    videos = to_uint8(out["video"])
+    write_gif(folder / "grid.gif", video_grid(videos, columns), fps=options.fps)
+    write_png(folder / "content_grid.png", image_grid(to_uint8(out["content"]), columns))
+    write_png(folder / "grid.png", image_grid(np.stack([film_strip(v) for v in videos]), columns=1))
+    section = {"title": title, "note": note, "table": table, "items": records}
+    write_json(folder / "samples.json", section)
+    write_gallery(folder / "index.html", title, [Section(title, items, note=note, table=table)])
+
+
+def sample(config, workdir: Path) -> Path:
+    """The `sample` verb: write the samples of `sampling.mode` and their gallery; returns the folder."""
+    console, started = Console(), time.perf_counter()
+    choose("sampling.mode", config.sampling.mode, MODES)
+    sampler = load_sampler(config, workdir)
+    output = OutputFolder(workdir, config.sampling.output)
+    with output as folder:
+        out, _, captions = make_samples(sampler, config, workdir)
+        note = f"mode {config.sampling.mode}, guidance {config.sampling.guidance}, seed {config.seed}"
+        write_samples(folder, out, captions, f"CMD: {config.sampling.mode}", config.sampling, note=note)
+        _write_summary(folder, config, started, samples=len(captions))
+    console.print(f"{len(captions)} videos: {output.final}/index.html", soft_wrap=True)
+    return output.final
+
+
+def evaluate(config, workdir: Path) -> dict:
+    """The `evaluate` verb: held-out reconstruction PSNR, and for shapes the attributes of generated videos.
+
+    Prints them with counts and chance levels; writes them to summary.json beside the videos it shows.
+    """
+    console, started = Console(), time.perf_counter()
+    options = config.sampling
+    if options.mode != "generate":
+        raise UserError("sampling.mode", options.mode, "evaluate scores generated videos", "use sampling.mode=generate")
+    sampler = load_sampler(config, workdir)
+    output = OutputFolder(workdir, options.output)
+    with output as folder:
+        videos, _, _ = read_clips(config, workdir, config.evaluation.clips)
+        decoded = sampler.reconstruct({"video": videos})
+        decibels = psnr(decoded["video"], decoded["original"])
+        scores = {"reconstruction_psnr": {"mean": float(decibels.mean()), "clips": len(decibels), "split": config.data.split}}
+        console.print(f"held-out reconstruction: {decibels.mean():.2f} dB PSNR over {len(decibels)} clips")
+
+        labels = choose_labels(options.classes, sampler.class_names, config.evaluation.videos)
+        index = np.arange(len(labels), dtype=np.int32)
+        timed = time.perf_counter()
+        out = sampler.generate({"index": index, "variant": np.zeros_like(index), "label": labels})
+        seconds = time.perf_counter() - timed
+        table = [["score", "value", "chance"], ["reconstruction PSNR", f"{decibels.mean():.2f} dB", ""]]
+        if config.data.source == "shapes":
+            read = shapes_oracle.score(to_uint8(out["video"]), labels, list(sampler.class_names))
+            scores["attributes"] = read
+            table += [
+                [name, f"{read[name]['correct']}/{read['count']} = {read[name]['accuracy']:.1%}", f"{read[name]['chance']:.1%}"]
+                for name in ("color", "direction", "shape", "all")
+            ]
+        _print_table(console, table)
+        shown = config.evaluation.shown
+        captions = [_caption(sampler, label) for label in labels[:shown]]
+        title = f"CMD, {Path(config.weights).name or 'trained here'}"
+        note = f"guidance {options.guidance}, seed {config.seed}, {len(labels)} videos in {seconds:.0f} s with compilation"
+        write_samples(folder, {k: v[:shown] for k, v in out.items()}, captions, title, options, table, note)
+        _write_summary(folder, config, started, samples=len(labels), sampling_seconds=round(seconds, 1), scores=scores)
+    console.print(f"scores: {output.final}/summary.json\nvideos: {output.final}/index.html", soft_wrap=True)
+    return scores
+
+
+def _print_table(console: Console, rows: list[list[str]]):
+    table = Table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _write_summary(folder: Path, config, started: float, **values):
+    (folder / "config.json").write_text(to_json(config) + "\n")
+    write_json(
+        folder / "summary.json",
+        {
+            "wall_seconds": round(time.perf_counter() - started, 1),
+            "devices": jax.device_count(),
+            "platform": jax.default_backend(),
+            "seed": config.seed,
+            "versions": versions(),
+            **values,
+        },
+    )

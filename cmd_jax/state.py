@@ -1,0 +1,84 @@
+"""What training carries from step to step, its sharded initialisation and the pure update."""
+
+from functools import partial
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from cmd_jax.sharding import shardings_of
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: updates done, int32 []. params, ema: trees of float32 arrays. opt_state: optax's."""
+
+    step: jax.Array
+    params: dict
+    ema: dict
+    opt_state: optax.OptState
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """Adam with warm-up, optional cosine decay to zero at `steps`, and optional clipping by global norm."""
+    rate = config.learning_rate
+    if config.decay == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, config.warmup_steps, config.steps)
+    else:
+        schedule = optax.linear_schedule(0.0 if config.warmup_steps else rate, rate, max(config.warmup_steps, 1))
+    adam = optax.adam(schedule, b1=config.b1, b2=config.b2, eps=config.eps)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam) if config.clip_norm else adam
+
+
+def init_state(stage, optimizer, seed: int, mesh, rules) -> TrainState:
+    """A fresh state, born sharded: no device ever holds more than its part of a split parameter."""
+
+    def boxed(key):
+        params = stage.init(key)
+        return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+    key = jax.random.key(seed)
+    shardings = shardings_of(jax.eval_shape(boxed, key), mesh, rules)
+    return jax.jit(lambda key: nn.unbox(boxed(key)), out_shardings=shardings)(key)
+
+
+def _split(batch, count: int, index):
+    """Microbatch `index` of `count`: every count-th clip, so that the sharded batch axis stays outermost."""
+
+    def one(x):
+        return jax.lax.dynamic_index_in_dim(x.reshape(x.shape[0] // count, count, *x.shape[1:]), index, 1, keepdims=False)
+
+    return jax.tree.map(one, batch)
+
+
+def train_step(state: TrainState, frozen, batch, step, key, *, loss_fn, optimizer, ema_decay, accumulate=1):
+    """One optimiser update; pure, so a resumed run repeats it bit for bit.
+
+    loss_fn(params, frozen, batch, key) -> (loss, metrics). `step` is the step this batch is meant for. If loss or
+    gradient is not finite, or an earlier step was refused, the state comes back unchanged and metrics["applied"] is 0.
+    """
+    key = jax.random.fold_in(key, state.step)
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+        (loss, metrics), grads = gradient(state.params, frozen, batch, key)
+    else:
+
+        def microstep(total, i):
+            return jax.tree.map(jnp.add, total, one(i)), None
+
+        def one(i):
+            return gradient(state.params, frozen, _split(batch, accumulate, i), jax.random.fold_in(key, i))
+
+        total, _ = jax.lax.scan(microstep, one(0), jnp.arange(1, accumulate))
+        (loss, metrics), grads = jax.tree.map(lambda x: x / accumulate, total)
+
+    norm = optax.global_norm(grads)
+    applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (step == state.step)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+    new = TrainState(state.step + 1, params, ema, opt_state)
+    state = jax.tree.map(partial(jnp.where, applied), new, state)
+    return state, {"loss": loss, "gradient_norm": norm, "applied": applied, **metrics}

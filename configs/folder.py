@@ -1,0 +1,36 @@
+"""CMD on your own clips, 16x64x64: a folder of class folders, a UCF-101 layout, or metadata.csv / metadata.jsonl.
+
+    cmd-jax train --config=configs/folder.py:autoencoder --workdir=runs/mine --config.data.root=DIR
+    cmd-jax train --config=configs/folder.py:content     --workdir=runs/mine --config.data.root=DIR
+    cmd-jax train --config=configs/folder.py:motion      --workdir=runs/mine --config.data.root=DIR
+    cmd-jax sample --config=configs/folder.py:sample     --workdir=runs/mine --config.data.root=DIR
+
+Sized for 2 CPU cores and some hundred clips; `size=ucf101.py` sizes are in configs/ucf101.py.
+"""
+
+from cmd_jax import defaults
+from cmd_jax.config import parse_argument
+
+
+def get_config(argument: str = ""):
+    stage, _ = parse_argument(argument)
+    config = defaults.stage(stage)
+    config.data.update(source="folder", frames=16, height=64, width=64)
+    if stage == "sample":
+        config.data.split = "train"
+        config.sampling.update(guidance=2.0, content_steps=25, motion_steps=25)
+        return config
+    config.train.update(steps=300, checkpoint_every=100, preview_every=100, log_every=10)
+    config.optimizer.update(learning_rate=1e-3, b1=0.9, b2=0.99, decay="cosine", warmup_steps=20, clip_norm=1.0)
+    if stage == "autoencoder":
+        config.train.update(batch_size=4, ema_decay=0.98)
+        config.model.update(patch=8, width=96, depth=2, heads=4, head_dim=24, rotary_base=100.0)
+        config.loss.update(l1=1.0, l2=2.0)
+    else:
+        config.train.update(batch_size=16, ema_decay=0.98)
+        config.latents.update(normalize=True, cache_clips=512)
+        config.diffusion.update(kind="flow", learned_range=False, clip=0.0)
+        config.model.update(patch=8 if stage == "content" else 2, width=128, depth=6, heads=4)
+        if stage == "motion":
+            config.model.content_patch = 8
+    return config

@@ -1,0 +1,4 @@
+# Sourced by the launch scripts: allocator and XLA settings that must be there before Python starts.
+# glibc gives big buffers back to the kernel after every op unless told otherwise; the page faults then cost more than the maths.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=100000000000:glibc.malloc.arena_max=1}"
+export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-3}"

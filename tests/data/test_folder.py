@@ -1,0 +1,498 @@
+import json
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from data.clip_files import numbered, numbers, write_clip, write_huge_header, write_sound
+
+from cmd_jax.data import probe
+from cmd_jax.data.folder import FolderSource
+from cmd_jax.errors import UserError
+
+SIZE = {"frames": 8, "height": 24, "width": 32}
+ANSWER = '{"frames": 20, "declared": 20, "width": 64, "height": 48}'
+TRUSTING = f"""
+import sys
+print('{{"ready": true}}', flush=True)
+for line in sys.stdin:
+    print('{ANSWER}', flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def clip_bytes(tmp_path_factory):
+    """A good avi of 20 frames, to be copied."""
+    return write_clip(tmp_path_factory.mktemp("clip") / "a.avi").read_bytes()
+
+
+@pytest.fixture
+def put(tmp_path, clip_bytes):
+    """put("data/x.avi", ...): good clips at these places below tmp_path. Returns the root, tmp_path/data."""
+
+    def put(*names):
+        for name in names:
+            path = tmp_path / "data" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(clip_bytes)
+        return tmp_path / "data"
+
+    return put
+
+
+def source(root, **settings):
+    """With a child that takes every file for a good one, since it starts ten times as fast as the true one."""
+    command = [sys.executable, "-I", "-S", "-c", TRUSTING]
+    return FolderSource(root, **{**SIZE, "max_bad_fraction": 0.9, "probe_command": command, **settings})
+
+
+def probed(root, **settings):
+    return source(root, probe_command=probe.COMMAND, **settings)
+
+
+def names(source):
+    return [source.name(index) for index in range(len(source))]
+
+
+def labels(source):
+    return [source.clip(index, np.random.default_rng(0))[1] for index in range(len(source))]
+
+
+def manifest(root, text, name="metadata.csv"):
+    path = root / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return root
+
+
+# Layouts
+
+
+def test_class_folders(put):
+    got = probed(
+        put("b dog/2.avi", "b dog/1.AVI", "a cat/deep/er/x.avi", ".hidden/x.avi", "a cat/._x.avi", "a cat/notes.txt")
+    )
+    assert got.class_names == ("a cat", "b dog")
+    assert names(got) == ["a cat/deep/er/x.avi", "b dog/1.AVI", "b dog/2.avi"]
+    assert labels(got) == [0, 1, 1]
+    assert got.texts is None
+    assert got.bad == {}
+
+
+def test_loose_videos_have_no_class(put):
+    got = source(put("x.avi", "y.avi"))
+    assert got.class_names == ()
+    assert labels(got) == [0, 0]
+    mixed = source(put("cat/z.avi"))
+    assert mixed.class_names == ("cat",)
+    assert dict(zip(names(mixed), labels(mixed), strict=True)) == {"cat/z.avi": 0, "x.avi": 1, "y.avi": 1}
+
+
+@pytest.fixture
+def ucf(put, tmp_path):
+    """Three classes, two folds, the lists beside the root; files by number, a class in the order of classInd."""
+    root = put(*(f"{c}/v_{c}_g01_c0{i}.avi" for c in ("Apple", "Pear", "Fig") for i in (1, 2)))
+    lists = tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "classInd.txt").write_bytes(b"1 Pear\r\n2 Apple\r\n3 Fig\r\n")
+    for fold, (train, test) in {1: (1, 2), 2: (2, 1)}.items():
+        rows = [(c, n) for n, c in enumerate(("Pear", "Apple", "Fig"), 1)]
+        (lists / f"trainlist0{fold}.txt").write_text("".join(f"{c}/v_{c}_g01_c0{train}.avi {n}\n" for c, n in rows))
+        (lists / f"testlist0{fold}.txt").write_text("".join(f"{c}/v_{c}_g01_c0{test}.avi\n" for c, _ in rows))
+    return root
+
+
+def test_ucf101_folds_and_splits(ucf, tmp_path):
+    train = source(ucf)
+    assert train.class_names == ("Pear", "Apple", "Fig")
+    assert names(train) == ["Pear/v_Pear_g01_c01.avi", "Apple/v_Apple_g01_c01.avi", "Fig/v_Fig_g01_c01.avi"]
+    assert labels(train) == [0, 1, 2]
+    test = source(ucf, split="test")
+    assert names(test) == [name.replace("c01", "c02") for name in names(train)]
+    assert labels(test) == [0, 1, 2]
+    assert names(source(ucf, fold=2)) == names(test)
+    assert sorted(names(source(ucf, split="all"))) == sorted(names(train) + names(test))
+    shutil.move(tmp_path / "ucfTrainTestlist", ucf / "ucfTrainTestlist")
+    assert source(ucf).fingerprint == train.fingerprint
+
+
+def test_ucf101_without_class_index_sorts_the_classes(ucf, tmp_path):
+    (tmp_path / "ucfTrainTestlist/classInd.txt").unlink()
+    got = source(ucf)
+    assert got.class_names == ("Apple", "Fig", "Pear")
+    assert labels(got) == [2, 0, 1]
+
+
+def test_lists_of_another_data_set_beside_the_root_do_not_count(ucf, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(ucf / "Fig", other / "Cherry")
+    assert source(other).class_names == ("Cherry",)
+    assert source(ucf, layout="classes").class_names == ("Apple", "Fig", "Pear")
+
+
+CSV = 'file_name,text,label\r\nsub/a.avi,"red, ""big""\r\nand round",apple\r\n./b.avi,grün,\r\nc.avi,,pear\r\n'
+
+
+def test_metadata_csv_with_bom_crlf_and_quotes(put):
+    got = source(manifest(put("sub/a.avi", "b.avi", "c.avi", "unlisted.avi"), b"\xef\xbb\xbf" + CSV.encode()))
+    assert names(got) == ["sub/a.avi", "b.avi", "c.avi"]
+    assert got.texts == ('red, "big"\r\nand round', "grün", "")
+    assert got.class_names == ("apple", "pear")
+    assert labels(got) == [0, 2, 1]
+
+
+def test_metadata_jsonl(put):
+    rows = [{"file_name": "a.avi", "text": "one\ntwo", "label": 10}, {"file_name": "b.avi", "text": "x", "label": 2}]
+    root = manifest(put("a.avi", "b.avi"), "\ufeff" + "\r\n\r\n".join(map(json.dumps, rows)), "metadata.jsonl")
+    got = source(root)
+    assert got.texts == ("one\ntwo", "x")
+    assert got.class_names == ("2", "10")
+    assert labels(got) == [1, 0]
+
+
+def test_metadata_without_labels_is_unlabelled(put):
+    got = source(manifest(put("a.avi"), "text,file_name\nhello,a.avi\n"))
+    assert (got.class_names, labels(got), got.texts) == ((), [0], ("hello",))
+
+
+# Clips
+
+
+def test_clip_is_determined_by_the_generator(put):
+    got = source(put("c/a.avi"), stride=2)
+    starts = set()
+    for seed in range(30):
+        clip, _ = got.clip(0, np.random.default_rng(seed))
+        again, _ = got.clip(0, np.random.default_rng(seed))
+        assert clip.shape == (8, 24, 32, 3)
+        assert clip.dtype == np.uint8
+        np.testing.assert_array_equal(clip, again)
+        shown = numbers(clip)
+        assert shown == list(range(shown[0], shown[0] + 16, 2))
+        starts.add(shown[0])
+    assert starts == {0, 1, 2, 3, 4, 5}  # 20 frames, a span of 15
+    fixed = source(put("c/a.avi"), random_start=False)
+    assert all(numbers(fixed.clip(0, np.random.default_rng(s))[0])[0] == 0 for s in range(4))
+
+
+def test_clip_is_cropped_about_the_centre(tmp_path):
+    frames = numbered(height=48, width=96)
+    frames[:, :, :30] = frames[:, :, 66:] = 255
+    write_clip(tmp_path / "c/a.mp4", frames, pix_fmt="yuv444p")
+    got = source(tmp_path, frames=20, height=48, width=32)
+    assert numbers(got.clip(0, np.random.default_rng(0))[0]) == list(range(20))
+
+
+def test_source_can_be_sent_to_a_loader_process(put):
+    got = pickle.loads(pickle.dumps(source(put("c/a.avi"))))
+    assert numbers(got.clip(0, np.random.default_rng(0))[0])[0] in range(13)
+
+
+# Bad files
+
+
+def test_bad_files_are_named_and_skipped(put, tmp_path, caplog):
+    root = put("c/good.avi", "c/good too.avi")
+    (root / "c/empty.avi").write_bytes(b"")
+    (root / "c/text.mp4").write_text("hello\n" * 50)
+    write_sound(root / "c/sound.mp4")
+    write_clip(root / "c/one.avi", numbered(1))
+    write_clip(root / "c/short.webm", numbered(7))
+    write_huge_header(root / "c/huge.avi", 100_000, 100_000)
+    data = (root / "c/good.avi").read_bytes()
+    (root / "c/cut.avi").write_bytes(data[: data.index(b"movi") + (len(data) - data.index(b"movi")) // 4])
+    (tmp_path / "outside.avi").write_bytes(data)
+    (root / "c/link.avi").symlink_to(tmp_path / "outside.avi")
+    (root / "c/inner link.avi").symlink_to(root / "c/good.avi")
+    (root / "c/dangling.avi").symlink_to(root / "c/nothing.avi")
+    os.mkfifo(root / "c/pipe.avi")
+    (root / "linked class").symlink_to(root / "c")
+    with caplog.at_level(logging.WARNING):
+        got = probed(root)
+    assert names(got) == ["c/good too.avi", "c/good.avi", "c/inner link.avi"]
+    expected = {
+        "c/empty.avi": "zero bytes",
+        "c/text.mp4": "not a video",
+        "c/sound.mp4": "audio only",
+        "c/one.avi": "has only 1 frame; 8 are needed",
+        "c/short.webm": "has only 7 frames; 8 are needed",
+        "c/huge.avi": "impossible",
+        "c/cut.avi": "of 20 frames decode; 8 are needed",
+        "c/link.avi": "leaves the data root",
+        "c/dangling.avi": "missing",
+        "c/pipe.avi": "not a regular file",
+        "linked class": "not followed",
+    }
+    assert got.bad.keys() == expected.keys()
+    for name, reason in expected.items():
+        assert reason in got.bad[name]
+    (warning,) = caplog.messages
+    assert warning.startswith("11 of 14 files")
+    assert "c/empty.avi is empty (zero bytes)" in warning
+    assert "and 1 more" in warning
+
+
+def test_stride_counts_in_the_length_needed(put):
+    assert len(probed(put("c/a.avi"), frames=10, stride=2)) == 1  # 19 of 20 frames
+    with pytest.raises(UserError, match=r"none of its 1 files.*has only 20 frames; 21 are needed"):
+        probed(put("c/a.avi"), frames=6, stride=4)
+
+
+def test_all_bad_is_an_error_whatever_the_fraction(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.avi").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^data\.root=.*none of its 2 files can be used.*a\.avi is empty"):
+        probed(tmp_path, max_bad_fraction=1.0)
+
+
+def test_more_bad_than_allowed_is_an_error(put):
+    root = put(*(f"c/{i}.avi" for i in range(3)))
+    (root / "c/bad.avi").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1 of 4 files .* data\.max_bad_fraction=0\.2, the first: c/bad\.avi is empty"):
+        probed(root, max_bad_fraction=0.2)
+    assert len(probed(root, max_bad_fraction=0.25)) == 3
+
+
+def test_missing_files_of_a_manifest_are_bad_files(put):
+    got = source(manifest(put("a.avi"), "file_name,text\na.avi,x\ngone.avi,y\n"))
+    assert names(got) == ["a.avi"]
+    assert got.texts == ("x",)
+    assert "missing" in got.bad["gone.avi"]
+
+
+# Faults of roots, lists and manifests
+
+
+def refused(field, match, root, **settings):
+    with pytest.raises(UserError, match=match) as error:
+        source(root, **settings)
+    assert error.value.field == field
+    assert "\n" not in str(error.value)
+
+
+def test_faults_of_the_root_and_settings(put, tmp_path):
+    root = put("c/a.avi")
+    (tmp_path / "empty").mkdir()
+    refused("data.root", "no such folder", tmp_path / "nowhere")
+    refused("data.root", "not a folder", root / "c/a.avi")
+    refused("data.root", r"holds no videos \(\.avi", tmp_path / "empty")
+    refused("data.layout", "use one of auto, ucf101", root, layout="classy")
+    refused("data.layout", "no folder ucfTrainTestlist", root, layout="ucf101")
+    refused("data.layout", "no metadata.csv or metadata.jsonl", root, layout="metadata")
+    refused("data.split", "use one of train, test, all", root, split="val")
+    refused("data.split", "no test part", root, split="test")
+    refused("data.max_bad_fraction", "not a fraction", root, max_bad_fraction=float("nan"))
+    refused("data.probe_timeout", "positive", root, probe_timeout=0)
+
+
+def test_faults_of_ucf101_lists(ucf, tmp_path):
+    lists = tmp_path / "ucfTrainTestlist"
+    refused("data.fold", "use one of 1, 2", ucf, fold=3)
+    (lists / "testlist01.txt").unlink()
+    refused("data.fold", "use one of 2", ucf, split="test")
+    (lists / "testlist02.txt").unlink()
+    refused("data.split", "no file .*testlist01", ucf, split="test")
+    train = lists / "trainlist01.txt"
+    for content, match in (
+        ("../x.avi 1\n", r"trainlist01\.txt line 1: '\.\./x\.avi' leaves the data root"),
+        ("Pear/a.avi 1\n\n/etc/x.avi 1\n", "line 3: '/etc/x.avi' leaves"),
+        ("a.avi 1\n", "names no class folder"),
+        ("Peer/a.avi 1\n", "lacks the class Peer .* use for example Pear"),
+        ("Pear/a.avi 1\nPear/./a.avi 1\n", "more than once: Pear/a.avi"),
+    ):
+        train.write_text(content)
+        refused("data.root", match, ucf)
+    train.write_text("")
+    refused("data.split", "name no clips", ucf)
+    train.write_text("Pear/v_Pear_g01_c01.avi 1\n")
+    (lists / "classInd.txt").write_text("1 Pear\n3 Fig\n")
+    refused("data.root", "classInd.txt.*restore", ucf)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("", "it is empty"),
+        ("file_name,text\n", "it has no rows"),
+        ("file_name,caption\na.avi,x\n", "columns are file_name, caption, where text is needed"),
+        ("name,text\na.avi,x\n", "where file_name is needed"),
+        ("file_name,text\na.avi,x\nb.avi,y\na.avi,z\n./b.avi,z\n", "more than once: a.avi, b.avi;"),
+        ("file_name,text\na.avi,red, big\n", "line 2: more or fewer fields"),
+        ("file_name,text\na.avi\n", "line 2: more or fewer fields"),
+        ('file_name,text\na.avi,"red\n', "after line 1: unexpected end of data"),
+        ("file_name,text\na.avi,x\n../../etc/passwd,y\n", r"line 3: '\.\./\.\./etc/passwd' leaves the data root"),
+        ("file_name,text\nsub/../../x.avi,y\n", "line 2: .* leaves the data root"),
+        ("file_name,text\n/etc/passwd,y\n", "line 2: '/etc/passwd' leaves the data root"),
+        ("file_name,text\nlink.avi,y\n", "line 2: 'link.avi' is a symbolic link that leaves"),
+        ("file_name,text\n,y\n", "line 2: '' is no file name"),
+        ("file_name,text\na\0.avi,y\n", r"line 2: .* is no file name"),
+        (b"file_name,text\na.avi,\xff\xfe\n", "not UTF-8 text"),
+    ],
+)
+def test_faults_of_a_csv_manifest(put, tmp_path, content, match):
+    root = put("a.avi", "b.avi")
+    (root / "link.avi").symlink_to(tmp_path / "outside.avi")
+    refused("data.root", match, manifest(root, content))
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("", "it has no rows"),
+        ('{"file_name": "a.avi", "text": "x"}\nhello\n', "line 2: not JSON"),
+        ('["a.avi", "x"]\n', "line 1: not a JSON object"),
+        ('{"file_name": "a.avi"}\n', "line 1: no text"),
+        ('{"file_name": 3, "text": "x"}\n', "line 1: file_name is no string"),
+        ('{"file_name": "a.avi", "text": "x", "label": [1]}\n', r"line 1: label \[1\]"),
+        ('{"file_name": "../a.avi", "text": "x"}\n', "leaves the data root"),
+    ],
+)
+def test_faults_of_a_jsonl_manifest(put, content, match):
+    refused("data.root", match, manifest(put("a.avi"), content, "metadata.jsonl"))
+
+
+def test_two_manifests_are_refused(put):
+    root = manifest(put("a.avi"), "file_name,text\na.avi,x\n")
+    refused("data.root", "holds both", manifest(root, "{}", "metadata.jsonl"))
+
+
+# Child processes
+
+CHILD = """
+    import json, os, sys, time
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        path = os.path.basename(json.loads(line)["path"])
+        with open(os.path.join(os.path.dirname(__file__), "asked"), "a") as file:
+            file.write(path + "\\n")
+        if "crash" in path:
+            os.abort()
+        if "leave" in path:
+            os._exit(3)
+        if "hang" in path:
+            time.sleep(600)
+        if "babble" in path:
+            print("not json", flush=True)
+        print('ANSWER', flush=True)
+"""
+
+
+@pytest.fixture
+def child(tmp_path):
+    """(command of a child that crashes or hangs on files of such names, function -> the files it was asked about)."""
+    script, asked = tmp_path / "child.py", tmp_path / "asked"
+    script.write_text(textwrap.dedent(CHILD).replace("ANSWER", ANSWER))
+    return [sys.executable, str(script)], lambda: sorted(asked.read_text().split()) if asked.exists() else []
+
+
+def test_files_that_crash_or_hang_the_decoder_are_quarantined(put, child):
+    command, asked = child
+    good = [f"c/{i}.avi" for i in range(6)]
+    root = put(*good, "c/crash.avi", "c/hang.avi", "c/leave.avi", "c/babble.avi")
+    began = time.monotonic()
+    got = source(root, probe_command=command, probe_timeout=1.5)
+    assert time.monotonic() - began < 30
+    assert names(got) == good
+    assert got.bad["c/crash.avi"] == "crashes the decoder (signal SIGABRT)"
+    assert got.bad["c/leave.avi"] == "crashes the decoder (exit code 3)"
+    assert "crashes the decoder" in got.bad["c/babble.avi"]
+    assert got.bad["c/hang.avi"] == "hangs the decoder (no end after 1.5 s)"
+    assert asked().count("hang.avi") == 1
+    assert asked().count("crash.avi") == 2  # the second time by a child that had read nothing else
+
+
+def test_a_child_that_does_not_start_is_no_fault_of_the_files(put):
+    command = [sys.executable, "-c", "raise ImportError('no decoder here')"]
+    with pytest.raises(UserError, match="does not start .*no decoder here"):
+        source(put("c/a.avi"), probe_command=command)
+
+
+def test_children_end_with_the_probing(put, child, monkeypatch):
+    command, _ = child
+    started = []
+
+    class Recorded(probe.Child):
+        def __init__(self, command):
+            super().__init__(command)
+            started.append(self.process)
+
+    monkeypatch.setattr(probe, "Child", Recorded)
+    paths = [str(put("c/a.avi", "c/hang.avi") / "c" / name) for name in ("a.avi", "hang.avi")]
+    outcomes = probe.probe(paths, 600, command)
+    path, facts = next(outcomes)
+    assert (path, facts["frames"]) == (paths[0], 20)
+    outcomes.close()  # while a child hangs
+    assert started
+    assert all(process.poll() is not None for process in started)
+
+
+def test_outcomes_are_remembered(put, child, tmp_path):
+    command, asked = child
+    cache = tmp_path / "workdir/probe.json"
+    root = put("c/a.avi", "c/b.avi", "c/crash.avi", "c/hang.avi")
+    settings = {"probe_command": command, "probe_timeout": 1.0, "cache": cache}
+    first = source(root, **settings)
+    count = len(asked())
+    second = source(root, **settings, stride=2)  # another need of frames, the same facts
+    assert len(asked()) == count
+    assert (names(second), second.bad, second.fingerprint) == (names(first), first.bad, first.fingerprint)
+    os.utime(root / "c/a.avi", ns=(1, 1))
+    source(root, **settings)
+    assert asked()[:2] == ["a.avi", "a.avi"]
+    assert len(asked()) == count + 1
+    source(root, **{**settings, "probe_timeout": 1.2})  # more patience: the hung file gets another chance
+    assert len(asked()) == count + 2
+    cache.write_text("{broken")
+    assert names(source(root, **settings)) == names(first)
+    assert len(list(cache.parent.iterdir())) == 1
+
+
+def test_an_unwritable_cache_is_a_warning(put, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    assert len(source(put("c/a.avi"), cache=tmp_path / "file/cache.json")) == 1
+    assert "not kept" in caplog.text
+
+
+def test_the_child_imports_no_jax():
+    code = "import sys, cmd_jax.data.probe, cmd_jax.data.video; print({'jax', 'tensorflow', 'flax'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.strip() == b"set()"
+
+
+# Fingerprint
+
+
+def test_fingerprint_is_of_the_data_set_not_of_its_place(put, tmp_path, clip_bytes):
+    root = put("c/a.avi", "d/b.avi")
+    first = source(root).fingerprint
+    assert len(first) == 64
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    assert source(copy).fingerprint == first
+    (copy / "c/a.avi").write_bytes(clip_bytes + b"\0")
+    changed = source(copy).fingerprint
+    assert changed != first
+    (copy / "c/a.avi").rename(copy / "c/z.avi")
+    assert source(copy).fingerprint not in (first, changed)
+    shutil.move(root / "d", root / "e")
+    assert source(root).fingerprint != first
+
+
+def test_fingerprint_covers_texts_and_labels(put):
+    root = put("a.avi", "b.avi")
+    prints = {
+        source(manifest(root, f"file_name,text,label\na.avi,{text},{label}\nb.avi,x,u\n")).fingerprint
+        for text, label in (("red", "u"), ("blue", "u"), ("red", "w"))
+    }
+    assert len(prints) == 3
+
+
+def test_a_file_that_changes_under_the_run_is_named(put):
+    got = source(put("c/a.avi"))
+    (put() / "c/a.avi").write_bytes(b"")
+    with pytest.raises(UserError, match=r"c/a\.avi: the file is empty"):
+        got.clip(0, np.random.default_rng(0))

@@ -1,0 +1,470 @@
+import json
+import math
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from fixtures.formula import draw, state_dict
+
+from cmd_jax.errors import UserError
+from cmd_jax.interop.cmd_release import load
+from cmd_jax.models.autoencoder import Latents
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+ONE_IN_TEN_THOUSAND = 1e-4
+
+# Sizes that share no number with the fixtures, and H != W.
+AUTOENCODER = {
+    "hidden_dim": 20, "patch_size": 3, "channels": 2, "motion_channels": 7, "depth": 3, "heads": 2, "head_dim": 5,
+    "mode": "pixel",
+}  # fmt: skip
+CONTENT_DIT = {
+    "input_size": [6, 9], "patch_size": 3, "in_channels": 2, "hidden_size": 24, "depth": 3, "heads": 3,
+    "num_classes": 4, "learn_sigma": True,
+}  # fmt: skip
+MOTION_DIT = {
+    "input_size": [4, 10], "patch_size": 2, "in_channels": 3, "hidden_size": 24, "depth": 1, "heads": 2,
+    "content_size": [8, 12], "content_channels": 2, "content_patch_size": 4, "learn_sigma": False,
+}  # fmt: skip
+
+
+def fixture(name):
+    with np.load(FIXTURES / f"{name}.npz") as npz:
+        npz = dict(npz)
+    return json.loads(str(npz["config"])), state_dict(npz), npz
+
+
+def apply(module, params, *inputs):
+    return jax.device_get(jax.jit(module.apply)({"params": params}, *inputs))
+
+
+def assert_close(ours, reference):
+    assert ours.shape == reference.shape
+    assert np.abs(ours - reference).max() <= ONE_IN_TEN_THOUSAND * np.abs(reference).max()
+
+
+def swap(motion, first):
+    """Exchange the halves of [B, T, N, K], the first of which has `first` cells."""
+    return np.concatenate([motion[:, :, first:], motion[:, :, :first]], axis=2)
+
+
+# The weights of a model of any size.
+
+
+def layer_shapes(name, *shape, outputs=0):
+    return {f"{name}.weight": shape, f"{name}.bias": (shape[outputs],)}
+
+
+def autoencoder_shapes(c):
+    d, p, k, inner = c["hidden_dim"], c["patch_size"], c["motion_channels"], c["heads"] * c["head_dim"]
+    shapes = layer_shapes("encoder.to_patch_embedding", d, p * p * c["channels"])
+    shapes |= layer_shapes("to_patch_embedding_xy", d, p * p * c["channels"])
+    for side in ("encoder", "decoder"):
+        for i in range(c["depth"]):
+            for j in range(3):
+                shapes |= layer_shapes(f"{side}.layers.{i}.{j}.norm", d)
+            for j in range(2):
+                shapes |= layer_shapes(f"{side}.layers.{i}.{j}.fn.qkv", 3 * inner, d)
+                shapes |= layer_shapes(f"{side}.layers.{i}.{j}.fn.proj", d, inner)
+            shapes |= layer_shapes(f"{side}.layers.{i}.2.fn.net.0", 8 * d, d)
+            shapes |= layer_shapes(f"{side}.layers.{i}.2.fn.net.3", d, 4 * d)
+    for name in ("to_output.1", "to_logit.1"):
+        shapes |= layer_shapes(name, d, c["channels"], p, p, outputs=1)
+    for axis in ("xt", "yt"):
+        shapes |= layer_shapes(f"pre_{axis}", k, d, 1, 1) | layer_shapes(f"post_{axis}", d, k, 1, 1)
+    return shapes
+
+
+def dit_shapes(c):
+    d, p = c["hidden_size"], c["patch_size"]
+    shapes = layer_shapes("x_embedder.proj", d, c["in_channels"], p, p)
+    if "content_size" in c:
+        q = c["content_patch_size"]
+        shapes |= layer_shapes("keyframe_embedder.proj", d, c["content_channels"], q, q)
+    shapes |= layer_shapes("t_embedder.mlp.0", d, 256) | layer_shapes("t_embedder.mlp.2", d, d)
+    if c.get("num_classes") is not None:
+        shapes |= {"y_embedder.embedding_table.weight": (c["num_classes"] + 1, d)}
+    for i in range(c["depth"]):
+        for name, rows, columns in (
+            ("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4), ("adaLN_modulation.1", 6, 1)
+        ):  # fmt: skip
+            shapes |= layer_shapes(f"blocks.{i}.{name}", rows * d, columns * d)
+    shapes |= layer_shapes("final_layer.adaLN_modulation.1", 2 * d, d)
+    return shapes | layer_shapes("final_layer.linear", p * p * c["in_channels"] * (1 + c["learn_sigma"]), d)
+
+
+def weights(shapes, seed):
+    return {n: draw(n, s, seed, 0.2) + (1 if n.endswith("norm.weight") else 0) for n, s in shapes.items()}
+
+
+# The models again, of one item, in float64, torch layout and plain loops.
+
+
+def linear(sd, name, x):
+    weight = sd[f"{name}.weight"].astype(np.float64)
+    return x @ weight.reshape(len(weight), -1).T + sd[f"{name}.bias"]
+
+
+def normalise(x, epsilon):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+
+
+def layer_norm(sd, name, x):
+    return normalise(x, 1e-5) * sd[f"{name}.weight"] + sd[f"{name}.bias"]
+
+
+def attention(sd, name, x, heads):
+    """One sequence [N, D]."""
+    query, key, value = np.split(linear(sd, f"{name}.qkv", x), 3, axis=-1)
+    size = query.shape[-1] // heads
+    out = np.zeros_like(query)
+    for head in range(heads):
+        channels = slice(head * size, (head + 1) * size)
+        for n in range(len(x)):
+            logits = [query[n, channels] @ key[m, channels] / math.sqrt(size) for m in range(len(x))]
+            share = np.exp(logits - np.max(logits))
+            out[n, channels] = share / share.sum() @ value[:, channels]
+    return linear(sd, f"{name}.proj", out)
+
+
+def erf(x):
+    return np.vectorize(math.erf)(x)
+
+
+def timesformer(sd, side, u, c):
+    """Tokens [T, h, w, D]."""
+    u = u.copy()
+    t, h, w, d = u.shape
+    for i in range(c["depth"]):
+        name = f"{side}.layers.{i}"
+        y = layer_norm(sd, f"{name}.0.norm", u)
+        for row, column in np.ndindex(h, w):
+            u[:, row, column] += attention(sd, f"{name}.0.fn", y[:, row, column], c["heads"])
+        y = layer_norm(sd, f"{name}.1.norm", u)
+        for frame in range(t):
+            u[frame] += attention(sd, f"{name}.1.fn", y[frame].reshape(h * w, d), c["heads"]).reshape(h, w, d)
+        value, gate = np.split(linear(sd, f"{name}.2.fn.net.0", layer_norm(sd, f"{name}.2.norm", u)), 2, axis=-1)
+        u += linear(sd, f"{name}.2.fn.net.3", value * gate * (1 + erf(gate / math.sqrt(2))) / 2)
+    return u
+
+
+def patches(image, p):
+    """[C, H, W] -> [h, w, C, p, p]."""
+    h, w = image.shape[1] // p, image.shape[2] // p
+    return np.stack([[image[:, i * p : i * p + p, j * p : j * p + p] for j in range(w)] for i in range(h)])
+
+
+def transposed_conv(sd, name, u, p):
+    """[h, w, D] -> [C, H, W]."""
+    weight, bias = sd[f"{name}.weight"], sd[f"{name}.bias"]
+    image = np.zeros((len(bias), u.shape[0] * p, u.shape[1] * p))
+    for i, j in np.ndindex(u.shape[:2]):
+        for a, b in np.ndindex(p, p):
+            image[:, i * p + a, j * p + b] = u[i, j] @ weight[:, :, a, b] + bias
+    return image
+
+
+def autoencoder(sd, video, c):
+    """[C, T, H, W] -> content [C, H, W], motion [K, T, w + h] (columns first), reconstruction [T, C, H, W]."""
+    p, frames = c["patch_size"], video.swapaxes(0, 1)
+
+    def embed(name, image):
+        cut = patches(image, p).transpose(0, 1, 3, 4, 2)
+        return linear(sd, name, cut.reshape(*cut.shape[:2], -1))
+
+    u = timesformer(sd, "encoder", np.stack([embed("encoder.to_patch_embedding", f) for f in frames]), c)
+    logits = np.stack([transposed_conv(sd, "to_logit.1", f, p) for f in u])
+    share = np.exp(logits - logits.max(0))
+    content = (share / share.sum(0) * frames).sum(0)
+    columns = np.tanh(linear(sd, "pre_xt", u.mean(1)))
+    rows = np.tanh(linear(sd, "pre_yt", u.mean(2)))
+
+    x = embed("to_patch_embedding_xy", content)[None]
+    x = x + linear(sd, "post_xt", columns)[:, None] + linear(sd, "post_yt", rows)[:, :, None]
+    video = np.stack([transposed_conv(sd, "to_output.1", f, p) for f in timesformer(sd, "decoder", x, c)])
+    video = 2 / (1 + np.exp(-video)) - 1 if c["mode"] == "pixel" else video
+    return content, np.concatenate([columns, rows], axis=1).transpose(2, 0, 1), video
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def dit(sd, x, t, c, label=None, content=None):
+    """[C, R, S], timestep -> [out channels, R, S]; position tables from `sd`."""
+
+    def embed(name, image, p):
+        tokens = patches(image, p)
+        return linear(sd, name, tokens.reshape(tokens.shape[0] * tokens.shape[1], -1))
+
+    d, p = c["hidden_size"], c["patch_size"]
+    rows, columns = x.shape[1] // p, x.shape[2] // p
+    tokens = embed("x_embedder.proj", x, p) + sd["pos_embed"][0]
+    if content is not None:
+        extra = embed("keyframe_embedder.proj", content, c["content_patch_size"]) + sd["content_pos_embed"][0]
+        tokens = np.concatenate([tokens, extra])
+    angles = [t * 10000 ** (-i / 128) for i in range(128)]
+    features = np.array([math.cos(a) for a in angles] + [math.sin(a) for a in angles])
+    condition = linear(sd, "t_embedder.mlp.2", silu(linear(sd, "t_embedder.mlp.0", features)))
+    if label is not None:
+        condition = condition + sd["y_embedder.embedding_table.weight"][label]
+    condition = silu(condition)
+    for i in range(c["depth"]):
+        name = f"blocks.{i}"
+        modulation = linear(sd, f"{name}.adaLN_modulation.1", condition).reshape(6, d)
+        shift, scale, gate = modulation[:3]
+        tokens = tokens + gate * attention(
+            sd, f"{name}.attn", normalise(tokens, 1e-6) * (1 + scale) + shift, c["heads"]
+        )
+        shift, scale, gate = modulation[3:]
+        hidden = linear(sd, f"{name}.mlp.fc1", normalise(tokens, 1e-6) * (1 + scale) + shift)
+        hidden = hidden / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        tokens = tokens + gate * linear(sd, f"{name}.mlp.fc2", hidden)
+    shift, scale = linear(sd, "final_layer.adaLN_modulation.1", condition).reshape(2, d)
+    tokens = linear(sd, "final_layer.linear", normalise(tokens, 1e-6) * (1 + scale) + shift)[: rows * columns]
+    out = np.zeros((tokens.shape[1] // p**2, rows * p, columns * p))
+    for i, j in np.ndindex(rows, columns):
+        token = tokens[i * columns + j].reshape(p, p, -1)
+        out[:, i * p : i * p + p, j * p : j * p + p] = token.transpose(2, 0, 1)
+    return out
+
+
+def grid_table(rows, columns, width):
+    table = np.zeros((1, rows * columns, width))
+    for row, column, i in np.ndindex(rows, columns, width // 4):
+        frequency = 10000 ** (-4 * i / width)
+        quarters = [f(a * frequency) for a in (column, row) for f in (math.sin, math.cos)]
+        table[0, row * columns + column, i :: width // 4] = quarters
+    return table
+
+
+# Recorded numbers of the original code.
+
+
+@pytest.mark.parametrize("name", ["autoencoder_pixel", "autoencoder_latent"])
+def test_the_autoencoder_gives_the_recorded_numbers(name):
+    config, sd, npz = fixture(name)
+    assert autoencoder_shapes(config) == {n: v.shape for n, v in sd.items()}
+    module, params = load("autoencoder", config, sd)
+    recon, latents = apply(module, params, np.moveaxis(npz["x"], 1, -1))
+    assert_close(np.moveaxis(recon, -1, 2), npz["recon"])
+    assert_close(np.moveaxis(latents.content, -1, 1), npz["z_c"])
+    rows = config["image_size"][0] // config["patch_size"]
+    assert_close(np.moveaxis(swap(latents.motion, rows), -1, 1), npz["z_m"])
+
+
+@pytest.mark.parametrize("name", ["autoencoder_pixel", "autoencoder_latent"])
+def test_recorded_latents_decode_to_the_recorded_video(name):
+    config, sd, npz = fixture(name)
+    module, params = load("autoencoder", config, sd)
+    columns = config["image_size"][1] // config["patch_size"]
+    latents = np.moveaxis(npz["z_c"], 1, -1), swap(np.moveaxis(npz["z_m"], 1, -1), columns)
+    decode = jax.jit(lambda p, *z: module.apply({"params": p}, Latents(*z), method="decode"))
+    assert_close(np.moveaxis(decode(params, *latents), -1, 2), npz["recon"])
+
+
+def test_the_content_dit_gives_the_recorded_numbers():
+    config, sd, npz = fixture("content_dit")
+    assert dit_shapes(config) == {n: v.shape for n, v in sd.items()}
+    module, params = load("content_dit", config, sd)
+    assert_close(
+        np.moveaxis(apply(module, params, np.moveaxis(npz["x"], 1, -1), npz["t"], npz["y"]), -1, 1), npz["out"]
+    )
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_motion_dit_gives_the_recorded_numbers(stored):
+    config, sd, npz = fixture("motion_dit")
+    assert dit_shapes(config) == {n: v.shape for n, v in sd.items()}
+    if stored:
+        sd |= {n: npz[n] for n in ("pos_embed", "content_pos_embed")}
+    module, params = load("motion_dit", config, sd)
+    # 2x8 motion tokens, and still the table of a 4x4 grid.
+    np.testing.assert_allclose(params["positions"], npz["pos_embed"][0], atol=1e-6)
+    np.testing.assert_allclose(params["content_positions"], npz["content_pos_embed"][0], atol=1e-6)
+    inputs = np.moveaxis(npz["x"], 1, -1), npz["t"], None, np.moveaxis(npz["content"], 1, -1)
+    assert_close(np.moveaxis(apply(module, params, *inputs), -1, 1), npz["out"])
+
+
+# Other sizes, against the loops above.
+
+
+@pytest.mark.parametrize("mode", ["pixel", "latent"])
+def test_an_autoencoder_of_another_size_computes_the_same_function(mode):
+    config = AUTOENCODER | {"mode": mode}
+    sd = weights(autoencoder_shapes(config), seed=11)
+    video = draw("video", (2, 3, 6, 9, 2), 11)  # B T H W C
+    module, params = load("autoencoder", config, sd)
+    recon, latents = apply(module, params, video)
+    for b in range(2):
+        content, motion, reference = autoencoder(sd, np.moveaxis(video[b], -1, 0), config)
+        assert_close(np.moveaxis(latents.content[b], -1, 0), content)
+        assert_close(np.moveaxis(swap(latents.motion, 2)[b], -1, 0), motion)
+        assert_close(np.moveaxis(recon[b], -1, 1), reference)
+
+
+@pytest.mark.parametrize(
+    "changes, stored",
+    [({}, False), ({"learn_sigma": False, "num_classes": None, "input_size": [9, 3], "depth": 1}, True)],
+)
+def test_a_content_dit_of_another_size_computes_the_same_function(changes, stored):
+    config = CONTENT_DIT | changes
+    grid = [n // config["patch_size"] for n in config["input_size"]]
+    sd = weights(dit_shapes(config), seed=12)
+    table = {"pos_embed": draw("table", (1, math.prod(grid), 24), 12) if stored else grid_table(*grid, 24)}
+    module, params = load("content_dit", config, sd | table if stored else sd)
+    x, t = draw("x", (2, *config["input_size"], 2), 12), np.array([0, 731])
+    label = None if config["num_classes"] is None else np.array([4, 1])
+    out = apply(module, params, x, t, label)
+    for b in range(2):
+        reference = dit(sd | table, np.moveaxis(x[b], -1, 0), t[b], config, None if label is None else label[b])
+        assert_close(np.moveaxis(out[b], -1, 0), reference)
+
+
+@pytest.fixture(scope="module")
+def motion_dit():
+    tables = {"pos_embed": draw("a", (1, 10, 24), 13), "content_pos_embed": draw("b", (1, 6, 24), 13)}
+    sd = weights(dit_shapes(MOTION_DIT), seed=13) | tables
+    x, t, content = draw("x", (2, 4, 10, 3), 13), np.array([999, 20]), draw("content", (2, 8, 12, 2), 13)
+    return sd, x, t, content, apply(*load("motion_dit", MOTION_DIT, sd), x, t, None, content)
+
+
+def test_a_motion_dit_of_another_size_computes_the_same_function(motion_dit):
+    sd, x, t, content, out = motion_dit
+    for b in range(2):
+        reference = dit(sd, np.moveaxis(x[b], -1, 0), t[b], MOTION_DIT, content=np.moveaxis(content[b], -1, 0))
+        assert_close(np.moveaxis(out[b], -1, 0), reference)
+
+
+def test_rows_first_is_the_same_function_of_swapped_latents(motion_dit):
+    sd, x, t, content, out = motion_dit
+    module, params = load("motion_dit", MOTION_DIT | {"motion_order": "rows_first"}, sd)
+    assert_close(apply(module, params, swap(x, 6), t, None, content), swap(out, 6))  # 6 columns, 4 rows
+    assert np.abs(apply(module, params, x, t, None, content) - out).max() > 0.1
+
+
+def test_without_a_stored_table_rows_first_swaps_the_reference_one():
+    config, sd, npz = fixture("motion_dit")
+    _, params = load("motion_dit", config | {"motion_order": "rows_first"}, sd)
+    table = npz["pos_embed"][0].reshape(2, 8, 48)
+    swapped = np.concatenate([table[:, 4:], table[:, :4]], axis=1).reshape(16, 48)
+    np.testing.assert_allclose(params["positions"], swapped, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind, config, shapes",
+    [
+        ("autoencoder", AUTOENCODER, autoencoder_shapes),
+        ("content_dit", CONTENT_DIT, dit_shapes),
+        ("motion_dit", MOTION_DIT | {"num_classes": 3, "input_size": [2, 8], "content_size": 8}, dit_shapes),
+    ],
+)
+def test_the_parameters_are_those_that_the_module_asks_for(kind, config, shapes):
+    half = {n: v.astype(np.float16) for n, v in weights(shapes(config), seed=14).items()}
+    module, params = load(kind, config, half)
+    if kind == "autoencoder":
+        inputs = (np.zeros((1, 2, 6, 9, 2), np.float32),)
+    else:
+        x = np.zeros((1, *config["input_size"], config["in_channels"]), np.float32)
+        inputs = (x, np.zeros(1), np.zeros(1, int), np.zeros((1, 8, 8, 2), np.float32))
+    asked = jax.eval_shape(lambda: nn.meta.unbox(module.init(jax.random.key(0), *inputs)["params"]))
+    described = jax.tree.map(lambda a: (a.shape, np.dtype(a.dtype)), asked)
+    assert described == jax.tree.map(lambda a: (a.shape, a.dtype), params)
+
+
+# Errors.
+
+
+def drop(name):
+    return lambda sd: {n: v for n, v in sd.items() if n != name}
+
+
+def add(name, *shape):
+    return lambda sd: sd | {name: np.zeros(shape, np.float32)}
+
+
+def same(sd):
+    return sd
+
+
+@pytest.mark.parametrize(
+    "changes, spoil, field, words",
+    [
+        ({"depth": 2}, same, "config.depth", ["blocks.2.", "no place", "9 more"]),
+        ({"depth": 4}, same, "config.depth", ["blocks.3.", "lack", "(72, 24)"]),
+        ({"hidden_size": 48}, same, "config.hidden_size", ["x_embedder.proj.weight", "(24, 2, 3, 3)", "(48, 2, 3, 3)"]),
+        ({"in_channels": 3}, same, "config.in_channels", ["x_embedder.proj.weight", "(24, 2, 3, 3)", "(24, 3, 3, 3)"]),
+        ({"patch_size": 1}, same, "config.patch_size", ["x_embedder.proj.weight", "(24, 2, 1, 1)"]),
+        ({"learn_sigma": False}, same, "config.learn_sigma", ["final_layer.linear.weight", "(36, 24)", "(18, 24)"]),
+        ({"num_classes": 5}, same, "config.num_classes", ["y_embedder.embedding_table.weight", "(5, 24)", "(6, 24)"]),
+        ({"num_classes": None}, same, "config.num_classes", ["y_embedder.embedding_table.weight", "(5, 24)"]),
+        ({}, drop("y_embedder.embedding_table.weight"), "config.num_classes", ["lack", "(5, 24)"]),
+        ({}, drop("blocks.1.attn.qkv.bias"), "kind", ["content_dit", "blocks.1.attn.qkv.bias", "(72,)"]),
+        ({}, drop("t_embedder.mlp.2.weight"), "kind", ["t_embedder.mlp.2.weight", "(24, 24)"]),
+        ({}, add("keyframe_embedder.proj.bias", 24), "kind", ["keyframe_embedder.proj.bias", "(24,)"]),
+        ({}, add("blocks.1.attn.qkv.bias", 71), "config.hidden_size", ["blocks.1.attn.qkv.bias", "(71,)", "(72,)"]),
+        ({}, add("blocks.1.mlp.fc1.bias", 24), "kind", ["blocks.1.mlp.fc1.bias", "(24,)", "(96,)"]),
+        ({}, add("t_embedder.mlp.2.bias", 24, 1), "kind", ["(24, 1)", "(24,)"]),
+        ({}, add("pos_embed", 1, 9, 24), "config.input_size", ["[6, 9]", "pos_embed", "(1, 9, 24)", "(1, 6, 24)"]),
+        ({"input_size": [6, 8]}, same, "config.input_size", ["patch_size=3"]),
+        ({"input_size": [6, 9, 3]}, same, "config.input_size", ["whole number"]),
+        ({"hidden_size": 26}, same, "config.hidden_size", ["by 4"]),
+        ({"heads": 5}, same, "config.heads", ["hidden_size=24"]),
+        ({"heads": 0}, same, "config.heads", ["positive"]),
+        ({"depth": True}, same, "config.depth", ["positive"]),
+        ({"num_classes": -1}, same, "config.num_classes", ["whole number"]),
+        ({"learn_sigma": "yes"}, same, "config.learn_sigma", ["True, False"]),
+        ({"hiden_size": 24}, same, "config", ["hiden_size", "hidden_size?"]),
+        ({"model": "motion_dit"}, same, "config.model", ["content_dit"]),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named_with_the_field_to_blame(changes, spoil, field, words):
+    sd = spoil(weights(dit_shapes(CONTENT_DIT), seed=15))
+    with pytest.raises(UserError) as e:
+        load("content_dit", CONTENT_DIT | changes, sd)
+    assert e.value.field == field
+    assert all(word in str(e.value) for word in words), str(e.value)
+
+
+@pytest.mark.parametrize(
+    "changes, field, words",
+    [
+        ({"hidden_dim": 24}, "config.hidden_dim", ["to_output.1.weight", "(20, 2, 3, 3)", "(24, 2, 3, 3)"]),
+        ({"channels": 3}, "config.channels", ["to_output.1.weight", "(20, 3, 3, 3)"]),
+        ({"motion_channels": 8}, "config.motion_channels", ["pre_yt.weight", "(7, 20, 1, 1)", "(8, 20, 1, 1)"]),
+        ({"head_dim": 10}, "config.head_dim", ["encoder.layers.0.0.fn.qkv.weight", "(30, 20)", "(60, 20)"]),
+        ({"depth": 1}, "config.depth", ["encoder.layers.1."]),
+        ({"mode": "pixels"}, "config.mode", ["pixels", "pixel, latent"]),
+    ],
+)
+def test_an_autoencoder_that_does_not_fit_names_the_field_to_blame(changes, field, words):
+    with pytest.raises(UserError) as e:
+        load("autoencoder", AUTOENCODER | changes, weights(autoencoder_shapes(AUTOENCODER), seed=16))
+    assert e.value.field == field
+    assert all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_a_motion_dit_without_a_table_needs_square_numbers_of_tokens(motion_dit):
+    sd = motion_dit[0]
+    with pytest.raises(UserError, match=r"2x5 tokens.*pos_embed \[1,10,24\]") as e:
+        load("motion_dit", MOTION_DIT, drop("pos_embed")(sd))
+    assert e.value.field == "config.input_size"
+    with pytest.raises(UserError, match=r"2x3 tokens.*content_pos_embed"):
+        load("motion_dit", MOTION_DIT, drop("content_pos_embed")(sd))
+
+
+def test_rows_first_needs_halves_of_whole_patches(motion_dit):
+    changes = {"content_size": [12, 8], "input_size": [4, 8], "motion_order": "rows_first"}
+    with pytest.raises(UserError, match="rows_first: 4 patches"):
+        load("motion_dit", MOTION_DIT | changes, motion_dit[0] | {"pos_embed": np.zeros((1, 8, 24), np.float32)})
+    with pytest.raises(UserError, match="as_stored, rows_first"):
+        load("motion_dit", MOTION_DIT | {"motion_order": "columns_first"}, motion_dit[0])
+
+
+def test_an_unknown_kind_and_a_missing_key_are_refused():
+    with pytest.raises(UserError, match="autoencoder, motion_dit, content_dit"):
+        load("dit", CONTENT_DIT, {})
+    with pytest.raises(UserError, match="config=depth: missing"):
+        load("content_dit", drop("depth")(CONTENT_DIT), {})

@@ -1,0 +1,105 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cmd_jax.models.attention import attend, rotary_table, rotate
+from cmd_jax.models.autoencoder import Autoencoder
+from cmd_jax.models.discriminator import PatchDiscriminator
+from cmd_jax.models.dit import DiT
+from cmd_jax.models.layers import Unpatchify, patchify
+from cmd_jax.models.vgg import LPIPS
+from cmd_jax.sharding import LOGICAL_AXES
+
+RNG = np.random.default_rng(0)
+
+
+def test_patches_are_flattened_as_row_column_channel():
+    x = RNG.standard_normal((2, 3, 6, 9, 2))
+    patches = patchify(x, 3)
+    assert patches.shape == (2, 3, 2, 3, 18)
+    for row, column, channel in np.ndindex(3, 3, 2):
+        value = patches[1, 2, 1, 2, (row * 3 + column) * 2 + channel]
+        assert value == x[1, 2, 3 + row, 6 + column, channel]
+
+
+def test_unpatchify_with_the_identity_undoes_patchify():
+    x = RNG.standard_normal((2, 3, 6, 9, 2)).astype(np.float32)
+    bias = np.array([0.5, -2], np.float32)
+    params = {"kernel": np.eye(18, dtype=np.float32), "bias": bias}
+    np.testing.assert_allclose(Unpatchify(3, 2).apply({"params": params}, patchify(x, 3)), x + bias, atol=1e-6)
+
+
+def test_unpatchify_is_a_transposed_convolution():
+    tokens = RNG.standard_normal((1, 2, 3, 4)).astype(np.float32)
+    kernel = RNG.standard_normal((4, 2 * 2 * 5)).astype(np.float32)
+    image = Unpatchify(2, 5).apply({"params": {"kernel": kernel, "bias": np.zeros(5, np.float32)}}, tokens)
+    expected = jax.lax.conv_transpose(
+        tokens,
+        kernel.reshape(4, 2, 2, 5).transpose(1, 2, 0, 3),
+        (2, 2),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        transpose_kernel=False,
+    )
+    flipped = expected.reshape(1, 2, 2, 3, 2, 5)[:, :, ::-1, :, ::-1].reshape(1, 4, 6, 5)  # lax's kernel is mirrored
+    np.testing.assert_allclose(image, flipped, atol=1e-5)
+
+
+def test_attention_averages_values_by_similarity():
+    query, key, value = (RNG.standard_normal((2, 4, 3, 6)).astype(np.float32) for _ in range(3))
+    out = attend(query, key, value)
+    for head in range(3):
+        logits = query[1, 2, head] @ key[1, :, head].T / np.sqrt(6)
+        share = np.exp(logits) / np.exp(logits).sum()
+        np.testing.assert_allclose(out[1, 2, head], share @ value[1, :, head], atol=1e-5)
+
+
+def test_rotated_queries_and_keys_know_only_their_distance():
+    query, key = (np.repeat(RNG.standard_normal((1, 1, 8)), 6, axis=0).astype(np.float32) for _ in range(2))
+    table = rotary_table(np.arange(6), 4)
+    turned_query, turned_key = rotate(query, table), rotate(key, table)
+    logits = np.einsum("qhd,khd->qk", turned_query, turned_key)
+    np.testing.assert_allclose(logits[1:, 1:], logits[:-1, :-1], atol=1e-5)
+    assert np.abs(logits[0] - logits[0, 0])[1:].min() > 1e-3
+    np.testing.assert_allclose(np.linalg.norm(turned_query, axis=-1), np.linalg.norm(query, axis=-1), rtol=1e-5)
+    np.testing.assert_array_equal(turned_query[0], query[0])
+
+
+def dit(**changes):
+    settings = {"channels": 3, "out_channels": 6, "patch": 2, "width": 16, "depth": 2, "heads": 2, "classes": 4}
+    return DiT(**settings | changes)
+
+
+CLIP, FRAME, ONE = ((2, 8, 16, 24, 3), (2, 16, 24, 3), (2,))
+AUTOENCODER = Autoencoder(width=16, depth=2, heads=2, head_dim=8)
+
+
+@pytest.mark.parametrize(
+    "module, shapes, stacked",
+    [
+        (AUTOENCODER, [CLIP], True),
+        (AUTOENCODER.clone(content="mean", position="none"), [CLIP], True),
+        (dit(), [FRAME, ONE, ONE], True),
+        (dit(classes=None, position="table"), [FRAME, ONE], True),
+        (dit(content_patch=4, position="table"), [FRAME, ONE, ONE, FRAME], True),
+        (PatchDiscriminator(2, 8), [FRAME], False),
+        (PatchDiscriminator(3, 8), [CLIP], False),
+        (LPIPS(), [FRAME, FRAME], False),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "",
+)
+def test_every_parameter_names_its_axes(module, shapes, stacked):
+    inputs = [jax.ShapeDtypeStruct(s, jnp.float32 if len(s) > 1 else jnp.int32) for s in shapes]
+    params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    leaves = jax.tree.leaves_with_path(params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    assert len(leaves) > 5
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert isinstance(leaf, nn.LogicallyPartitioned), name
+        assert len(leaf.names) == leaf.value.ndim, (name, leaf.names, leaf.value.shape)
+        assert set(leaf.names) <= LOGICAL_AXES.keys(), (name, leaf.names)
+        assert len(set(leaf.names)) == len(leaf.names), (name, leaf.names)  # one mesh axis can't split two dimensions
+        assert (leaf.names[0] == "layers") == ("blocks/" in name) and leaf.value.dtype == jnp.float32
+    assert any("blocks/" in jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves) == stacked
