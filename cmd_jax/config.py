@@ -1,19 +1,22 @@
 """Configs: `FILE[:ARG]` -> a locked ConfigDict, command-line overrides, and the checks that hold for all of them."""
 
-import ast
 import importlib.util
 import json
+import math
+import traceback
 from pathlib import Path
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
+from cmd_jax import defaults
 from cmd_jax.errors import UserError, choose, nearest
+from cmd_jax.stages import build_autoencoder, build_denoiser, build_process
 
 STAGES = ("autoencoder", "content", "motion")
 
 
 def parse_argument(argument: str, **defaults) -> tuple[str, dict]:
-    """`stage,key=value,...`, as it follows the colon of --config, -> (stage, values); only keys of `defaults` are known."""
+    """`stage,key=value,...`, as it follows the colon of --config, -> (stage, values); `defaults` are the known keys."""
     values, words = dict(defaults), [w.strip() for w in argument.split(",") if w.strip()]
     stage = words.pop(0) if words and "=" not in words[0] else "autoencoder"
     choose("config", stage, (*STAGES, "sample"))
@@ -27,57 +30,70 @@ def parse_argument(argument: str, **defaults) -> tuple[str, dict]:
 
 
 def coerce(field: str, text: str, like):
-    """The command line's text as a value of the type of `like`."""
-    if isinstance(like, str):
-        return text
+    """The command line's text as a value of the type of `like`: a str, bool, int or float."""
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if like is not None and (type(value) is not type(like)):
-        raise UserError(field, text, f"not a {type(like).__name__}", f"write it like {like!r}")
-    return value
+        return {"true": True, "false": False}[text.lower()] if isinstance(like, bool) else type(like)(text)
+    except (KeyError, ValueError) as e:
+        raise UserError(field, text, f"not of type {type(like).__name__}", f"write it like {like!r}") from e
 
 
 def load(specification: str, overrides: dict[str, str]) -> ConfigDict:
     """Run get_config of `FILE[:ARG]` and apply `key=value` overrides; unknown keys and wrong types are UserErrors."""
     file, _, argument = specification.partition(":")
     path = Path(file)
-    if not path.is_file():
-        raise UserError("config", file, "no such file", "give a file of configs/, like configs/quickstart.py:content")
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(argument)
+    if not path.is_file() or path.suffix != ".py":
+        problem = "not a Python file" if path.is_file() else "no such file"
+        raise UserError("config", file, problem, "give a file of configs/, like configs/quickstart.py:content")
+    config = _run(path, argument)
     for key, text in overrides.items():
         override(config, key, text)
     return check(config.copy_and_resolve_references())
 
 
+def _run(path: Path, argument: str) -> ConfigDict:
+    """What get_config of a config file returns. What goes wrong in the file becomes one line that names the place."""
+    try:
+        spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config(argument)
+        different = keys(config) ^ keys(defaults.stage(config.stage))
+    except UserError:
+        raise
+    except Exception as e:
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+        place = f" in line {lines[-1]}" if lines else ""
+        raise UserError("config", path, f"{type(e).__name__}{place}: {e}", "mend the file; --debug shows more") from e
+    if different:
+        stage, names = f"cmd_jax.defaults.stage({config.stage!r})", ", ".join(sorted(different))
+        raise UserError("config", path, f"its keys are not those of {stage}: {names}", "start from it")
+    return config
+
+
+def keys(config: ConfigDict, prefix: str = "") -> set[str]:
+    """The dotted names of all values."""
+    names = set()
+    for key, value in config.items():
+        names |= keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key}
+    return names
+
+
 def override(config: ConfigDict, dotted: str, text: str):
     """Set the declared key `a.b` from the command line's text."""
+    field, known = f"config.{dotted}", keys(config)
+    if below := sorted(k for k in known if k.startswith(f"{dotted}.")):
+        raise UserError(field, text, "is a group of keys", f"set one of {', '.join(below)}")
+    if dotted not in known:
+        raise UserError(field, text, "no such key", f"did you mean config.{nearest(dotted, known)[0]}")
+    if dotted == "stage":
+        raise UserError(field, text, "the config file sets it", f"use --config=FILE:{text}")
     *path, last = dotted.split(".")
     node = config
-    for i, part in enumerate(path):
-        _known(node, ".".join(path[:i]), part, dotted)
+    for part in path:
         node = node[part]
-        if not isinstance(node, ConfigDict):
-            raise UserError(f"config.{dotted}", text, f"{part} has no keys below it", f"set config.{'.'.join(path)}")
-    _known(node, ".".join(path), last, dotted)
-    current = node.get_oneway_ref(last).get() if isinstance(node.get_ref(last), config_dict.FieldReference) else node[last]
-    if isinstance(current, ConfigDict):
-        raise UserError(f"config.{dotted}", text, "is a group of keys", f"set one of {', '.join(sorted(current))}")
-    if last == "rules":
-        raise UserError(f"config.{dotted}", text, "is a table", "set it in the config file")
-    node[last] = coerce(f"config.{dotted}", text, current)
-
-
-def _known(node: ConfigDict, prefix: str, key: str, dotted: str):
-    if key not in node:
-        near = ".".join(p for p in (prefix, nearest(key, node)[0]) if p)
-        raise UserError(f"config.{dotted}", "?", "no such key", f"did you mean config.{near}")
+    if isinstance(node[last], tuple):
+        raise UserError(field, text, "is a table", "set it in the config file")
+    node[last] = coerce(field, text, node[last])
 
 
 def to_json(config: ConfigDict) -> str:
@@ -88,51 +104,58 @@ def from_json(text: str) -> ConfigDict:
     return ConfigDict(json.loads(text))
 
 
-# Numbers that must be positive, wherever they appear; and those that may be zero.
+# Numbers that must be positive, wherever they appear; those that may be zero; and those from zero to one.
 POSITIVE = {
     "frames", "height", "width", "stride", "steps", "batch_size", "patch", "depth", "heads", "head_dim", "channels",
     "motion_channels", "learning_rate", "accumulate", "log_every", "checkpoint_every", "keep", "threads", "prefetch",
-    "content_steps", "motion_steps", "num", "motions", "clips", "rotary_base", "fps", "probe_timeout", "videos", "shown",
+    "content_steps", "motion_steps", "num", "motions", "clips", "rotary_base", "fps", "probe_timeout", "videos",
+    "shown", "content_patch", "eps", "timesteps", "time_std", "discriminator_channels", "discriminator_layers",
 }  # fmt: skip
 NOT_NEGATIVE = {
-    "seed", "warmup_steps", "clip_norm", "l1", "l2", "lpips", "adversarial", "feature_matching", "label_dropout",
-    "preview_every", "cache_clips", "max_bad_fraction", "content_patch",
+    "seed", "warmup_steps", "clip_norm", "l1", "l2", "lpips", "adversarial", "feature_matching", "preview_every",
+    "cache_clips", "clip", "guidance",
 }  # fmt: skip
+FRACTIONS = {"ema_decay", "label_dropout", "max_bad_fraction", "b1", "b2"}
+SEEDS = 2**32  # jax.random.key takes a seed modulo this
 
 
 def check(config: ConfigDict) -> ConfigDict:
     """The checks that need no data: signs, ranges, choices, and sizes that patches must divide."""
     _check_signs(config, "")
-    for field in ("train.ema_decay", "guidance.label_dropout", "data.max_bad_fraction"):
-        group, key = field.split(".")
-        if group in config and key in config[group] and not 0 <= config[group][key] <= 1:
-            raise UserError(field, config[group][key], "outside 0 to 1", "give a fraction")
+    if config.seed >= SEEDS:
+        raise UserError("seed", config.seed, "too large", f"use at most {SEEDS - 1}")
     if "model" in config:
         choose("model.dtype", config.model.dtype, ("float32", "bfloat16"))
         choose("model.remat", config.model.remat, ("none", "full", "dots"))
-    if "train" in config and config.train.batch_size % config.train.accumulate:
-        raise UserError(
-            "train.batch_size", config.train.batch_size, f"not a multiple of train.accumulate={config.train.accumulate}",
-            f"use {config.train.accumulate * -(-config.train.batch_size // config.train.accumulate)}",
-        )  # fmt: skip
-    if "optimizer" in config and config.optimizer.warmup_steps >= config.train.steps:
-        raise UserError(
-            "optimizer.warmup_steps", config.optimizer.warmup_steps, f"not below train.steps={config.train.steps}",
-            f"use at most {config.train.steps - 1}",
-        )  # fmt: skip
-    if config.get("stage") == "autoencoder":
+    if "train" in config:
+        divisible("train.batch_size", config.train.batch_size, "train.accumulate", config.train.accumulate)
+        choose("optimizer.decay", config.optimizer.decay, ("constant", "cosine"))
+        for moment in ("b1", "b2"):
+            if config.optimizer[moment] == 1:
+                raise UserError(f"optimizer.{moment}", 1.0, "Adam would never forget", "use less than 1")
+        warmup, steps = config.optimizer.warmup_steps, config.train.steps
+        if warmup >= steps:
+            raise UserError(
+                "optimizer.warmup_steps", warmup, f"not below train.steps={steps}", f"use at most {steps - 1}"
+            )
+    # Building a module refuses unknown choices; doing it here spares the user the opening of the data before that.
+    if config.stage == "autoencoder":
+        build_autoencoder(config.model)
         for side in ("height", "width"):
             divisible(f"data.{side}", config.data[side], "model.patch", config.model.patch)
         needed = 4 if config.model.position == "rotary" else 1
         divisible("model.head_dim", config.model.head_dim, "what axial rotary positions need", needed)
-    if config.get("stage") in ("content", "motion"):
+        if config.model.channels != 3:
+            raise UserError("model.channels", config.model.channels, "clips have 3 channels", "use 3")
+        if config.loss.lpips and not config.loss.vgg:
+            raise UserError("loss.vgg", "", "LPIPS needs weights", "give their file, or set loss.lpips=0.0")
+    if config.stage in ("content", "motion"):
+        build_denoiser(config, channels=1, classes=1, process=build_process(config.diffusion))
         divisible("model.width", config.model.width, "model.heads", config.model.heads)
         divisible("model.width", config.model.width, "what sin-cos tables need", 4)
         if config.latents.normalize and config.diffusion.clip:
-            raise UserError(
-                "diffusion.clip", config.diffusion.clip, "clips pixels, but latents.normalize=True diffuses in other units",
-                "set one of the two off",
-            )  # fmt: skip
+            problem = "clips pixels, but latents.normalize=True diffuses in other units"
+            raise UserError("diffusion.clip", config.diffusion.clip, problem, "set one of the two off")
     return config
 
 
@@ -147,7 +170,12 @@ def _check_signs(config: ConfigDict, prefix: str):
         if isinstance(value, ConfigDict):
             _check_signs(value, f"{prefix}{key}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            if value != value or (key in POSITIVE and value <= 0 and prefix != "mesh."):
+            if not math.isfinite(value):
+                raise UserError(f"{prefix}{key}", value, "not a finite number", "give one")
+            # optimizer.steps only mirrors train.steps, which is what the user sets.
+            if key in POSITIVE and value <= 0 and prefix + key != "optimizer.steps":
                 raise UserError(f"{prefix}{key}", value, "must be positive", "give a number above zero")
             if key in NOT_NEGATIVE and value < 0:
                 raise UserError(f"{prefix}{key}", value, "must not be negative", "give zero or more")
+            if key in FRACTIONS and not 0 <= value <= 1:
+                raise UserError(f"{prefix}{key}", value, "outside 0 to 1", "give a fraction")

@@ -9,7 +9,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 def keep_freed_memory():
     """Tell glibc to keep freed buffers: handing them back after every op makes page faults dominate on a CPU.
 
-    launch/env.sh says the same through GLIBC_TUNABLES, which also turns on huge pages; where it was used, this does nothing.
+    launch/env.sh says the same through GLIBC_TUNABLES, which also turns on huge pages; where it was
+    used, this does nothing.
     """
     if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return

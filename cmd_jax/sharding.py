@@ -62,6 +62,8 @@ def check_rules(rules) -> tuple[tuple[str, tuple[str, ...]], ...]:
         axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
         for axis in axes:
             choose(f"rules.{name}", axis, MESH_AXES)
+        if name in dict(checked):
+            raise UserError("rules", name, "has two rules", "leave one")
         checked.append((name, axes))
     return tuple(checked)
 
@@ -76,19 +78,23 @@ def partitioning(mesh: Mesh, rules):
 def shardings_of(boxed, mesh: Mesh, rules):
     """Shardings of a tree of logically partitioned (abstract) arrays; unboxed leaves are replicated.
 
-    A dimension that its mesh axes do not divide stays whole.
+    A dimension that its mesh axes do not divide stays whole, and so does one whose mesh axes an earlier one has taken.
     """
     table = dict(check_rules(rules))
 
     def spec_of(leaf):
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, PartitionSpec())
-        spec = []
+        spec, taken = [], set()
         for name, size in zip(leaf.names, leaf.value.shape, strict=True):
             if name not in table:
-                raise UserError("rules", name, "no rule for this logical axis of a parameter", "add it to the rules table")
+                raise UserError(
+                    "rules", name, "no rule for this logical axis of a parameter", "add it to the rules table"
+                )
             axes = table[name]
-            spec.append(axes if axes and size % math.prod(mesh.shape[a] for a in axes) == 0 else None)
+            fits = axes and taken.isdisjoint(axes) and size % math.prod(mesh.shape[a] for a in axes) == 0
+            spec.append(axes if fits else None)
+            taken |= set(axes if fits else ())
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(spec_of, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))

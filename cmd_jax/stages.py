@@ -26,6 +26,7 @@ from cmd_jax.models.discriminator import (
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
+from cmd_jax.models.dit import POSITIONS as DIT_POSITIONS
 from cmd_jax.models.dit import DiT
 from cmd_jax.models.vgg import LPIPS
 
@@ -57,6 +58,7 @@ def build_process(config) -> Gaussian | Flow:
 
 def build_denoiser(config, channels: int, classes: int, process) -> DiT:
     """The DiT of a content or motion config."""
+    choose("model.position", config.model.position, DIT_POSITIONS)
     out_channels = channels * (2 if process.learned_range else 1)
     model = {**config.model.to_dict(), "dtype": jnp.dtype(config.model.dtype)}
     return DiT(channels=channels, out_channels=out_channels, classes=classes, **model)
@@ -83,7 +85,7 @@ class AutoencoderStage:
         self.frozen = {} if lpips_params is None else {"lpips": lpips_params}
         self.discriminators = {}
         if config.loss.adversarial:
-            sizes = dict(base_channels=config.loss.discriminator_channels, layers=config.loss.discriminator_layers)
+            sizes = {"base_channels": config.loss.discriminator_channels, "layers": config.loss.discriminator_layers}
             self.discriminators = {f"{n}d": PatchDiscriminator(dimensions=n, **sizes) for n in (2, 3)}
 
     def init(self, key):
@@ -275,13 +277,14 @@ DIFFUSION_STAGES = {"content": ContentStage, "motion": MotionStage}
 
 def check_patches(config, autoencoder: FrozenAutoencoder):
     """The grids that the denoiser cuts into patches must be multiples of them."""
-    patch, (height, width, _), (frames, cells, _) = config.model.patch, autoencoder.content_shape, autoencoder.motion_shape
+    patch, (height, width, _) = config.model.patch, autoencoder.content_shape
+    frames, cells, _ = autoencoder.motion_shape
     if config.stage == "content":
-        sides = {"data.height": (height, patch), "data.width": (width, patch)}
+        sides = [("data.height", height, "patch", patch), ("data.width", width, "patch", patch)]
     else:
         extra = config.model.content_patch
-        sides = {"data.frames": (frames, patch), "h+w": (cells, patch)}
-        sides |= {"data.height": (height, extra), "data.width": (width, extra)}
-    for field, (size, p) in sides.items():
+        sides = [("data.frames", frames, "patch", patch), ("h+w", cells, "patch", patch)]
+        sides += [("data.height", height, "content_patch", extra), ("data.width", width, "content_patch", extra)]
+    for field, size, by, p in sides:
         if size % p:
-            raise UserError(field, size, f"not a multiple of the {config.stage} model's patch {p}", "change model.patch")
+            raise UserError(field, size, f"not a multiple of {config.stage} model.{by}={p}", f"change model.{by}")

@@ -48,7 +48,9 @@ def _split(batch, count: int, index):
     """Microbatch `index` of `count`: every count-th clip, so that the sharded batch axis stays outermost."""
 
     def one(x):
-        return jax.lax.dynamic_index_in_dim(x.reshape(x.shape[0] // count, count, *x.shape[1:]), index, 1, keepdims=False)
+        return jax.lax.dynamic_index_in_dim(
+            x.reshape(x.shape[0] // count, count, *x.shape[1:]), index, 1, keepdims=False
+        )
 
     return jax.tree.map(one, batch)
 

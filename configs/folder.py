@@ -5,7 +5,7 @@
     cmd-jax train --config=configs/folder.py:motion      --workdir=runs/mine --config.data.root=DIR
     cmd-jax sample --config=configs/folder.py:sample     --workdir=runs/mine --config.data.root=DIR
 
-Sized for 2 CPU cores and some hundred clips; `size=ucf101.py` sizes are in configs/ucf101.py.
+Sized for 2 CPU cores and some hundred clips; the paper's sizes are in configs/ucf101.py.
 """
 
 from cmd_jax import defaults

@@ -33,10 +33,12 @@ class BatchPlan:
         self._orders: dict[int, np.ndarray] = {}
 
     def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
+        order = self._orders.get(epoch)
+        if order is None:
             order = np.random.default_rng((self.seed, 0, epoch)).permutation(self.clips)
+            # Threads at other steps may replace the table meanwhile: what is returned must not be read from it again.
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: order}
-        return self._orders[epoch]
+        return order
 
     def ids(self, step: int) -> np.ndarray:
         """Clip indices of the batch at `step`: int [B]."""

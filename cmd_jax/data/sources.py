@@ -18,7 +18,7 @@ STATISTICS_CLIPS = 1024
 def open_source(data, cache: Path | None = None):
     """The source of a config's `data` group. `cache` remembers which files of a folder could be read."""
     choose("data.source", data.source, ("shapes", "folder"))
-    shape = dict(frames=data.frames, height=data.height, width=data.width, split=data.split)
+    shape = {"frames": data.frames, "height": data.height, "width": data.width, "split": data.split}
     if data.source == "shapes":
         return ShapesSource(clips=data.clips, **shape)
     return FolderSource(
@@ -63,6 +63,8 @@ def channel_statistics(latents: dict, measured: bool) -> dict:
     statistics = {}
     for name in ("content", "motion"):
         values = latents[name].reshape(-1, latents[name].shape[-1]).astype(np.float64)
-        mean, std = (values.mean(0), values.std(0)) if measured else (np.zeros(values.shape[1]), np.ones(values.shape[1]))
+        mean, std = (
+            (values.mean(0), values.std(0)) if measured else (np.zeros(values.shape[1]), np.ones(values.shape[1]))
+        )
         statistics[name] = {"mean": mean.tolist(), "std": np.maximum(std, 1e-6).tolist()}
     return statistics

@@ -19,7 +19,7 @@ OPTIONAL_KEYS = {"learn_sigma": True, "num_classes": None}
 
 
 def load(kind: str, config: dict, state_dict: dict[str, np.ndarray]):
-    """A model of the reference, from its torch weights -> (module, params), for `module.apply({"params": params}, ...)`.
+    """A model of the reference from its torch weights -> (module, params) for `module.apply({"params": params}, ...)`.
 
     kind: "autoencoder", "motion_dit" or "content_dit" (facebook's DiT has the same names). state_dict: torch layout
     (conv OIHW, linear [out,in]), any float dtype; params are float32 and may share its memory.
@@ -31,8 +31,8 @@ def load(kind: str, config: dict, state_dict: dict[str, np.ndarray]):
       motion_dit: the same with input_size [T,h+w], and content_size [H,W], content_channels, content_patch_size.
         motion_order: "as_stored" takes the reference's latents (columns, then rows), "rows_first" the ones of our
         autoencoder; the halves have the proportions of content_size.
-    Position tables are taken from `pos_embed` and `content_pos_embed` where the weights hold them. Otherwise a motion DiT
-    gets the reference's table, that of a square grid with as many tokens; a content DiT that of its own grid.
+    Position tables are taken from `pos_embed` and `content_pos_embed` where the weights hold them. Otherwise a motion
+    DiT gets the reference's table, that of a square grid with as many tokens; a content DiT that of its own grid.
 
     The module takes and gives channels-last arrays; the autoencoder's motion latent has rows first.
     Raises UserError for a bad config, and for a tensor that is missing, left over or of another shape: it names the

@@ -1,0 +1,183 @@
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from cmd_jax import defaults
+from cmd_jax.data.pipeline import BatchPlan, batches, local_rows, to_global, video_reader
+from cmd_jax.data.sources import channel_statistics, encode_clips, latent_reader
+from cmd_jax.errors import UserError
+from cmd_jax.models.autoencoder import Latents
+from cmd_jax.sharding import BATCH_AXES, make_mesh
+from cmd_jax.stages import denormalize, normalize
+
+T, H, W = 3, 2, 4
+
+
+class CountedSource:
+    """Clip i is full of i, but for its first value, which the generator draws."""
+
+    def __init__(self, clips):
+        self.clips = clips
+
+    def __len__(self):
+        return self.clips
+
+    def clip(self, index, rng):
+        video = np.full((T, H, W, 3), index, np.uint8)
+        video[0, 0, 0, 0] = rng.integers(256)
+        return video, index % 5
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(defaults.stage("content").mesh)
+
+
+def read_batches(mesh, start, stop, seed=0, clips=11, batch_size=4, threads=2, prefetch=3, read=None):
+    plan = BatchPlan(clips, batch_size, seed)
+    read = read or video_reader(CountedSource(clips))
+    return batches(read, plan, mesh, start=start, stop=stop, threads=threads, prefetch=prefetch)
+
+
+def host(batches):
+    return [jax.tree.map(np.asarray, batch) for batch in batches]
+
+
+def test_a_batch_depends_on_seed_and_step_alone(mesh):
+    whole = host(read_batches(mesh, 0, 12))
+    for start, stop, threads, prefetch in ((0, 12, 1, 1), (5, 12, 4, 8), (11, 12, 2, 1)):
+        again = host(read_batches(mesh, start, stop, threads=threads, prefetch=prefetch))
+        assert len(again) == stop - start
+        for ours, theirs in zip(again, whole[start:], strict=True):
+            assert np.array_equal(ours["video"], theirs["video"]) and np.array_equal(ours["label"], theirs["label"])
+    other = host(read_batches(mesh, 0, 12, seed=1))
+    assert sum(not np.array_equal(a["video"], b["video"]) for a, b in zip(whole, other, strict=True)) == 12
+
+
+def test_the_batch_is_that_of_the_plan(mesh):
+    plan = BatchPlan(11, 4, seed=0)
+    for step, batch in enumerate(host(read_batches(mesh, 0, 6))):
+        assert batch["video"].shape == (4, T, H, W, 3) and batch["video"].dtype == np.uint8
+        assert np.array_equal(batch["video"][:, 1, 0, 0, 0], plan.ids(step))
+        assert batch["label"].dtype == np.int32 and np.array_equal(batch["label"], plan.ids(step) % 5)
+        drawn = [plan.rng(step, row).integers(256) for row in range(4)]
+        assert np.array_equal(batch["video"][:, 0, 0, 0, 0], drawn)
+
+
+@pytest.mark.parametrize("clips, batch_size", [(12, 4), (11, 4), (4, 4), (7, 5)])
+def test_every_epoch_visits_every_clip_once_in_its_own_order(clips, batch_size):
+    epochs = 6
+    plan = BatchPlan(clips, batch_size, seed=3)
+    ids = np.concatenate([plan.ids(step) for step in range(-(-epochs * clips // batch_size))])[: epochs * clips]
+    orders = ids.reshape(epochs, clips)
+    assert (np.sort(orders, axis=1) == np.arange(clips)).all()
+    assert len({tuple(order) for order in orders}) == epochs
+    assert not np.array_equal(BatchPlan(clips, batch_size, seed=4).ids(0), plan.ids(0))
+
+
+def test_draws_differ_between_steps_rows_and_seeds():
+    draws = {
+        BatchPlan(9, 2, seed).rng(step, row).integers(2**60) for seed in (0, 1) for step in range(3) for row in range(2)
+    }
+    assert len(draws) == 12
+
+
+def test_threads_far_apart_in_the_plan_do_not_disturb_each_other():
+    """One step an epoch: threads at other epochs keep evicting each other's order."""
+    plan, expected = BatchPlan(4, 4, seed=0), [BatchPlan(4, 4, seed=0).ids(step).tolist() for step in range(60)]
+    failures = []
+
+    def work(offset):
+        try:
+            for i in range(600):
+                step = (i * 7 + offset) % 60
+                assert plan.ids(step).tolist() == expected[step]
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(n * 11,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_fewer_clips_than_a_batch_is_an_error():
+    with pytest.raises(
+        UserError, match="^train.batch_size=8: more than the 7 usable clips: no batch per epoch; use at "
+    ):
+        BatchPlan(7, 8, seed=0)
+    assert sorted(BatchPlan(8, 8, seed=0).ids(0)) == list(range(8))
+
+
+def test_batches_are_global_arrays_split_over_the_batch(mesh):
+    batch = next(read_batches(mesh, 0, 1))
+    for array in batch.values():
+        assert isinstance(array, jax.Array) and array.shape[0] == 4
+        assert array.sharding.mesh == mesh and array.sharding.spec[0] == BATCH_AXES
+    assert local_rows(4, mesh) == [0, 1, 2, 3]
+    rows = {row: {"x": np.float32(row)} for row in range(4)}
+    assert np.asarray(to_global(rows, 4, mesh)["x"]).tolist() == [0, 1, 2, 3]
+
+
+def test_an_error_of_the_reader_reaches_the_consumer_after_the_batches_before_it(mesh):
+    plan = BatchPlan(11, 4, seed=0)
+    source = CountedSource(11)
+
+    def read(index, rng):
+        if index == plan.ids(2)[1]:
+            raise UserError("data.root", f"clip {index}", "has changed", "restore it")
+        return video_reader(source)(index, rng)
+
+    # Which steps come before the first one that holds the clip:
+    first = next(step for step in range(9) if plan.ids(2)[1] in plan.ids(step))
+    got = read_batches(mesh, 0, 9, read=read, threads=3)
+    for _ in range(first):
+        next(got)
+    with pytest.raises(UserError, match="data.root=clip .*: has changed; restore it"):
+        next(got)
+
+
+def test_a_consumer_may_leave_early(mesh):
+    before = threading.active_count()
+    got = read_batches(mesh, 0, 10**6, threads=2, prefetch=4)
+    next(got)
+    got.close()
+    assert threading.active_count() <= before + 4  # and no thread reads the rest
+
+
+def test_encoded_clips_are_those_of_the_source_in_order(mesh):
+    def encode(batch):
+        content = batch["video"][:, 1].astype("float32")
+        return Latents(content, -content[:, :, :1])
+
+    progress = []
+    latents = encode_clips(CountedSource(5), encode, 13, 4, mesh, seed=0, progress=progress.append)
+    assert latents["content"].shape == (13, H, W, 3) and latents["motion"].shape == (13, H, 1, 3)
+    assert latents["content"][:, 0, 0, 0].tolist() == [i % 5 for i in range(13)]
+    assert latents["label"].tolist() == [i % 5 for i in range(13)] and progress == [4, 8, 12, 13]
+    batch = next(read_batches(mesh, 0, 1, clips=13, read=latent_reader(latents)))
+    ids = BatchPlan(13, 4, seed=0).ids(0)
+    assert set(batch) == {"content", "motion", "label"} and batch["label"].dtype == np.int32
+    assert np.array_equal(batch["motion"], latents["motion"][ids])
+
+
+def test_statistics_make_latents_zero_mean_and_unit_variance():
+    rng = np.random.default_rng(0)
+    latents = {
+        "content": rng.normal([1, 2, 3], [0.5, 1, 2], (20, H, W, 3)).astype(np.float32),
+        "motion": rng.normal(-0.3, 0.1, (20, T, H + W, 2)).astype(np.float32),
+    }
+    statistics = channel_statistics(latents, measured=True)
+    for name, values in latents.items():
+        scaled = normalize(values, {k: np.array(v) for k, v in statistics[name].items()})
+        axes = tuple(range(values.ndim - 1))
+        np.testing.assert_allclose(scaled.mean(axes), 0, atol=1e-6)
+        np.testing.assert_allclose(scaled.std(axes), 1, atol=1e-6)
+        back = denormalize(scaled, {k: np.array(v) for k, v in statistics[name].items()})
+        np.testing.assert_allclose(back, values, atol=1e-6)
+    unit = channel_statistics(latents, measured=False)
+    assert unit["motion"] == {"mean": [0, 0], "std": [1, 1]} and unit["content"]["std"] == [1, 1, 1]
