@@ -1,4 +1,4 @@
-"""Clips from a folder of video files: UCF-101's layout, class folders, or a manifest with texts (SPEC 6)."""
+"""Clips from a folder of video files: UCF-101's layout, class folders, or a manifest with texts (paper section 4.1)."""
 
 import collections
 import csv

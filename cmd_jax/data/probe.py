@@ -4,6 +4,7 @@
 (`{"path": ..., "timeout": seconds}`) and answers each with one line: what is in the file, or `{"error": reason}`.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -208,10 +209,8 @@ def main():
     import cmd_jax.data.video  # noqa: F401  so that READY says that the decoder is there
 
     for limit, value in ((resource.RLIMIT_AS, MEMORY_LIMIT), (resource.RLIMIT_CORE, 0)):
-        try:
+        with contextlib.suppress(ValueError, OSError):  # some systems lack a limit; the header check still holds
             resource.setrlimit(limit, (value, value))
-        except (ValueError, OSError):
-            pass  # some systems have no such limit; the header check still holds
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # a codec's own prints must not mix with the answers
     print(json.dumps(READY), file=answers)

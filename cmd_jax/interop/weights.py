@@ -34,7 +34,7 @@ STORAGES = {
 
 
 def read_state_dict(path: str | Path, key: str | None = None) -> dict[str, np.ndarray]:
-    """The tensors of a .safetensors file or of a torch zip file (.pt, .pth, .ckpt, .bin), in the file's dtypes and layout.
+    """The tensors of a .safetensors or torch zip file (.pt, .pth, .ckpt, .bin), in the file's dtypes and layout.
 
     key: which entry of a torch file {"model": ..., "ema": ...} to read; None takes the only one that holds tensors, or
     the whole file if that is one state dict. Arrays of a torch file may be read-only, strided views.

@@ -19,7 +19,10 @@ MODES = ("pixel", "latent")
 
 
 class Latents(NamedTuple):
-    """A clip as CMD sees it. content: [B, H, W, C], in the space of frames. motion: [B, T, h+w, K] in (-1, 1), rows first."""
+    """A clip as CMD sees it.
+
+    content: [B, H, W, C], in the space of frames. motion: [B, T, h+w, K] in (-1, 1), rows first, then columns.
+    """
 
     content: jax.Array
     motion: jax.Array
@@ -84,7 +87,10 @@ class FactorizedBlock(nn.Module):
 
 
 class TimeSformer(nn.Module):
-    """`depth` factorised space-time blocks: [B, T, h, w, D] -> same. position: "rotary" (time, and axial space) or "none"."""
+    """`depth` factorised space-time blocks: [B, T, h, w, D] -> same.
+
+    position: "rotary" (over time, and axial over space; head_dim a multiple of 4) or "none".
+    """
 
     depth: int
     heads: int
@@ -165,7 +171,7 @@ class Autoencoder(nn.Module):
         return jnp.broadcast_to(weights.astype(np.float32)[:, None, None, None], video.shape)
 
     def content_weights(self, video):
-        """What each frame gives to the content frame, to look at: [B, T, H, W, C] -> [B, T, H, W, C], summing to 1 over T."""
+        """What each frame gives to the content frame, to look at: [B, T, H, W, C] -> same shape, summing to 1 over T."""
         return self._weights(self._features(video), video)
 
     def encode(self, video) -> Latents:

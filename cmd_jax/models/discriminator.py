@@ -1,4 +1,4 @@
-"""Patch discriminators for the autoencoder's optional adversarial term, and their losses (SPEC 2)."""
+"""Patch discriminators for the autoencoder's optional adversarial term, and their losses (paper appendix B)."""
 
 import math
 from collections.abc import Sequence
@@ -87,7 +87,7 @@ def hinge_generator_loss(fake_logits):
 
 
 def feature_matching_loss(real_features, fake_features):
-    """L1 distance of the discriminator's activations, averaged over its layers -> scalar (weight 4 in SPEC 2).
+    """L1 distance of the discriminator's activations, averaged over its layers -> scalar (weight 4 in appendix B).
 
     The real features are targets: no gradient flows into them.
     """

@@ -1,4 +1,4 @@
-"""The diffusion transformer (DiT) that draws content frames and motion latents (paper section 3.2, Peebles & Xie 2023)."""
+"""The diffusion transformer (DiT) that draws content frames and motion latents (section 3.2; Peebles & Xie 2023)."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange
 
 from cmd_jax.models.attention import attend
-from cmd_jax.models.layers import Unpatchify, dense, layer_norm, patchify, scanned
+from cmd_jax.models.layers import dense, layer_norm, patchify, scanned
 
 NORM_EPSILON = 1e-6
 TIMESTEP_FEATURES = 256
@@ -77,7 +77,8 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """Denoiser of a 2-D grid: a content frame [B, H, W, C], or a motion latent [B, T, h+w, K].
 
-    (x [B, R, S, channels], timesteps [B] in [0, 1000], label [B] in 0..classes, content) -> [B, R, S, out_channels] float32.
+    (x [B, R, S, channels], timesteps [B] in [0, 1000], label [B] in 0..classes, content) -> float32
+    [B, R, S, out_channels].
     Label `classes` is the null class of guidance; classes=None makes a model without label, classes=0 one with the null
     class only. content_patch > 0 asks for a content frame [B, H, W, C'], whose patches join as extra tokens with an
     embedding and a position table of their own; only the grid's own tokens are read out (paper section 3.2).
@@ -134,7 +135,11 @@ class DiT(nn.Module):
 
         tokens = tokens[:, : rows * columns]
         modulation = dense(
-            2 * self.width, ("embed", "modulation"), init=nn.initializers.zeros, dtype=self.dtype, name="final_modulation"
+            2 * self.width,
+            ("embed", "modulation"),
+            init=nn.initializers.zeros,
+            dtype=self.dtype,
+            name="final_modulation",
         )(condition)
         shift, scale = jnp.split(modulation, 2, axis=-1)
         tokens = modulate(layer_norm(NORM_EPSILON, affine=False, dtype=self.dtype)(tokens), shift, scale)

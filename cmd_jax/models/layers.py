@@ -39,7 +39,7 @@ def layer_norm(epsilon: float, *, affine: bool, dtype, name: str | None = None) 
 
 
 def patchify(x, patch: int):
-    """Cut the last two grid axes into patches: [..., H, W, C] -> [..., H/p, W/p, p*p*C], flattened as (row, column, C)."""
+    """Cut a grid into patches: [..., H, W, C] -> [..., H/p, W/p, p*p*C], each flattened as (row, column, C)."""
     return rearrange(x, "... (h p) (w q) c -> ... h w (p q c)", p=patch, q=patch)
 
 

@@ -1,4 +1,4 @@
-"""LPIPS on VGG16 (Zhang et al. 2018): the perceptual loss of the autoencoder (SPEC 2) and a score of reconstructions."""
+"""LPIPS on VGG16 (Zhang et al. 2018): a perceptual loss of the autoencoder, and a score of reconstructions."""
 
 import flax.linen as nn
 import jax

@@ -15,7 +15,9 @@ def read_section(folder: Path, page: Path) -> Section:
     """The section of one sample folder, its files named relative to the page."""
     path = folder / "samples.json"
     if not path.is_file():
-        raise UserError("folder", folder, "holds no samples.json", "give a folder that `cmd-jax sample` or `evaluate` wrote")
+        raise UserError(
+            "folder", folder, "holds no samples.json", "give a folder that `cmd-jax sample` or `evaluate` wrote"
+        )
     section = json.loads(path.read_text())
     base = folder.absolute().relative_to(page.parent.absolute())
     items = [Item(r["caption"], video=str(base / r["video"]), image=str(base / r["content"])) for r in section["items"]]
