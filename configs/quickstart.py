@@ -9,7 +9,7 @@ from cmd_jax.errors import choose
 WEIGHTS = Path(__file__).parent / "weights" / "quickstart"
 STEPS = {
     "small": dict(autoencoder=450, content=1200, motion=900),
-    "long": dict(autoencoder=1500, content=6500, motion=4000),
+    "long": dict(autoencoder=1500, content=6500, motion=3000),
 }
 CLIPS = {"small": 4_800, "long": 9_600}  # encoded once for the diffusion stages
 

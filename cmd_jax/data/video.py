@@ -1,4 +1,4 @@
-"""From a video file to pixels: frame-exact decoding with PyAV, centre crop and antialiased resize (paper section 4.1)."""
+"""From a video file to pixels: frame-exact decoding with PyAV, centre crop and antialiased resize."""
 
 import contextlib
 import os

@@ -171,7 +171,7 @@ class Autoencoder(nn.Module):
         return jnp.broadcast_to(weights.astype(np.float32)[:, None, None, None], video.shape)
 
     def content_weights(self, video):
-        """What each frame gives to the content frame, to look at: [B, T, H, W, C] -> same shape, summing to 1 over T."""
+        """What each frame gives to the content frame, for inspection: [B, T, H, W, C] -> same, summing to 1 over T."""
         return self._weights(self._features(video), video)
 
     def encode(self, video) -> Latents:
