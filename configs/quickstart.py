@@ -22,7 +22,7 @@ def get_config(argument: str = ""):
     config.data.update(source="shapes", frames=8, height=32, width=32)
     if stage == "sample":
         config.weights = str(WEIGHTS) if long else ""
-        config.sampling.update(num=24, batch_size=32, guidance=3.0, content_steps=30, motion_steps=20)
+        config.sampling.update(num=24, batch_size=32, guidance=6.0, content_steps=50, motion_steps=20)
         return config
     config.train.steps = STEPS[size][stage]
     config.optimizer.update(learning_rate=1e-3, b1=0.9, b2=0.99, decay="cosine", warmup_steps=100, clip_norm=1.0)
