@@ -76,7 +76,7 @@ def train_step(state: TrainState, frozen, batch, step, key, *, loss_fn, optimize
         total, _ = jax.lax.scan(microstep, one(0), jnp.arange(1, accumulate))
         (loss, metrics), grads = jax.tree.map(lambda x: x / accumulate, total)
 
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (step == state.step)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -222,7 +222,8 @@ def test_files_that_are_no_configs(tmp_path):
         "config=FILE: ValueError in line 2: so so"
     )
     assert "in line 4: " in message(
-        "from cmd_jax import defaults\ndef get_config(argument):\n  config = defaults.stage(argument)\n  config.nonsense = 1"
+        "from cmd_jax import defaults\ndef get_config(argument):\n  config = defaults.stage(argument)\n"
+        "  config.nonsense = 1"
     )
     assert message("def get_config(argument):\n  return None").startswith("config=FILE: AttributeError")
     assert "its keys are not those of cmd_jax.defaults.stage('content'): extra; " in message(

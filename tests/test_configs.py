@@ -53,7 +53,7 @@ def test_the_stages_of_a_file_fit_each_other(file):
 
 
 def test_the_papers_autoencoder():
-    """SPEC 2: K=8, D=384, patch 2, Adam 1e-5 (0.5, 0.9), batch 24; 8 blocks of 8 heads of 48, or the appendix' 12 of 64."""
+    """K=8, D=384, patch 2, Adam 1e-5 (0.5, 0.9), batch 24; 8 blocks of 8 heads of 48, or the appendix' 12 of 64."""
     config = ucf101("autoencoder")
     model = config.model
     assert (model.patch, model.width, model.motion_channels, model.channels) == (2, 384, 8, 3)
@@ -74,7 +74,7 @@ def test_the_papers_autoencoder():
 
 @pytest.mark.parametrize("stage", ["content", "motion"])
 def test_the_papers_diffusion(stage):
-    """SPEC 3-4: Adam 1e-4 (0.9, 0.999), batch 256, 3000 epochs, EMA 0.999, clip 1.0; eps, learned range, label dropout 0.1."""
+    """Adam 1e-4 (0.9, 0.999), batch 256, 3000 epochs, EMA 0.999, clip 1.0; eps, learned range, label dropout 0.1."""
     config = ucf101(stage)
     optimizer, train, diffusion = config.optimizer, config.train, config.diffusion
     assert (optimizer.learning_rate, optimizer.b1, optimizer.b2) == (1e-4, 0.9, 0.999)
@@ -94,7 +94,7 @@ def test_the_papers_diffusion(stage):
 
 
 def test_the_papers_denoisers():
-    """SPEC 3-4: content DiT-XL/2 (reference L/2), motion L/2 with content patches of 4."""
+    """Content DiT-XL/2 (reference L/2), motion L/2 with content patches of 4."""
     size = lambda config: (config.model.depth, config.model.width, config.model.heads)  # noqa: E731
     assert size(ucf101("content")) == SIZES["XL"] == (28, 1152, 16)
     assert size(ucf101("content", "reference")) == SIZES["L"] == (24, 1024, 16)
@@ -105,7 +105,7 @@ def test_the_papers_denoisers():
 
 
 def test_the_papers_sampling():
-    """SPEC 5: guidance 4.0, DDIM with eta 0, 50 content steps, 100 motion steps."""
+    """Guidance 4.0, DDIM with eta 0, 50 content steps, 100 motion steps."""
     sampling = ucf101("sample").sampling
     assert (sampling.guidance, sampling.content_steps, sampling.motion_steps, sampling.eta) == (4.0, 50, 100, 0.0)
     assert (sampling.content_solver, sampling.motion_solver, sampling.mode) == ("", "", "generate")

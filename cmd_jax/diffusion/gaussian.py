@@ -208,9 +208,9 @@ def item_mean(x):
 
 
 def check_clip(clip) -> None:
-    """UserError (sampling.clip) unless clip is None or a positive number."""
+    """UserError (diffusion.clip) unless clip is None or a positive number."""
     if clip is not None and not clip > 0:
-        raise UserError("sampling.clip", clip, "must be positive", "use 1.0 for pixels, None for no clipping")
+        raise UserError("diffusion.clip", clip, "must be positive", "use 1.0 for pixels, None for no clipping")
 
 
 def normal_kl(mean, log_variance, other_mean, other_log_variance):

@@ -28,12 +28,12 @@ def check_count(field: str, value, most: int | None = None) -> int:
 
 def linear_betas(steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> np.ndarray:
     """Betas that grow linearly (DDPM, DiT): float64 [steps]."""
-    return np.linspace(start, end, check_count("diffusion.steps", steps), dtype=np.float64)
+    return np.linspace(start, end, check_count("diffusion.timesteps", steps), dtype=np.float64)
 
 
 def scaled_linear_betas(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> np.ndarray:
     """Betas whose square roots grow linearly (Stable Diffusion): float64 [steps]."""
-    return np.linspace(start**0.5, end**0.5, check_count("diffusion.steps", steps), dtype=np.float64) ** 2
+    return np.linspace(start**0.5, end**0.5, check_count("diffusion.timesteps", steps), dtype=np.float64) ** 2
 
 
 def spaced_timesteps(total: int, count: int, spacing: str = "even") -> np.ndarray:

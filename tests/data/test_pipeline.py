@@ -1,4 +1,4 @@
-import threading
+import time
 
 import jax
 import numpy as np
@@ -66,7 +66,7 @@ def test_the_batch_is_that_of_the_plan(mesh):
         assert np.array_equal(batch["video"][:, 0, 0, 0, 0], drawn)
 
 
-@pytest.mark.parametrize("clips, batch_size", [(12, 4), (11, 4), (4, 4), (7, 5)])
+@pytest.mark.parametrize("clips, batch_size", [(12, 4), (11, 4), (8, 8), (7, 5)])
 def test_every_epoch_visits_every_clip_once_in_its_own_order(clips, batch_size):
     epochs = 6
     plan = BatchPlan(clips, batch_size, seed=3)
@@ -84,25 +84,11 @@ def test_draws_differ_between_steps_rows_and_seeds():
     assert len(draws) == 12
 
 
-def test_threads_far_apart_in_the_plan_do_not_disturb_each_other():
-    """One step an epoch: threads at other epochs keep evicting each other's order."""
-    plan, expected = BatchPlan(4, 4, seed=0), [BatchPlan(4, 4, seed=0).ids(step).tolist() for step in range(60)]
-    failures = []
+def test_a_thread_at_another_epoch_may_replace_the_table_of_orders_at_any_moment():
+    class Evicted(BatchPlan):
+        _orders = property(lambda self: {}, lambda self, table: None)
 
-    def work(offset):
-        try:
-            for i in range(600):
-                step = (i * 7 + offset) % 60
-                assert plan.ids(step).tolist() == expected[step]
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(n * 11,)) for n in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    assert np.array_equal(Evicted(4, 4, seed=0).ids(7), BatchPlan(4, 4, seed=0).ids(7))
 
 
 def test_fewer_clips_than_a_batch_is_an_error():
@@ -142,11 +128,13 @@ def test_an_error_of_the_reader_reaches_the_consumer_after_the_batches_before_it
 
 
 def test_a_consumer_may_leave_early(mesh):
-    before = threading.active_count()
-    got = read_batches(mesh, 0, 10**6, threads=2, prefetch=4)
+    """The readers run ahead by the prefetched batches only, and stop with their consumer."""
+    reads, read = [], video_reader(CountedSource(11))
+    got = read_batches(mesh, 0, 10**6, threads=2, prefetch=4, read=lambda *a: reads.append(1) or read(*a))
     next(got)
     got.close()
-    assert threading.active_count() <= before + 4  # and no thread reads the rest
+    time.sleep(0.2)
+    assert 4 <= len(reads) <= 4 * (1 + 4 + 2)
 
 
 def test_encoded_clips_are_those_of_the_source_in_order(mesh):

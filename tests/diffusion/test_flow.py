@@ -108,6 +108,6 @@ def test_bad_input():
     for steps in (0, -2):
         with pytest.raises(UserError, match=f"^sampling.steps={steps}: "):
             Flow().sample(lambda x_t, t: x_t, x, None, steps=steps)
-    with pytest.raises(UserError, match="^sampling.clip=0: "):
+    with pytest.raises(UserError, match="^diffusion.clip=0: "):
         Flow(clip=0)
     assert Flow.prediction == "velocity" and Flow().learned_range is False

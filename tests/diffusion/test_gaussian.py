@@ -249,7 +249,7 @@ def test_bad_input():
     with pytest.raises(UserError, match="^diffusion.prediction=epsilon: .*eps, v, x0"):
         Gaussian(SCHEDULE, "epsilon")
     for clip in (0, -1.0, float("nan")):
-        with pytest.raises(UserError, match=f"^sampling.clip={clip}: "):
+        with pytest.raises(UserError, match=f"^diffusion.clip={clip}: "):
             Gaussian(SCHEDULE, clip=clip)
     with pytest.raises(ValueError, match="even number of output channels"):
         Gaussian(SCHEDULE, learned_range=True).sample(lambda x_t, t: x_t[..., :1], x, None, steps=2)

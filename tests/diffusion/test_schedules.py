@@ -72,7 +72,7 @@ def test_bad_schedules():
     with pytest.raises(UserError, match="^sampling.spacing=log: "):
         spaced_timesteps(1000, 10, "log")
     for betas in (linear_betas, scaled_linear_betas):
-        with pytest.raises(UserError, match="^diffusion.steps=0: "):
+        with pytest.raises(UserError, match="^diffusion.timesteps=0: "):
             betas(0)
     with pytest.raises(UserError, match="^diffusion.betas="):
         Schedule.from_betas(linear_betas(10, 0.0, 0.02))
