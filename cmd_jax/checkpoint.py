@@ -1,5 +1,6 @@
 """Saving and restoring a run, and reading a trained stage back for later stages and for sampling."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -40,11 +41,30 @@ def digest(tree) -> str:
     return sha.hexdigest()
 
 
-class Checkpoints:
-    """The checkpoints of one stage folder. Saves run in the background; `close` waits for them."""
+def check_tree(field: str, found, wanted, remedy: str):
+    """UserError for the first array whose presence, shape or dtype differs between two trees of (abstract) arrays."""
 
-    def __init__(self, folder: Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    def shapes(tree):
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {jax.tree_util.keystr(p, simple=True, separator="/"): (tuple(x.shape), str(x.dtype)) for p, x in leaves}
+
+    found, wanted = shapes(found), shapes(wanted)
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            problem = f"this config wants {wanted.get(key, 'no such array')}"
+            raise UserError(f"{field}/{key}", found.get(key, "absent"), problem, remedy)
+
+
+class Checkpoints:
+    """The checkpoints of one stage folder. Saves run in the background; `close` waits for them.
+
+    read_only: for a folder in which another process may be training and saving.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, read_only: bool = False):
+        # Orbax's own read_only warns at each use; this is all of it that touches the folder before a save.
+        writes = {"create": not read_only, "cleanup_tmp_directories": not read_only}
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, **writes)
         self.folder = (folder / "checkpoints").resolve()
         handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -69,25 +89,12 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             raise UserError("checkpoints", self.folder, "holds no checkpoint", "train that stage first")
+        saved = self._manager.item_metadata(step)[name].tree["value"]
         if like is None:
-            saved = self._manager.item_metadata(step)[name].tree
-            like = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), saved)["value"]
-        self._check_tree(name, step, like)
+            like = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), saved)
+        check_tree(f"checkpoint {step}: {name}", saved, like, "use the config it was trained with")
         args = ocp.args.Composite(**{name: ocp.args.StandardRestore({"value": like})})
         return self._manager.restore(step, args=args)[name]["value"]
-
-    def _check_tree(self, name: str, step: int, like):
-        def shapes(tree):
-            leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-            return {jax.tree_util.keystr(p, simple=True, separator="/"): (tuple(x.shape), str(x.dtype)) for p, x in leaves}
-
-        saved, wanted = shapes(self._manager.item_metadata(step)[name].tree["value"]), shapes(like)
-        for key in sorted(saved.keys() | wanted.keys()):
-            if saved.get(key) != wanted.get(key):
-                raise UserError(
-                    f"checkpoint {step}: {name}/{key}", saved.get(key, "absent"),
-                    f"this config wants {wanted.get(key, 'no such array')}", "use the config it was trained with",
-                )  # fmt: skip
 
     def close(self):
         self._manager.wait_until_finished()
@@ -95,7 +102,7 @@ class Checkpoints:
 
 
 class Trained(NamedTuple):
-    """A trained stage. config: its resolved config. params: EMA, host arrays. facts: class_names, statistics, digests."""
+    """A trained stage: its resolved config, the EMA parameters on the host, and class_names, statistics, digests."""
 
     config: ConfigDict
     params: dict
@@ -107,16 +114,15 @@ def load_trained(path: Path | str, stage: str) -> Trained:
     path = Path(path)
     if path.suffix == ".safetensors":
         metadata = read_metadata(path)
-        if "config" not in metadata:
+        if not {"config", "facts"} <= metadata.keys():
             raise UserError("weights", path, "holds no config of cmd_jax", "give a file that training exported")
         params = unflatten({k: v.astype(np.float32) for k, v in read_state_dict(path).items()})
         trained = Trained(from_json(metadata["config"]), params, json.loads(metadata["facts"]))
     else:
         if not (path / "config.json").is_file():
             raise UserError("workdir", path, f"holds no trained {stage} stage", f"train the {stage} stage there first")
-        checkpoints = Checkpoints(path)
-        params = checkpoints.restore_item("ema")
-        checkpoints.close()
+        with contextlib.closing(Checkpoints(path, read_only=True)) as checkpoints:
+            params = checkpoints.restore_item("ema")
         facts = read_json(path / "facts.json") | {"digest": digest(params)}
         trained = Trained(from_json((path / "config.json").read_text()), params, facts)
     if trained.config.stage != stage:
@@ -125,7 +131,7 @@ def load_trained(path: Path | str, stage: str) -> Trained:
 
 
 def export(path: Path, trained: Trained, dtype=np.float32):
-    """Write a stage as one safetensors file; half precision halves its size, and `facts` keep the digest of the original."""
+    """Write a stage as one safetensors file. `facts` keep the digest of the original also where `dtype` is narrower."""
     tensors = {k: np.asarray(v).astype(dtype) for k, v in flatten(trained.params).items()}
     config, facts = json.dumps(trained.config.to_dict(), sort_keys=True), json.dumps(trained.facts, sort_keys=True)
     write_safetensors(path, tensors, {"config": config, "facts": facts})

@@ -1,10 +1,12 @@
-"""The reverse half of CMD: condition -> content frame -> motion latent -> video, one jitted program (paper section 3.3)."""
+"""The reverse half of CMD: class -> content frame -> motion latent -> video, one jitted program (paper section 3.3)."""
 
+import os
 import shutil
 import time
 from functools import partial
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +14,14 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from cmd_jax.checkpoint import Trained, load_trained, write_json
-from cmd_jax.config import to_json
+from cmd_jax.checkpoint import Trained, check_tree, load_trained, write_json
+from cmd_jax.config import STAGES, to_json
 from cmd_jax.data.pipeline import local_rows, to_global, video_reader
 from cmd_jax.data.sources import open_source
 from cmd_jax.data.video import fit
+from cmd_jax.diffusion.flow import Flow
 from cmd_jax.diffusion.guidance import check_guidance
+from cmd_jax.diffusion.schedules import check_count
 from cmd_jax.errors import UserError, choose, nearest
 from cmd_jax.evaluation import shapes_oracle
 from cmd_jax.evaluation.reconstruction import psnr
@@ -34,81 +38,86 @@ MODES = ("generate", "reconstruct", "vary-motion", "animate")
 class Sampler:
     """The three trained stages on a mesh, and the jitted programs over them.
 
-    Every program maps a batch to {"video": [B, T, H, W, C] in [-1, 1], "content": [B, H, W, C], "motion": [B, T, h+w, K]}.
+    A program maps a batch to {"video": [B, T, H, W, C] in [-1, 1], "content": [B, H, W, C], "motion": [B, T, h+w, K]},
+    split over the mesh like the batch.
     Sample i draws from fold_in(key(seed), i) alone, so its video does not depend on the batch it is made in.
     """
 
     def __init__(self, stages: dict[str, Trained], config, mesh):
         self.mesh, self.rules, self.options, self.seed = mesh, config.rules, config.sampling, config.seed
         check_batch("sampling.batch_size", self.options.batch_size, mesh)
-        check_guidance(self.options.guidance)
+        guidance = check_guidance(self.options.guidance)
+        self.guidance = None if guidance == 1.0 else jnp.float32(guidance)
         self.class_names = tuple(stages["content"].facts["class_names"]) if "content" in stages else ()
-        self.autoencoder = FrozenAutoencoder(stages["autoencoder"].config, stages["autoencoder"].params)
-        self.statistics, self.params = {}, {}
-        self._place("autoencoder", self._autoencoder_init, self.autoencoder.params)
+        trained = stages["autoencoder"]
+        self.autoencoder = FrozenAutoencoder(trained.config, trained.params)
+        self.params = {"autoencoder": self._place("autoencoder", self._autoencoder_init, self.autoencoder.params)}
+        self.statistics, self.denoisers = {}, {}
         for name, kind in (("content", ContentStage), ("motion", MotionStage)):
             if name not in stages:
                 continue
             facts = stages[name].facts
-            if facts["autoencoder"] != stages["autoencoder"].facts["digest"]:
-                raise UserError(
-                    "weights", name, "this stage was trained with another autoencoder", "give the three stages of one run"
-                )
+            if facts["autoencoder"] != trained.facts["digest"]:
+                problem = "this stage was trained with another autoencoder"
+                raise UserError("weights", name, problem, "give the three stages of one run")
             if tuple(facts["class_names"]) != self.class_names:
                 raise UserError("weights", name, "its classes differ from the content stage's", "use stages of one run")
             stage = kind(stages[name].config, self.autoencoder, len(self.class_names), facts["statistics"])
-            setattr(self, name, stage)
+            self._check_options(name, stage.process)
+            self.denoisers[name] = stage
             self.statistics[name] = jax.device_put(stage.frozen["statistics"], replicated(mesh))
-            self._place(name, stage.init, stages[name].params)
-        self._jit = partial(jax.jit, out_shardings=batch_sharding(mesh))
+            self.params[name] = self._place(name, stage.init, stages[name].params)
+        jit = partial(jax.jit, out_shardings=batch_sharding(mesh))
+        self._programs = {name: jit(getattr(self, f"_{name}")) for name in ("generate", "animate", "reconstruct")}
 
     def _autoencoder_init(self, key):
         return self.autoencoder.module.init(key, jnp.zeros((1, *self.autoencoder.video_shape)))["params"]
 
     def _place(self, name, init, params):
         """Lay a stage's parameters out on the mesh by the rules table, as in training."""
-        shardings = shardings_of(jax.eval_shape(init, jax.random.key(0)), self.mesh, self.rules)
-        self.params[name] = jax.tree.map(jax.device_put, params, shardings)
+        boxed = jax.eval_shape(init, jax.random.key(0))
+        check_tree(f"weights {name}", params, nn.unbox(boxed), "give the weights that belong to their config")
+        return jax.tree.map(jax.device_put, params, shardings_of(boxed, self.mesh, self.rules))
+
+    def _check_options(self, name, process):
+        """Before anything is compiled, and by the names the user knows."""
+        steps, solver = self.options[f"{name}_steps"], self.options[f"{name}_solver"]
+        choose(f"sampling.{name}_solver", solver or process.solvers[0], process.solvers)
+        check_count(f"sampling.{name}_steps", steps, None if isinstance(process, Flow) else len(process.schedule))
 
     # Programs, pure functions of their arguments.
 
-    def _options(self, name):
-        options = self.options
-        extra = {} if self_is_flow(getattr(self, name)) else {"eta": options.eta}
-        return dict(steps=options[f"{name}_steps"], solver=options[f"{name}_solver"], **extra)
-
-    def _draw_content(self, params, keys, label, guidance):
-        return self.content.sample(
-            params["content"], self.statistics["content"], label, None, keys, guidance=guidance, **self._options("content")
-        )
-
-    def _draw_motion(self, params, keys, label, content, guidance):
-        return self.motion.sample(
-            params["motion"], self.statistics["motion"], label, content, keys, guidance=guidance, **self._options("motion")
-        )
+    def _draw(self, name, params, keys, label, content, guidance):
+        """Content frames (content=None) or motion latents [B, ...], one key a sample."""
+        stage, options = self.denoisers[name], self.options
+        eta = {} if isinstance(stage.process, Flow) else {"eta": options.eta}
+        steps, solver = options[f"{name}_steps"], options[f"{name}_solver"]
+        return stage.sample(
+            params[name], self.statistics[name], label, content, keys,
+            guidance=guidance, steps=steps, solver=solver, **eta,
+        )  # fmt: skip
 
     def _finish(self, params, content, motion):
         video = self.autoencoder.decode(params["autoencoder"], Latents(content, motion))
         return {"video": video, "content": content, "motion": motion}
 
-    def _keys(self, seed, indices):
-        """Sample indices [B] -> (content keys [B], motion keys [B])."""
-        one = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(jax.random.key(seed), i)), out_axes=1)
-        content, motion = one(indices)
-        return content, motion
+    def _keys(self, key, batch):
+        """-> (content keys [B], motion keys [B]). Samples of one "index" share the content key, not the motion key."""
+        split = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)), out_axes=1)
+        content, motion = split(batch["index"])
+        return content, jax.vmap(jax.random.fold_in)(motion, batch["variant"])
 
-    def _generate(self, params, seed, batch, guidance):
-        """Class labels -> content -> motion -> video. Samples of one "index" share the content frame, not the motion."""
-        content_keys, motion_keys = self._keys(seed, batch["index"])
-        motion_keys = jax.vmap(jax.random.fold_in)(motion_keys, batch["variant"])
-        content = self._draw_content(params, content_keys, batch["label"], guidance)
-        return self._finish(params, content, self._draw_motion(params, motion_keys, batch["label"], content, guidance))
+    def _generate(self, params, batch, key, guidance):
+        """Class labels -> content -> motion -> video."""
+        content_keys, motion_keys = self._keys(key, batch)
+        content = self._draw("content", params, content_keys, batch["label"], None, guidance)
+        motion = self._draw("motion", params, motion_keys, batch["label"], content, guidance)
+        return self._finish(params, content, motion)
 
-    def _animate(self, params, seed, batch, guidance):
+    def _animate(self, params, batch, key, guidance):
         """Given content frames -> motion -> video."""
-        _, motion_keys = self._keys(seed, batch["index"])
-        motion_keys = jax.vmap(jax.random.fold_in)(motion_keys, batch["variant"])
-        motion = self._draw_motion(params, motion_keys, batch["label"], batch["content"], guidance)
+        _, motion_keys = self._keys(key, batch)
+        motion = self._draw("motion", params, motion_keys, batch["label"], batch["content"], guidance)
         return self._finish(params, batch["content"], motion)
 
     def _reconstruct(self, params, batch):
@@ -119,38 +128,28 @@ class Sampler:
 
     def generate(self, batch: dict) -> dict:
         """{"label", "index", "variant"} int [N] -> host arrays of N samples."""
-        return self._in_batches(self._guided(self._generate), batch)
+        return self._in_batches("generate", batch, jax.random.key(self.seed), self.guidance)
 
     def animate(self, batch: dict) -> dict:
         """As generate, with "content" float32 [N, H, W, C] in [-1, 1] given."""
-        return self._in_batches(self._guided(self._animate), batch)
+        return self._in_batches("animate", batch, jax.random.key(self.seed), self.guidance)
 
     def reconstruct(self, batch: dict) -> dict:
         """{"video": uint8 [N, T, H, W, C]} -> reconstructions, and the clips themselves as "original"."""
-        return self._in_batches(partial(self._jit(self._reconstruct), self.params), batch)
+        return self._in_batches("reconstruct", batch)
 
-    def _guided(self, program):
-        guidance = self.options.guidance
-        if guidance == 1.0:
-            return partial(self._jit(partial(program, guidance=None)), self.params, self.seed)
-        return partial(self._jit(program), self.params, self.seed, guidance=jnp.float32(guidance))
-
-    def _in_batches(self, program, batch: dict) -> dict:
-        size, parts = self.options.batch_size, []
+    def _in_batches(self, name: str, batch: dict, *arguments) -> dict:
+        program, size, parts = self._programs[name], self.options.batch_size, []
         count = len(next(iter(batch.values())))
         rows = local_rows(size, self.mesh)
         for start in range(0, count, size):
             # The last batch is filled up by repeating its last sample; what that gives is dropped.
             picks = {row: min(start + row, count - 1) for row in rows}
-            examples = {row: {name: values[i] for name, values in batch.items()} for row, i in picks.items()}
+            examples = {row: {k: values[i] for k, values in batch.items()} for row, i in picks.items()}
             with partitioning(self.mesh, self.rules):
-                out = program(to_global(examples, size, self.mesh))
+                out = program(self.params, to_global(examples, size, self.mesh), *arguments)
             parts.append(jax.tree.map(np.asarray, out))
-        return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
-
-
-def self_is_flow(stage) -> bool:
-    return stage.process.prediction == "velocity"
+        return {k: np.concatenate([part[k] for part in parts])[:count] for k in parts[0]}
 
 
 def load_sampler(config, workdir: Path) -> Sampler:
@@ -174,10 +173,10 @@ def choose_labels(wanted: str, class_names: tuple[str, ...], count: int) -> np.n
         return np.zeros(count, np.int32)
     labels = []
     for word in words:
-        if word.isascii() and word.isdigit() and int(word) < len(class_names):
-            labels.append(int(word))
-        elif word in class_names:
+        if word in class_names:
             labels.append(class_names.index(word))
+        elif word in (numbers := [str(i) for i in range(len(class_names))]):
+            labels.append(numbers.index(word))
         else:
             near = ", ".join(nearest(word, class_names, 3))
             raise UserError("sampling.classes", word, "no such class", f"did you mean one of: {near}")
@@ -210,59 +209,61 @@ def make_samples(sampler: Sampler, config, workdir: Path) -> tuple[dict, np.ndar
     """What `sampling.mode` asks for -> (host arrays, labels [N], captions)."""
     options = config.sampling
     choose("sampling.mode", options.mode, MODES)
-    count, variants = options.num, options.motions if options.mode == "vary-motion" else 1
-    index = np.repeat(np.arange(count, dtype=np.int32), variants)
-    variant = np.tile(np.arange(variants, dtype=np.int32), count)
     if options.mode == "reconstruct":
-        videos, labels, names = read_clips(config, workdir, count)
+        videos, labels, names = read_clips(config, workdir, options.num)
         return sampler.reconstruct({"video": videos}), labels, [names[i] if i < len(names) else "" for i in labels]
-    labels = choose_labels(options.classes, sampler.class_names, count)
-    batch = {"index": index, "variant": variant, "label": np.repeat(labels, variants)}
+    labels, content = choose_labels(options.classes, sampler.class_names, options.num), None
     if options.mode == "animate":
         if options.image:
             image = read_image(options.image, config.data.height, config.data.width)
-            content = np.repeat(image[None], count, axis=0)
+            content = np.repeat(image[None], options.num, axis=0)
         else:
-            videos, own, names = read_clips(config, workdir, count)
+            videos, own, names = read_clips(config, workdir, options.num)
             content = sampler.reconstruct({"video": videos})["content"]
-            if names == sampler.class_names and not options.classes:
-                labels = own
-            count = len(videos)
-            batch = {"index": index[:count], "variant": variant[:count], "label": labels[:count].astype(np.int32)}
-        out = sampler.animate({**batch, "content": content})
-    else:
-        out = sampler.generate(batch)
-    captions = [_caption(sampler, label) for label in batch["label"]]
-    if variants > 1:
-        captions = [f"{c}, motion {v + 1}" for c, v in zip(captions, variant, strict=True)]
+            labels = own if names == sampler.class_names and not options.classes else labels[: len(videos)]
+    index = np.arange(len(labels), dtype=np.int32)
+    batch = {"index": index, "variant": np.zeros_like(index), "label": labels.astype(np.int32)}
+    out = sampler.generate(batch) if content is None else sampler.animate({**batch, "content": content})
+    captions = [_caption(sampler, label) for label in labels]
+    if options.mode == "vary-motion":
+        # Each content frame is drawn once: drawn again in another row of a batch, its last bits could differ.
+        batch = {name: np.repeat(values, options.motions) for name, values in batch.items()}
+        batch["variant"] = np.tile(np.arange(options.motions, dtype=np.int32), len(labels))
+        out = sampler.animate({**batch, "content": np.repeat(out["content"], options.motions, axis=0)})
+        captions = [f"{caption}, motion {v + 1}" for caption in captions for v in range(options.motions)]
     return out, batch["label"], captions
 
 
 class OutputFolder:
-    """A folder that appears under its name only when everything in it is written; a taken name gets a number."""
+    """A folder that appears under its name only when everything in it is written; a taken name gets a number.
+
+    final: that folder, known when all is written.
+    """
 
     def __init__(self, workdir: Path, name: str):
-        if not name or Path(name).name != name or name in (".", ".."):
-            raise UserError("sampling.output", name, "not the name of a folder in the workdir", "use for example samples")
-        self.final = workdir / name
-        number = 2
-        while self.final.exists():
-            self.final, number = workdir / f"{name}-{number}", number + 1
-        self.path = self.final.with_name(f".tmp-{self.final.name}")
+        if not name or Path(name).name != name or name in (".", "..", *STAGES):
+            remedy = f"use for example samples, and none of {', '.join(STAGES)}"
+            raise UserError("sampling.output", name, "not the name of a new folder in the workdir", remedy)
+        self.workdir, self.name, self.final = workdir, name, None
+        self.path = workdir / f".tmp-{os.getpid()}-{name}"
 
     def __enter__(self) -> Path:
         try:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
-        except OSError as e:
-            raise UserError("workdir", self.path.parent, f"cannot be written ({e.strerror})", "give another folder") from e
+        except (OSError, ValueError) as e:
+            reason = getattr(e, "strerror", e)
+            raise UserError("workdir", self.workdir, f"cannot be written ({reason})", "give another folder") from e
         return self.path
 
     def __exit__(self, kind, error, trace):
-        if kind is None:
-            self.path.rename(self.final)
-        else:
+        if kind is not None:
             shutil.rmtree(self.path, ignore_errors=True)
+            return
+        number, self.final = 2, self.workdir / self.name
+        while self.final.exists():
+            number, self.final = number + 1, self.workdir / f"{self.name}-{number}"
+        self.path.rename(self.final)
 
 
 def write_samples(folder: Path, out: dict, captions: list[str], title: str, options, table=None, note: str = ""):
@@ -291,8 +292,8 @@ def sample(config, workdir: Path) -> Path:
     """The `sample` verb: write the samples of `sampling.mode` and their gallery; returns the folder."""
     console, started = Console(), time.perf_counter()
     choose("sampling.mode", config.sampling.mode, MODES)
-    sampler = load_sampler(config, workdir)
     output = OutputFolder(workdir, config.sampling.output)
+    sampler = load_sampler(config, workdir)
     with output as folder:
         out, _, captions = make_samples(sampler, config, workdir)
         note = f"mode {config.sampling.mode}, guidance {config.sampling.guidance}, seed {config.seed}"
@@ -311,13 +312,14 @@ def evaluate(config, workdir: Path) -> dict:
     options = config.sampling
     if options.mode != "generate":
         raise UserError("sampling.mode", options.mode, "evaluate scores generated videos", "use sampling.mode=generate")
-    sampler = load_sampler(config, workdir)
     output = OutputFolder(workdir, options.output)
+    sampler = load_sampler(config, workdir)
     with output as folder:
         videos, _, _ = read_clips(config, workdir, config.evaluation.clips)
         decoded = sampler.reconstruct({"video": videos})
         decibels = psnr(decoded["video"], decoded["original"])
-        scores = {"reconstruction_psnr": {"mean": float(decibels.mean()), "clips": len(decibels), "split": config.data.split}}
+        reconstruction = {"mean": float(decibels.mean()), "clips": len(decibels), "split": config.data.split}
+        scores = {"reconstruction_psnr": reconstruction}
         console.print(f"held-out reconstruction: {decibels.mean():.2f} dB PSNR over {len(decibels)} clips")
 
         labels = choose_labels(options.classes, sampler.class_names, config.evaluation.videos)
@@ -329,15 +331,14 @@ def evaluate(config, workdir: Path) -> dict:
         if config.data.source == "shapes":
             read = shapes_oracle.score(to_uint8(out["video"]), labels, list(sampler.class_names))
             scores["attributes"] = read
-            table += [
-                [name, f"{read[name]['correct']}/{read['count']} = {read[name]['accuracy']:.1%}", f"{read[name]['chance']:.1%}"]
-                for name in ("color", "direction", "shape", "all")
-            ]
+            for name in ("color", "direction", "shape", "all"):
+                share = f"{read[name]['correct']}/{read['count']} = {read[name]['accuracy']:.1%}"
+                table.append([name, share, f"{read[name]['chance']:.1%}"])
         _print_table(console, table)
         shown = config.evaluation.shown
         captions = [_caption(sampler, label) for label in labels[:shown]]
         title = f"CMD, {Path(config.weights).name or 'trained here'}"
-        note = f"guidance {options.guidance}, seed {config.seed}, {len(labels)} videos in {seconds:.0f} s with compilation"
+        note = f"guidance {options.guidance}, seed {config.seed}, {len(labels)} videos in {seconds:.0f} s, compiled"
         write_samples(folder, {k: v[:shown] for k, v in out.items()}, captions, title, options, table, note)
         _write_summary(folder, config, started, samples=len(labels), sampling_seconds=round(seconds, 1), scores=scores)
     console.print(f"scores: {output.final}/summary.json\nvideos: {output.final}/index.html", soft_wrap=True)

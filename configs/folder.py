@@ -30,7 +30,10 @@ def get_config(argument: str = ""):
         config.train.update(batch_size=16, ema_decay=0.98)
         config.latents.update(normalize=True, cache_clips=512)
         config.diffusion.update(kind="flow", learned_range=False, clip=0.0)
-        config.model.update(patch=8 if stage == "content" else 2, width=128, depth=6, heads=4)
-        if stage == "motion":
-            config.model.content_patch = 8
+        config.model.update(width=128, depth=4, heads=4)
+        if stage == "content":
+            config.model.patch = 4  # 8 would press 192 values of noise through 128 channels
+            config.train.steps = 600
+        else:
+            config.model.update(patch=2, content_patch=8)
     return config

@@ -8,7 +8,7 @@ from cmd_jax.errors import choose
 
 WEIGHTS = Path(__file__).parent / "weights" / "quickstart"
 STEPS = {
-    "small": dict(autoencoder=450, content=1200, motion=900),
+    "small": dict(autoencoder=450, content=1000, motion=700),
     "long": dict(autoencoder=1500, content=6500, motion=3000),
 }
 CLIPS = {"small": 4_800, "long": 9_600}  # encoded once for the diffusion stages

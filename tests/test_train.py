@@ -1,0 +1,424 @@
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from rich.console import Console
+
+from cmd_jax import train as training
+from cmd_jax.checkpoint import Checkpoints, Trained, export, load_trained, read_json, write_json
+from cmd_jax.config import from_json, to_json
+from cmd_jax.data import shapes
+from cmd_jax.data.pipeline import BatchPlan
+from cmd_jax.errors import UserError
+from cmd_jax.main import main
+from cmd_jax.sharding import make_mesh
+from cmd_jax.stages import ContentStage, MotionStage
+
+pytestmark = pytest.mark.xdist_group("tiny")
+TIMINGS = ("steps_per_second", "clips_per_second", "wall_seconds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with tiny.quick_compiles():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run():
+    return tiny.trained()
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def latest(folder: Path) -> int:
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+        return checkpoints.latest()
+
+
+# What a finished run leaves.
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "content", "motion"])
+def test_files_of_a_finished_run(run, stage):
+    folder = run / stage
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(np.isfinite(line["loss"]) and line["gradient_norm"] > 0 for line in lines)
+    assert all(line["steps_per_second"] > 0 for line in lines[1:])
+    assert lines[0]["wall_seconds"] <= lines[-1]["wall_seconds"]
+    (events,) = folder.glob("events.out.tfevents*")
+    assert events.stat().st_size > 200
+
+    config = json.loads((folder / "config.json").read_text())
+    wanted = json.loads(to_json(tiny.config_of(stage)))
+    for changed in ("preview_every", "checkpoint_every"):
+        config["train"].pop(changed), wanted["train"].pop(changed)
+    assert config == wanted
+
+    summary = read_json(folder / "summary.json")
+    assert (summary["stage"], summary["step"], summary["examples"], summary["devices"]) == (stage, 6, 24, 1)
+    assert set(summary["digests"]) == {"params", "ema", "opt_state"}
+    assert len(set(summary["digests"].values())) == 3
+    assert summary["versions"]["jax"] == jax.__version__
+    params = load_trained(folder, stage).params
+    assert summary["parameters"] == sum(x.size for x in jax.tree.leaves(params))
+    assert summary["wall_seconds"] > 0 and summary["compile_seconds"] > 0 and summary["peak_memory_gib"] > 0
+    assert len(read_json(folder / "facts.json")["class_names"]) == 48
+
+
+def test_previews_are_written(run):
+    def names(stage):
+        files = list((run / stage / "previews").iterdir())
+        assert all(f.stat().st_size > 100 for f in files)
+        return {f.name for f in files}
+
+    kinds = ("clips.gif", "reconstructions.gif", "content.png")
+    assert names("autoencoder") == {f"{step:07d}_{kind}" for step in (3, 6) for kind in kinds}
+    assert names("motion") == {"0000006_reconstructions.gif", "0000006_samples.gif"}
+    assert not (run / "content" / "previews").exists()  # preview_every=0
+
+
+def test_checkpoints_are_made_when_asked_and_at_the_end(run):
+    assert {p.name for p in (run / "autoencoder" / "checkpoints").iterdir()} == {"3", "6"}
+    assert {p.name for p in (run / "motion" / "checkpoints").iterdir()} == {"6"}
+
+
+def test_latents_are_encoded_once_for_both_diffusion_stages(run, monkeypatch):
+    """The motion stage was trained first, and encoded; the content stage found the file."""
+    assert len(list(run.glob("latents-*.npz"))) == 1
+    monkeypatch.setattr(training, "encode_clips", None)
+    for stage, kind in (("content", ContentStage), ("motion", MotionStage)):
+        config = tiny.config_of(stage)
+        built, read, clips, name_of, facts = training.prepare(config, run, make_mesh(config.mesh), Console(), True)
+        assert isinstance(built, kind) and clips == 16
+        assert read(3, None)["content"].shape == (16, 24, 3)
+        assert read(3, None)["motion"].shape == (4, 10, 4)
+        assert name_of(17) == "shapes-train-000017"
+        assert facts["autoencoder"] == read_json(run / "autoencoder" / "summary.json")["digests"]["ema"]
+
+
+def test_latents_are_kept_apart_by_what_they_depend_on(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        training, "encode_clips", lambda source, encode, count, *_: {"content": np.full(count, len(calls))}
+    )
+    calls = []
+    facts = {"autoencoder": "a", "fingerprint": "f"}
+    mesh, console = make_mesh(tiny.config_of("content").mesh), Console()
+    for changes, count, seed in (
+        ({}, 16, 0),
+        ({"autoencoder": "b"}, 16, 0),
+        ({"fingerprint": "g"}, 16, 0),
+        ({}, 8, 0),
+        ({}, 16, 1),
+    ):
+        config = tiny.config_of("content", seed=seed)
+        calls.append(
+            training.encoded_clips(config, tmp_path, None, None, facts | changes, count, mesh, console)["content"][0]
+        )
+    assert calls == [0, 1, 2, 3, 4]
+    again = training.encoded_clips(tiny.config_of("content"), tmp_path, None, None, facts, 16, mesh, console)
+    assert again["content"][0] == 0
+
+
+def test_a_finished_run_is_left_as_it_is(run, capsys):
+    def contents():
+        return {p: p.read_bytes() for p in (run / "autoencoder").rglob("*") if p.is_file()}
+
+    before = contents()
+    again = training.train(tiny.config_of("autoencoder", train__log_every=5), run)
+    assert again == read_json(run / "autoencoder" / "summary.json")
+    assert contents() == before
+    assert "resuming autoencoder at step 6 of 6" in capsys.readouterr().out
+
+
+# Stopping and resuming.
+
+
+def test_autoencoder_stopped_by_a_signal_resumes_bit_for_bit(run, tmp_path, monkeypatch, capsys):
+    scalars = training.Metrics.scalars
+
+    def interrupt(self, step, values):
+        scalars(self, step, values)
+        if step == 3:  # told of one step late: by then step 4 is under way
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(training.Metrics, "scalars", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        training.train(tiny.config_of("autoencoder"), tmp_path)
+    assert stopped.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) is handler
+    folder = tmp_path / "autoencoder"
+    assert latest(folder) == 4
+    assert not (folder / "summary.json").exists()  # which says that a run is finished
+    assert "stopped by signal 15 after step 4; saved; run the same command to resume" in capsys.readouterr().out
+    # What a killed run would have written after its last checkpoint, the last line torn.
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 9.0, "wall_seconds": 1e6}\n{"step": 6, "lo')
+
+    monkeypatch.undo()
+    training.train(tiny.config_of("autoencoder"), tmp_path)
+    assert "resuming autoencoder at step 4 of 6" in capsys.readouterr().out
+    resumed, whole = (read_json(workdir / "autoencoder" / "summary.json") for workdir in (tmp_path, run))
+    assert resumed["digests"] == whole["digests"]
+    assert metrics_of(folder) == metrics_of(run / "autoencoder")
+    walls = [json.loads(line)["wall_seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert walls == sorted(walls) and resumed["wall_seconds"] < 1e6  # adds up over the two runs
+
+
+def test_loss_not_finite_stops_before_the_update_and_resumes_bit_for_bit(run, tmp_path, monkeypatch, capsys):
+    bad = int(BatchPlan(16, 4, 0).ids(3)[1])  # a clip of the fourth batch
+    reader = training.latent_reader
+
+    def poisoned(latents):
+        read = reader(latents)
+
+        def one(index, rng):
+            example = read(index, rng)
+            return example | {"content": example["content"] * np.float32("nan" if index == bad else 1)}
+
+        return one
+
+    arguments = ["train", f"--config={tiny.CONFIG_FILE}:content", f"--workdir={tmp_path}"]
+    arguments += [f"--config.latents.autoencoder={run / 'autoencoder'}", "--config.train.checkpoint_every=2"]
+    monkeypatch.setattr(training, "latent_reader", poisoned)
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("loss=nan: not finite at step 3 ")
+    assert f"shapes-train-{bad:06d}" in line
+    assert "nothing was updated" in line
+    assert latest(tmp_path / "content") == 2
+    assert [m["step"] for m in metrics_of(tmp_path / "content")] == [1, 2, 3]
+
+    monkeypatch.undo()
+    assert main(arguments) == 0
+    assert "resuming content at step 2 of 6" in capsys.readouterr().out
+    resumed, whole = (read_json(workdir / "content" / "summary.json") for workdir in (tmp_path, run))
+    assert resumed["digests"] == whole["digests"]
+    assert metrics_of(tmp_path / "content") == metrics_of(run / "content")
+
+
+class BrokenWriter:
+    def __init__(self, folder):
+        self.calls = 0
+
+    def write_scalars(self, step, values):
+        raise OSError("disk full")
+
+
+def test_longer_run_with_a_broken_metrics_writer_equals_one_run(run, tmp_path, monkeypatch, capsys, caplog):
+    """train.steps may grow where no learning rate depends on it; a failing TensorBoard writer stops nothing."""
+    from clu import metric_writers
+
+    autoencoder = {"latents__autoencoder": run / "autoencoder" / "ema.safetensors"}
+    monkeypatch.setattr(metric_writers, "SummaryWriter", BrokenWriter)
+    with caplog.at_level(logging.WARNING, "cmd_jax.train"):
+        summary = training.train(tiny.config_of("motion", train__steps=3, **autoencoder), tmp_path)
+    assert [r.message for r in caplog.records if r.name == "cmd_jax.train"] == [
+        "TensorBoard is no longer written: OSError: disk full"
+    ]
+    assert summary["step"] == 3 and len(metrics_of(tmp_path / "motion")) == 3
+    monkeypatch.undo()
+
+    summary = training.train(tiny.config_of("motion", train__log_every=2, **autoencoder), tmp_path)
+    assert "resuming motion at step 3 of 6" in capsys.readouterr().out
+    assert summary["digests"] == read_json(run / "motion" / "summary.json")["digests"]
+    assert [m for m in metrics_of(run / "motion") if m["step"] != 5] == metrics_of(tmp_path / "motion")
+
+
+@pytest.mark.parametrize("broken", ["TensorBoard", "metrics.jsonl"])
+def test_each_metrics_writer_fails_alone(tmp_path, monkeypatch, caplog, broken):
+    def fail(*_):
+        raise OSError("disk full")
+
+    class Events:
+        def write_scalars(self, step, values):
+            self.steps.append(step)
+
+        def close(self):
+            self.steps.append("closed")
+
+    Events.steps = []
+    monkeypatch.setattr(training.Metrics, "_open_events", lambda self: setattr(self, "events", Events()))
+    monkeypatch.setattr(training.Metrics, {"TensorBoard": "_open_events", "metrics.jsonl": "_open_lines"}[broken], fail)
+    with contextlib.closing(training.Metrics(tmp_path, 0)) as metrics:
+        for step in (1, 2):
+            metrics.scalars(step, {"loss": 1.0})
+    assert [r.message for r in caplog.records] == [f"{broken} is no longer written: OSError: disk full"]
+    assert Events.steps == ([] if broken == "TensorBoard" else [1, 2, "closed"])
+    assert (tmp_path / "metrics.jsonl").exists() == (broken == "TensorBoard")
+
+
+@pytest.mark.timeout(900)
+def test_sigterm_ends_a_training_process_and_it_can_be_resumed(tmp_path, capsys):
+    folder = tmp_path / "autoencoder"
+    command = [sys.executable, "-m", "cmd_jax.main", "train", f"--config={tiny.CONFIG_FILE}:autoencoder"]
+    command += [f"--workdir={tmp_path}", "--config.train.steps=1000000", "--config.optimizer.decay=constant"]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(training.__file__).parents[1]), str(Path(tiny.__file__).parent)]),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tiny.scratch() / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    with (
+        open(tmp_path / "out", "w") as out,
+        subprocess.Popen(command, env=environment, stdout=out, stderr=out) as process,
+    ):
+        try:
+            log = folder / "metrics.jsonl"
+            while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+                time.sleep(0.2)
+            config = from_json((folder / "config.json").read_text())
+            with pytest.raises(UserError, match="another process trains in it"):
+                training.train(config, tmp_path)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=300) == 0, (tmp_path / "out").read_text()
+        finally:
+            process.kill()
+    step = latest(folder)
+    assert f"stopped by signal 15 after step {step}; saved" in (tmp_path / "out").read_text()
+
+    config.train.steps = config.optimizer.steps = step + 1
+    assert training.train(config, tmp_path)["step"] == step + 1
+    assert f"resuming autoencoder at step {step} of {step + 1}" in capsys.readouterr().out
+
+
+def test_second_signal_ends_the_process_at_once(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with training.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT and not ended
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended == [128 + signal.SIGTERM]
+
+
+# What is refused.
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A stage folder that claims to hold a checkpoint of the tiny content stage."""
+    (tmp_path / "content" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "content" / "config.json").write_text(to_json(tiny.config_of("content")))
+    return tmp_path / "content"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model__width": 32, "train__batch_size": 8}, "train.batch_size"),
+        ({"model__width": 32}, "model.width"),
+        ({"seed": 1}, "seed"),
+        ({"latents__normalize": False}, "latents.normalize"),
+        ({"optimizer__decay": "cosine", "train__steps": 9}, "train.steps"),
+        ({"optimizer__decay": "cosine"}, "optimizer.decay"),
+    ],
+)
+def test_folder_of_another_run_is_refused(begun, changes, field):
+    before = (begun / "config.json").read_text()
+    with pytest.raises(UserError) as error, training.claimed(begun, tiny.config_of("content", **changes)):
+        pass
+    assert error.value.field == field
+    assert f"the run in {begun} was started with" in str(error.value)
+    assert (begun / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train__steps": 9},
+        {"train__log_every": 5, "train__checkpoint_every": 7, "train__keep": 1, "train__preview_every": 2},
+        {"data__threads": 1, "data__prefetch": 1, "latents__autoencoder": "elsewhere"},
+    ],
+)
+def test_folder_of_the_same_run_is_accepted(begun, changes):
+    with training.claimed(begun, tiny.config_of("content", **changes)) as resuming:
+        assert resuming
+
+
+def test_folder_without_a_checkpoint_is_taken_over(begun, run):
+    """And nothing of what the earlier attempt noted is believed."""
+    shutil.rmtree(begun / "checkpoints")
+    (begun / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    write_json(begun / "facts.json", {"fingerprint": "x", "autoencoder": "y", "statistics": "z"})
+    config = tiny.config_of("content", model__width=32, latents__autoencoder=run / "autoencoder" / "ema.safetensors")
+    with training.claimed(begun, config) as resuming:
+        assert not resuming
+        shutil.copy(next(run.glob("latents-*.npz")), begun.parent)
+        training.prepare(config, begun.parent, make_mesh(config.mesh), Console(), resuming)
+    assert read_json(begun / "facts.json")["statistics"] == read_json(run / "content" / "facts.json")["statistics"]
+
+
+def test_workdir_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["train", f"--config={tiny.CONFIG_FILE}:autoencoder", f"--workdir={tmp_path / 'file'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("workdir=") and "cannot be written" in line
+
+
+def test_dataset_that_changed_is_refused(run, monkeypatch):
+    monkeypatch.setattr(shapes, "VERSION", shapes.VERSION + 1)
+    with pytest.raises(UserError, match="data=shapes: the dataset changed since this run was started"):
+        training.train(tiny.config_of("autoencoder"), run)
+
+
+def test_another_autoencoder_is_refused(run, tmp_path):
+    real = load_trained(run / "autoencoder" / "ema.safetensors", "autoencoder")
+    other = Trained(real.config, jax.tree.map(lambda x: 2 * x, real.params), real.facts | {"digest": "another"})
+    export(tmp_path / "other.safetensors", other)
+    before = (run / "content" / "config.json").read_text()
+    with pytest.raises(UserError, match="is not the one this run was started with") as error:
+        training.train(tiny.config_of("content", latents__autoencoder=tmp_path / "other.safetensors"), run)
+    assert error.value.field == "latents.autoencoder"
+    assert (run / "content" / "config.json").read_text() == before
+
+
+def test_diffusion_stage_without_an_autoencoder_says_what_to_train(tmp_path):
+    with pytest.raises(UserError, match="holds no trained autoencoder stage; train the autoencoder stage there first"):
+        training.train(tiny.config_of("content"), tmp_path)
+
+
+@pytest.mark.parametrize("side", [("frames", 6), ("height", 20), ("width", 28)])
+def test_clips_of_another_shape_than_the_autoencoder_had(run, tmp_path, side):
+    name, size = side
+    changes = {f"data__{name}": size, "latents__autoencoder": run / "autoencoder" / "ema.safetensors"}
+    with pytest.raises(UserError, match="the autoencoder was trained at") as error:
+        training.train(tiny.config_of("content", **changes), tmp_path)
+    assert (error.value.field, error.value.value) == (f"data.{name}", size)
+
+
+def test_checkpoint_of_another_model_is_refused_even_without_its_config(run, tmp_path):
+    folder = tmp_path / "autoencoder"
+    shutil.copytree(run / "autoencoder", folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(
+        UserError, match=r"checkpoint 6: params/.*this config wants \(\(.*use the config it was trained"
+    ):
+        training.train(tiny.config_of("autoencoder", model__width=24), tmp_path)
+
+
+def test_half_precision_autoencoder_serves_the_diffusion_stages(run):
+    facts = read_json(tiny.gaussian_weights() / "content" / "facts.json")
+    assert facts["autoencoder"] == read_json(run / "autoencoder" / "summary.json")["digests"]["ema"]
+    assert facts["statistics"]["content"] == {"mean": [0.0] * 3, "std": [1.0] * 3}  # normalize=False
+    assert not list(tiny.gaussian_weights().glob("latents-*"))  # and cache_clips=0: nothing to encode beforehand
+    summary = read_json(tiny.gaussian_weights() / "content" / "summary.json")
+    assert summary["step"] == 2
+    assert {"mse", "vb"} <= set(metrics_of(tiny.gaussian_weights() / "content")[0])

@@ -1,0 +1,110 @@
+"""CMD at toy size (4x16x24, H != W), for the end-to-end tests. `tiny.py:STAGE[,kind=gaussian]` is a config file too."""
+
+import contextlib
+import functools
+import tempfile
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from cmd_jax import defaults
+from cmd_jax.checkpoint import Trained, export, load_trained
+from cmd_jax.config import check, override, parse_argument
+from cmd_jax.stages import FrozenAutoencoder, MotionStage
+from cmd_jax.train import train
+
+CONFIG_FILE = str(Path(__file__).resolve())
+STEPS = 6
+
+
+def get_config(argument: str = ""):
+    stage, values = parse_argument(argument, kind="flow")
+    config = defaults.stage(stage)
+    config.data.update(frames=4, height=16, width=24, clips=48)
+    if stage == "sample":
+        config.sampling.update(num=3, batch_size=2, guidance=2.0, content_steps=3, motion_steps=4, motions=2)
+        config.evaluation.update(videos=3, clips=3, shown=2)
+        return config
+    config.train.update(steps=STEPS, batch_size=4, ema_decay=0.5, log_every=1, checkpoint_every=100, preview_every=0)
+    config.optimizer.update(learning_rate=1e-2, warmup_steps=1)
+    if stage == "autoencoder":
+        config.model.update(patch=4, width=16, depth=1, heads=2, head_dim=8, motion_channels=4)
+        config.optimizer.decay = "cosine"
+        return config
+    config.model.update(patch=4 if stage == "content" else 2, width=16, depth=1, heads=2)
+    if values["kind"] == "flow":
+        config.latents.update(normalize=True, cache_clips=16)
+        config.diffusion.update(kind="flow", learned_range=False, clip=0.0)
+    else:
+        config.diffusion.timesteps = 20
+    return config
+
+
+def config_of(argument: str, **changes):
+    """The resolved config of `STAGE[,kind=...]`; changes are `group__key=value`."""
+    config = get_config(argument)
+    for key, value in changes.items():
+        override(config, key.replace("__", "."), str(value))
+    return check(config.copy_and_resolve_references())
+
+
+@functools.cache
+def scratch() -> Path:
+    scratch.folder = tempfile.TemporaryDirectory(prefix="cmd-jax-tiny-")  # kept alive, and removed at exit
+    return Path(scratch.folder.name)
+
+
+@contextlib.contextmanager
+def quick_compiles():
+    """Programs this small take far longer to compile than to run: compile each one once, and plainly."""
+    changes = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(scratch() / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: jax.config.values[name] for name in changes}
+    for settings in (changes, before):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if settings is changes:
+            yield
+
+
+@functools.cache
+def trained() -> Path:
+    """A workdir with the three stages trained, the denoisers by flow matching; once a process."""
+    workdir = scratch() / "run"
+    train(config_of("autoencoder", train__preview_every=3, train__checkpoint_every=3), workdir)
+    train(config_of("motion", train__preview_every=STEPS), workdir)  # either order will do
+    train(config_of("content"), workdir)
+    return workdir
+
+
+@functools.cache
+def gaussian_weights() -> Path:
+    """A folder of half-precision weights: the same autoencoder, denoisers of eps with learned range and clipping.
+
+    The content stage is trained, on the half-precision autoencoder; the motion stage is a random one.
+    """
+    folder = scratch() / "gaussian"
+    folder.mkdir()
+    autoencoder = load_trained(trained() / "autoencoder", "autoencoder")
+    export(folder / "autoencoder.safetensors", autoencoder, np.float16)
+    changes = {"latents__autoencoder": folder / "autoencoder.safetensors"}
+    train(config_of("content,kind=gaussian", train__steps=2, **changes), folder)
+    content = load_trained(folder / "content", "content")
+    export(folder / "content.safetensors", content, np.float16)
+
+    config = config_of("motion,kind=gaussian", **changes)
+    stage = MotionStage(
+        config, FrozenAutoencoder(autoencoder.config, autoencoder.params), 48, content.facts["statistics"]
+    )
+    shapes = nn.unbox(jax.eval_shape(stage.init, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes)
+    export(folder / "motion.safetensors", Trained(config, params, content.facts), np.float16)
+    return folder
