@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from cmd_jax import __version__
 from cmd_jax.config import from_json
 from cmd_jax.errors import UserError
 from cmd_jax.interop.weights import flatten, read_metadata, read_state_dict, unflatten, write_safetensors
@@ -18,6 +20,11 @@ from cmd_jax.report.video import atomic_path
 from cmd_jax.state import TrainState
 
 ITEMS = ("step", "params", "ema", "opt_state")  # of a TrainState, each restorable by itself
+
+
+def versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    return {"cmd_jax": __version__} | {name: version(name) for name in names}
 
 
 def write_json(path: Path, value):

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from cmd_jax.checkpoint import Trained, check_tree, load_trained, write_json
+from cmd_jax.checkpoint import Trained, check_tree, load_trained, versions, write_json
 from cmd_jax.config import STAGES, to_json
 from cmd_jax.data.pipeline import local_rows, to_global, video_reader
 from cmd_jax.data.sources import open_source
@@ -30,7 +30,6 @@ from cmd_jax.report.gallery import Item, Section, write_gallery
 from cmd_jax.report.video import film_strip, image_grid, to_uint8, video_grid, write_gif, write_mp4, write_png
 from cmd_jax.sharding import batch_sharding, check_batch, make_mesh, partitioning, replicated, shardings_of
 from cmd_jax.stages import ContentStage, FrozenAutoencoder, MotionStage, pixels
-from cmd_jax.train import versions
 
 MODES = ("generate", "reconstruct", "vary-motion", "animate")
 
@@ -83,6 +82,8 @@ class Sampler:
         """Before anything is compiled, and by the names the user knows."""
         steps, solver = self.options[f"{name}_steps"], self.options[f"{name}_solver"]
         choose(f"sampling.{name}_solver", solver or process.solvers[0], process.solvers)
+        if self.options.eta and (solver or process.solvers[0]) != "ddim":
+            raise UserError("sampling.eta", self.options.eta, f"the {name} solver is not ddim", "set it to 0.0")
         check_count(f"sampling.{name}_steps", steps, None if isinstance(process, Flow) else len(process.schedule))
 
     # Programs, pure functions of their arguments.

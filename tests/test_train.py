@@ -15,6 +15,7 @@ import pytest
 import tiny
 from rich.console import Console
 
+from cmd_jax import prepare as preparing
 from cmd_jax import train as training
 from cmd_jax.checkpoint import Checkpoints, Trained, export, load_trained, read_json, write_json
 from cmd_jax.config import from_json, to_json
@@ -101,10 +102,10 @@ def test_checkpoints_are_made_when_asked_and_at_the_end(run):
 def test_latents_are_encoded_once_for_both_diffusion_stages(run, monkeypatch):
     """The motion stage was trained first, and encoded; the content stage found the file."""
     assert len(list(run.glob("latents-*.npz"))) == 1
-    monkeypatch.setattr(training, "encode_clips", None)
+    monkeypatch.setattr(preparing, "encode_clips", None)
     for stage, kind in (("content", ContentStage), ("motion", MotionStage)):
         config = tiny.config_of(stage)
-        built, read, clips, name_of, facts = training.prepare(config, run, make_mesh(config.mesh), Console(), True)
+        built, read, clips, name_of, facts = preparing.prepare(config, run, make_mesh(config.mesh), Console(), True)
         assert isinstance(built, kind) and clips == 16
         assert read(3, None)["content"].shape == (16, 24, 3)
         assert read(3, None)["motion"].shape == (4, 10, 4)
@@ -114,7 +115,7 @@ def test_latents_are_encoded_once_for_both_diffusion_stages(run, monkeypatch):
 
 def test_latents_are_kept_apart_by_what_they_depend_on(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        training, "encode_clips", lambda source, encode, count, *_: {"content": np.full(count, len(calls))}
+        preparing, "encode_clips", lambda source, encode, count, *_: {"content": np.full(count, len(calls))}
     )
     calls = []
     facts = {"autoencoder": "a", "fingerprint": "f"}
@@ -128,10 +129,10 @@ def test_latents_are_kept_apart_by_what_they_depend_on(run, tmp_path, monkeypatc
     ):
         config = tiny.config_of("content", seed=seed)
         calls.append(
-            training.encoded_clips(config, tmp_path, None, None, facts | changes, count, mesh, console)["content"][0]
+            preparing.encoded_clips(config, tmp_path, None, None, facts | changes, count, mesh, console)["content"][0]
         )
     assert calls == [0, 1, 2, 3, 4]
-    again = training.encoded_clips(tiny.config_of("content"), tmp_path, None, None, facts, 16, mesh, console)
+    again = preparing.encoded_clips(tiny.config_of("content"), tmp_path, None, None, facts, 16, mesh, console)
     assert again["content"][0] == 0
 
 
@@ -183,7 +184,7 @@ def test_autoencoder_stopped_by_a_signal_resumes_bit_for_bit(run, tmp_path, monk
 
 def test_loss_not_finite_stops_before_the_update_and_resumes_bit_for_bit(run, tmp_path, monkeypatch, capsys):
     bad = int(BatchPlan(16, 4, 0).ids(3)[1])  # a clip of the fourth batch
-    reader = training.latent_reader
+    reader = preparing.latent_reader
 
     def poisoned(latents):
         read = reader(latents)
@@ -196,7 +197,7 @@ def test_loss_not_finite_stops_before_the_update_and_resumes_bit_for_bit(run, tm
 
     arguments = ["train", f"--config={tiny.CONFIG_FILE}:content", f"--workdir={tmp_path}"]
     arguments += [f"--config.latents.autoencoder={run / 'autoencoder'}", "--config.train.checkpoint_every=2"]
-    monkeypatch.setattr(training, "latent_reader", poisoned)
+    monkeypatch.setattr(preparing, "latent_reader", poisoned)
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert line.startswith("loss=nan: not finite at step 3 ")
@@ -227,9 +228,9 @@ def test_longer_run_with_a_broken_metrics_writer_equals_one_run(run, tmp_path, m
 
     autoencoder = {"latents__autoencoder": run / "autoencoder" / "ema.safetensors"}
     monkeypatch.setattr(metric_writers, "SummaryWriter", BrokenWriter)
-    with caplog.at_level(logging.WARNING, "cmd_jax.train"):
+    with caplog.at_level(logging.WARNING, "cmd_jax.report.training"):
         summary = training.train(tiny.config_of("motion", train__steps=3, **autoencoder), tmp_path)
-    assert [r.message for r in caplog.records if r.name == "cmd_jax.train"] == [
+    assert [r.message for r in caplog.records if r.name == "cmd_jax.report.training"] == [
         "TensorBoard is no longer written: OSError: disk full"
     ]
     assert summary["step"] == 3 and len(metrics_of(tmp_path / "motion")) == 3
@@ -332,7 +333,7 @@ def begun(tmp_path):
 )
 def test_folder_of_another_run_is_refused(begun, changes, field):
     before = (begun / "config.json").read_text()
-    with pytest.raises(UserError) as error, training.claimed(begun, tiny.config_of("content", **changes)):
+    with pytest.raises(UserError) as error, preparing.claimed(begun, tiny.config_of("content", **changes)):
         pass
     assert error.value.field == field
     assert f"the run in {begun} was started with" in str(error.value)
@@ -349,7 +350,7 @@ def test_folder_of_another_run_is_refused(begun, changes, field):
     ],
 )
 def test_folder_of_the_same_run_is_accepted(begun, changes):
-    with training.claimed(begun, tiny.config_of("content", **changes)) as resuming:
+    with preparing.claimed(begun, tiny.config_of("content", **changes)) as resuming:
         assert resuming
 
 
@@ -359,10 +360,10 @@ def test_folder_without_a_checkpoint_is_taken_over(begun, run):
     (begun / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
     write_json(begun / "facts.json", {"fingerprint": "x", "autoencoder": "y", "statistics": "z"})
     config = tiny.config_of("content", model__width=32, latents__autoencoder=run / "autoencoder" / "ema.safetensors")
-    with training.claimed(begun, config) as resuming:
+    with preparing.claimed(begun, config) as resuming:
         assert not resuming
         shutil.copy(next(run.glob("latents-*.npz")), begun.parent)
-        training.prepare(config, begun.parent, make_mesh(config.mesh), Console(), resuming)
+        preparing.prepare(config, begun.parent, make_mesh(config.mesh), Console(), resuming)
     assert read_json(begun / "facts.json")["statistics"] == read_json(run / "content" / "facts.json")["statistics"]
 
 

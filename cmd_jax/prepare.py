@@ -1,0 +1,145 @@
+"""Before the first step: claim the stage folder, open the data, apply the frozen autoencoder, build the stage."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from cmd_jax.checkpoint import load_trained, read_json, write_json
+from cmd_jax.config import to_json
+from cmd_jax.data.pipeline import video_reader
+from cmd_jax.data.sources import STATISTICS_CLIPS, channel_statistics, encode_clips, latent_reader, open_source
+from cmd_jax.errors import UserError
+from cmd_jax.interop.weights import read_state_dict
+from cmd_jax.models.vgg import lpips_params
+from cmd_jax.report.video import atomic_path
+from cmd_jax.sharding import partitioning
+from cmd_jax.stages import DIFFUSION_STAGES, AutoencoderStage, FrozenAutoencoder, check_patches
+
+# What may change between the runs of one stage folder, and what too where the learning rate does not depend on it.
+RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")
+RESUMABLE += ("data.prefetch", "data.root", "data.probe_timeout", "mesh.", "rules", "latents.autoencoder")
+RESUMABLE_CONSTANT = ("train.steps", "optimizer.steps")
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, config):
+    """Make the stage folder, or accept it if it holds an earlier part of this very run -> whether it does.
+
+    Until the end no other process can train in it; the lock goes with the process, however that ends.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as e:
+        raise UserError("workdir", folder, f"cannot be written ({e.strerror})", "give a folder you may write to") from e
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("workdir", folder, "another process trains in it", "wait for it, or take another") from None
+        except OSError:
+            log.warning("%s is on a file system without locks: take care not to train in it twice at a time", folder)
+        resuming = any(path.name.isdigit() for path in (folder / "checkpoints").glob("*"))
+        if resuming and (folder / "config.json").exists():
+            check_same_run(folder, config)
+        yield resuming
+
+
+def check_same_run(folder: Path, config):
+    """UserError for the first key that a resumed run may not change."""
+    free = RESUMABLE + (RESUMABLE_CONSTANT if config.optimizer.decay == "constant" else ())
+    texts = (folder / "config.json").read_text(), to_json(config)
+    old, new = (flatten_dict(json.loads(text), sep=".") for text in texts)
+    # train.* first: optimizer.steps follows train.steps, which is what the user knows.
+    for key in sorted(old.keys() | new.keys(), key=lambda key: (not key.startswith("train."), key)):
+        if old.get(key) != new.get(key) and not key.startswith(free):
+            raise UserError(
+                key, new.get(key), f"the run in {folder} was started with {old.get(key)}",
+                "resume with that value, or start anew in another --workdir",
+            )  # fmt: skip
+
+
+def prepare(config, workdir: Path, mesh, console, resuming: bool):
+    """Everything a stage needs before its first step -> (stage, read, clips, name_of, facts).
+
+    facts: what this stage was trained on; a resumed run keeps those it began with.
+    """
+    folder = workdir / config.stage
+    source = open_source(config.data, cache=workdir / "probe.json")
+    facts = {"class_names": list(source.class_names), "fingerprint": source.fingerprint, "clips": len(source)}
+    if source.bad:
+        write_json(folder / "bad_files.json", source.bad)
+    earlier = read_json(folder / "facts.json") if resuming and (folder / "facts.json").exists() else {}
+    if earlier.get("fingerprint", facts["fingerprint"]) != facts["fingerprint"]:
+        raise UserError(
+            "data", config.data.root or config.data.source, "the dataset changed since this run was started",
+            "restore it, or start anew in another --workdir",
+        )  # fmt: skip
+
+    if config.stage == "autoencoder":
+        lpips = lpips_params(read_state_dict(config.loss.vgg)) if config.loss.lpips else None
+        stage, read, clips = AutoencoderStage(config, lpips), video_reader(source), len(source)
+    else:
+        autoencoder, facts["autoencoder"] = open_autoencoder(config, workdir)
+        if earlier.get("autoencoder", facts["autoencoder"]) != facts["autoencoder"]:
+            raise UserError(
+                "latents.autoencoder", config.latents.autoencoder or workdir / "autoencoder",
+                "is not the one this run was started with", "restore it, or start anew in another --workdir",
+            )  # fmt: skip
+        count, normalized = config.latents.cache_clips, config.latents.normalize
+        if count or normalized:
+            encode = partial(encoded_clips, config, workdir, source, autoencoder, facts, mesh=mesh, console=console)
+            latents = encode(count or STATISTICS_CLIPS)
+        else:  # only the numbers of channels are needed
+            latents = {"content": np.zeros(autoencoder.content_shape), "motion": np.zeros(autoencoder.motion_shape)}
+        facts["statistics"] = earlier.get("statistics") or channel_statistics(latents, normalized)
+        stage = DIFFUSION_STAGES[config.stage](config, autoencoder, len(source.class_names), facts["statistics"])
+        read, clips = (latent_reader(latents), count) if count else (video_reader(source), len(source))
+    write_json(folder / "facts.json", facts)
+    return stage, read, clips, lambda i: source.name(i % len(source)), facts
+
+
+def open_autoencoder(config, workdir: Path) -> tuple[FrozenAutoencoder, str]:
+    """The autoencoder that a diffusion stage is trained on, and its digest; it must fit the config."""
+    trained = load_trained(config.latents.autoencoder or workdir / "autoencoder", "autoencoder")
+    for side in ("frames", "height", "width"):
+        if config.data[side] != trained.config.data[side]:
+            raise UserError(
+                f"data.{side}", config.data[side], f"the autoencoder was trained at {trained.config.data[side]}",
+                "use that, or train an autoencoder for this shape",
+            )  # fmt: skip
+    autoencoder = FrozenAutoencoder(trained.config, trained.params)
+    check_patches(config, autoencoder)
+    return autoencoder, trained.facts["digest"]
+
+
+def encoded_clips(config, workdir: Path, source, autoencoder, facts, count: int, mesh, console) -> dict:
+    """Latents of `count` clips by the frozen autoencoder; both diffusion stages share the file that remembers them."""
+    what = [facts["autoencoder"], facts["fingerprint"], count, config.seed]
+    path = workdir / f"latents-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.npz"
+    if path.exists():
+        with np.load(path) as file:
+            return dict(file)
+    started = time.perf_counter()
+
+    def encode(batch):
+        return autoencoder.encode(autoencoder.params, batch)
+
+    with partitioning(mesh, config.rules):
+        latents = encode_clips(source, encode, count, config.train.batch_size, mesh, config.seed)
+    if jax.process_index() == 0:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **latents)
+    console.print(f"encoded {count} clips in {time.perf_counter() - started:.0f} s")
+    return latents

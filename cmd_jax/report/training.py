@@ -1,0 +1,134 @@
+"""What a training writes while it runs: metrics.jsonl, TensorBoard events, the progress line, previews."""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cmd_jax.errors import UserError
+from cmd_jax.report.video import atomic_path, image_grid, to_uint8, video_grid, write_gif, write_png
+
+PREVIEW_CLIPS = 8
+
+log = logging.getLogger(__name__)
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard events of the steps after `step`. A failing writer is reported once, and left out.
+
+    wall_seconds: what the steps up to `step` took.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self.folder, self.broken, self.wall_seconds = folder, set(), 0.0
+        self._guard("metrics.jsonl", self._open_lines, step)
+        self._guard("TensorBoard", self._open_events)
+
+    def _open_lines(self, step):
+        """Keep the lines up to `step`: what a killed run did after its last checkpoint is done again."""
+        path, kept = self.folder / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):  # the last line may be torn
+                record = json.loads(line)
+                if record["step"] <= step:
+                    kept.append(line + "\n")
+                    self.wall_seconds = record.get("wall_seconds", 0.0)
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(kept))
+        self.lines = open(path, "a")  # noqa: SIM115
+
+    def _open_events(self):
+        # TensorFlow comes with clu's writers, and only the process that writes should pay for loading it.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        from clu import metric_writers
+
+        self.events = metric_writers.SummaryWriter(str(self.folder))
+
+    def _guard(self, name, action, *arguments):
+        if name in self.broken:
+            return
+        try:
+            action(*arguments)
+        except Exception as e:
+            self.broken.add(name)
+            log.warning("%s is no longer written: %s: %s", name, type(e).__name__, e)
+
+    def _write_line(self, step, values):
+        self.lines.write(json.dumps({"step": step, **values}) + "\n")
+        self.lines.flush()
+
+    def scalars(self, step: int, values: dict[str, float]):
+        self._guard("metrics.jsonl", self._write_line, step, values)
+        self._guard("TensorBoard", lambda: self.events.write_scalars(step, values))
+
+    def image(self, step: int, name: str, image: np.ndarray):
+        self._guard("TensorBoard", lambda: self.events.write_images(step, {name: image[None]}))
+
+    def close(self):
+        self._guard("metrics.jsonl", lambda: self.lines.close())
+        self._guard("TensorBoard", lambda: self.events.close())
+
+
+class StepLog:
+    """Takes the metrics of each step, one step late: stops on a refused update, logs when it is time."""
+
+    QUIET = ("gradient_norm", "motion_saturated", "wall_seconds")  # not shown on the console
+
+    def __init__(self, config, start: int, clip_names, metrics: Metrics, console):
+        self.stage, self.options, self.clip_names = config.stage, config.train, clip_names
+        self.metrics, self.console = metrics, console
+        self.begun, self.last = time.perf_counter(), None  # last: (step, time) of the last line
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns += (TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.progress.add_task(self.stage, total=self.options.steps, completed=start, shown="compiling")
+
+    def wall_seconds(self) -> float:
+        """Time spent on this stage, earlier runs included."""
+        return self.metrics.wall_seconds + time.perf_counter() - self.begun
+
+    def __call__(self, step: int, values: dict):
+        if not bool(values["applied"]):
+            loss, norm = float(values["loss"]), float(values["gradient_norm"])
+            names = ", ".join(self.clip_names(step)[:8])
+            raise UserError(
+                "loss", loss, f"not finite at step {step} (gradient norm {norm}; clips {names}); nothing was updated",
+                "lower optimizer.learning_rate or look at those clips; the last checkpoint is intact",
+            )  # fmt: skip
+        done, now = step + 1, time.perf_counter()
+        if done % self.options.log_every and done != self.options.steps:
+            return
+        values = {name: float(value) for name, value in values.items() if name != "applied"}
+        if self.last:
+            values["steps_per_second"] = (done - self.last[0]) / (now - self.last[1])
+            values["clips_per_second"] = values["steps_per_second"] * self.options.batch_size
+        self.last = done, now
+        self.metrics.scalars(done, values | {"wall_seconds": round(self.wall_seconds(), 1)})
+        self._show(done, values)
+
+    def _show(self, done, values):
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k not in self.QUIET)
+        if self.console.is_terminal:
+            self.progress.update(self.task, completed=done, shown=shown)
+            return
+        if "steps_per_second" in values:
+            left = (self.options.steps - done) / values["steps_per_second"]
+            shown += f"  ETA {left / 60:.1f} min"
+        self.console.print(f"{self.stage} {done}/{self.options.steps}  {shown}", soft_wrap=True)
+
+
+def write_preview(folder: Path, step: int, pictures: dict, metrics: Metrics):
+    """Videos as gif, images as png; one file a name, in previews/."""
+    for name, x in pictures.items():
+        x = to_uint8(x)[:PREVIEW_CLIPS]
+        stem = folder / "previews" / f"{step:07d}_{name}"
+        if x.ndim == 5:
+            write_gif(stem.with_suffix(".gif"), video_grid(x, columns=4))
+        else:
+            write_png(stem.with_suffix(".png"), image_grid(x, columns=4))
+            metrics.image(step, name, image_grid(x, columns=4))
