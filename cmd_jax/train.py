@@ -84,7 +84,7 @@ def train(config, workdir: Path) -> dict:
             console.print(f"stopped by signal {stop.signal} after step {int(state.step)}; saved; "
                           "run the same command to resume")  # fmt: skip
             raise SystemExit(0)
-        return finish(config, folder, state, report.wall_seconds(), compile_seconds, facts, console)
+        return finish(config, folder, state, report, compile_seconds, facts, console)
 
 
 def run_steps(config, stage, optimizer, state, data, checkpoints: Checkpoints, report: StepLog, stop: StopRequest):
@@ -136,7 +136,7 @@ def is_finished(folder: Path, step: int) -> bool:
     return path.exists() and read_json(path)["step"] == step and (folder / "ema.safetensors").exists()
 
 
-def finish(config, folder: Path, state, wall_seconds: float, compile_seconds: float, facts, console) -> dict:
+def finish(config, folder: Path, state, report: StepLog, compile_seconds: float, facts, console) -> dict:
     """Write summary.json and the EMA weights."""
     ema = jax.tree.map(np.asarray, state.ema)
     digests = {name: digest(getattr(state, name)) for name in ("params", "opt_state")} | {"ema": digest(ema)}
@@ -145,7 +145,8 @@ def finish(config, folder: Path, state, wall_seconds: float, compile_seconds: fl
         "step": int(state.step),
         "examples": int(state.step) * config.train.batch_size,
         "parameters": sum(x.size for x in jax.tree.leaves(ema)),
-        "wall_seconds": round(wall_seconds, 1),
+        "wall_seconds": round(report.wall_seconds(), 1),
+        "steps_per_second": report.steps_per_second(),
         "compile_seconds": round(compile_seconds, 1),
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "digests": digests,

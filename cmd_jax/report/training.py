@@ -82,7 +82,8 @@ class StepLog:
     def __init__(self, config, start: int, clip_names, metrics: Metrics, console):
         self.stage, self.options, self.clip_names = config.stage, config.train, clip_names
         self.metrics, self.console = metrics, console
-        self.begun, self.last = time.perf_counter(), None  # last: (step, time) of the last line
+        self.begun = time.perf_counter()
+        self.first = self.last = None  # (step, time) of the first and last line of this run
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         columns += (TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -91,6 +92,12 @@ class StepLog:
     def wall_seconds(self) -> float:
         """Time spent on this stage, earlier runs included."""
         return self.metrics.wall_seconds + time.perf_counter() - self.begun
+
+    def steps_per_second(self) -> float | None:
+        """Over this run without its first lines' compilation, but with previews and checkpoints; None if too short."""
+        if self.first == self.last:
+            return None
+        return round((self.last[0] - self.first[0]) / (self.last[1] - self.first[1]), 3)
 
     def __call__(self, step: int, values: dict):
         if not bool(values["applied"]):
@@ -108,6 +115,7 @@ class StepLog:
             values["steps_per_second"] = (done - self.last[0]) / (now - self.last[1])
             values["clips_per_second"] = values["steps_per_second"] * self.options.batch_size
         self.last = done, now
+        self.first = self.first or self.last
         self.metrics.scalars(done, values | {"wall_seconds": round(self.wall_seconds(), 1)})
         self._show(done, values)
 
