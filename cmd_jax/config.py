@@ -87,6 +87,8 @@ def override(config: ConfigDict, dotted: str, text: str):
         raise UserError(field, text, "no such key", f"did you mean config.{nearest(dotted, known)[0]}")
     if dotted == "stage":
         raise UserError(field, text, "the config file sets it", f"use --config=FILE:{text}")
+    if dotted == "optimizer.steps":
+        raise UserError(field, text, "follows train.steps", "set config.train.steps")
     *path, last = dotted.split(".")
     node = config
     for part in path:
@@ -115,7 +117,7 @@ NOT_NEGATIVE = {
     "seed", "warmup_steps", "clip_norm", "l1", "l2", "lpips", "adversarial", "feature_matching", "preview_every",
     "cache_clips", "clip", "guidance",
 }  # fmt: skip
-FRACTIONS = {"ema_decay", "label_dropout", "max_bad_fraction", "b1", "b2"}
+FRACTIONS = {"ema_decay", "label_dropout", "max_bad_fraction", "b1", "b2", "eta"}
 SEEDS = 2**32  # jax.random.key takes a seed modulo this
 
 
@@ -147,8 +149,8 @@ def check(config: ConfigDict) -> ConfigDict:
         divisible("model.head_dim", config.model.head_dim, "what axial rotary positions need", needed)
         if config.model.channels != 3:
             raise UserError("model.channels", config.model.channels, "clips have 3 channels", "use 3")
-        if config.loss.lpips and not config.loss.vgg:
-            raise UserError("loss.vgg", "", "LPIPS needs weights", "give their file, or set loss.lpips=0.0")
+        if config.loss.vgg and not config.loss.lpips:
+            raise UserError("loss.lpips", 0.0, "loss.vgg is given but would not be used", "set loss.lpips=4.0")
     if config.stage in ("content", "motion"):
         build_denoiser(config, channels=1, classes=1, process=build_process(config.diffusion))
         divisible("model.width", config.model.width, "model.heads", config.model.heads)

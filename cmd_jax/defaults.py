@@ -37,6 +37,7 @@ def data(**changes) -> ConfigDict:
             height=64,
             width=64,
             clips=20_000,  # shapes: how many
+            seed=0,  # shapes: which
             root="",  # folder: where
             layout="auto",  # folder: "auto", "ucf101", "classes" or "metadata"
             fold=1,  # ucf101: split files 1, 2 or 3
@@ -102,7 +103,7 @@ def autoencoder() -> ConfigDict:
         dict(
             l1=4.0,
             l2=0.0,
-            lpips=0.0,  # needs `vgg`
+            lpips=4.0,  # where `vgg` is given
             vgg="",  # path of VGG16-LPIPS weights (safetensors or .pt)
             adversarial=0.0,
             feature_matching=4.0,  # times `adversarial`

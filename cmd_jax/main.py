@@ -14,7 +14,7 @@ EXAMPLES = {
         "train one stage, resuming what is there",
         "--config=configs/quickstart.py:autoencoder --workdir=runs/shapes",
     ),
-    "sample": ("write videos and a gallery", "--config=configs/quickstart.py:sample,size=long --workdir=runs/long"),
+    "sample": ("write videos and a gallery", "--config=configs/quickstart.py:sample,size=long --workdir=runs/shipped"),
     "evaluate": (
         "score reconstructions and generated videos",
         "--config=configs/quickstart.py:sample --workdir=runs/shapes",
@@ -91,6 +91,7 @@ def fail(error: UserError, debug: bool) -> int:
 def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("cmd_jax").setLevel(logging.INFO)
     debug = "--debug" in (sys.argv if arguments is None else arguments)
     try:
         flags, overrides = parse(sys.argv[1:] if arguments is None else arguments)
@@ -99,6 +100,11 @@ def main(arguments: list[str] | None = None) -> int:
         run(flags.verb, load(flags.config, overrides), Path(flags.workdir).expanduser().absolute())
     except UserError as error:
         return fail(error, debug)
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        remedy = "free space or mend its rights, or give another --workdir"
+        return fail(UserError("file", error.filename or "?", error.strerror or str(error), remedy), debug)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's name for it
             raise

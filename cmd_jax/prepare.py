@@ -6,14 +6,12 @@ import hashlib
 import json
 import logging
 import time
-from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from cmd_jax.checkpoint import load_trained, read_json, write_json
+from cmd_jax.checkpoint import Trained, digest, load_trained, read_json, versions, write_json
 from cmd_jax.config import to_json
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.sources import STATISTICS_CLIPS, channel_statistics, encode_clips, latent_reader, open_source
@@ -88,31 +86,47 @@ def prepare(config, workdir: Path, mesh, console, resuming: bool):
         )  # fmt: skip
 
     if config.stage == "autoencoder":
-        lpips = lpips_params(read_state_dict(config.loss.vgg)) if config.loss.lpips else None
+        lpips = lpips_params(read_state_dict(config.loss.vgg)) if config.loss.vgg else None
+        if config.loss.lpips and lpips is None:
+            console.print(
+                "LPIPS is left out of the loss: loss.vgg is empty; give a file of VGG16-LPIPS weights (the state dict "
+                "of the PyPI package lpips), or set loss.lpips=0.0", soft_wrap=True,
+            )  # fmt: skip
         stage, read, clips = AutoencoderStage(config, lpips), video_reader(source), len(source)
     else:
-        autoencoder, facts["autoencoder"] = open_autoencoder(config, workdir)
-        if earlier.get("autoencoder", facts["autoencoder"]) != facts["autoencoder"]:
+        trained, autoencoder = open_autoencoder(config, workdir, console)
+        # `digest` is that of the training, which rounded weights keep too; the latents depend on the very numbers.
+        facts |= {"autoencoder": trained.facts["digest"], "autoencoder_params": digest(trained.params)}
+        if earlier.get("autoencoder_params", facts["autoencoder_params"]) != facts["autoencoder_params"]:
             raise UserError(
                 "latents.autoencoder", config.latents.autoencoder or workdir / "autoencoder",
                 "is not the one this run was started with", "restore it, or start anew in another --workdir",
             )  # fmt: skip
         count, normalized = config.latents.cache_clips, config.latents.normalize
+        if count and count < len(source):
+            raise UserError(
+                "latents.cache_clips", count, f"fewer than the {len(source)} clips of the data",
+                "use at least that many, or 0 to encode every batch anew",
+            )  # fmt: skip
         if count or normalized:
-            encode = partial(encoded_clips, config, workdir, source, autoencoder, facts, mesh=mesh, console=console)
-            latents = encode(count or STATISTICS_CLIPS)
+            latents = encoded_clips(config, workdir, source, autoencoder, facts, count, mesh, console)
         else:  # only the numbers of channels are needed
             latents = {"content": np.zeros(autoencoder.content_shape), "motion": np.zeros(autoencoder.motion_shape)}
         facts["statistics"] = earlier.get("statistics") or channel_statistics(latents, normalized)
         stage = DIFFUSION_STAGES[config.stage](config, autoencoder, len(source.class_names), facts["statistics"])
         read, clips = (latent_reader(latents), count) if count else (video_reader(source), len(source))
+        if source.texts and not source.class_names:
+            console.print("the texts of the manifest are not used: without labels the model is trained unconditionally")
     write_json(folder / "facts.json", facts)
     return stage, read, clips, lambda i: source.name(i % len(source)), facts
 
 
-def open_autoencoder(config, workdir: Path) -> tuple[FrozenAutoencoder, str]:
-    """The autoencoder that a diffusion stage is trained on, and its digest; it must fit the config."""
-    trained = load_trained(config.latents.autoencoder or workdir / "autoencoder", "autoencoder")
+def open_autoencoder(config, workdir: Path, console) -> tuple[Trained, FrozenAutoencoder]:
+    """The autoencoder that a diffusion stage is trained on; it must fit the config."""
+    path = Path(config.latents.autoencoder or workdir / "autoencoder")
+    trained = load_trained(path, "autoencoder")
+    if path.is_dir() and not (path / "summary.json").exists():
+        console.print(f"the autoencoder in {path} is not trained to its end; this stage will belong to it as it is now")
     for side in ("frames", "height", "width"):
         if config.data[side] != trained.config.data[side]:
             raise UserError(
@@ -121,25 +135,26 @@ def open_autoencoder(config, workdir: Path) -> tuple[FrozenAutoencoder, str]:
             )  # fmt: skip
     autoencoder = FrozenAutoencoder(trained.config, trained.params)
     check_patches(config, autoencoder)
-    return autoencoder, trained.facts["digest"]
+    return trained, autoencoder
 
 
 def encoded_clips(config, workdir: Path, source, autoencoder, facts, count: int, mesh, console) -> dict:
-    """Latents of `count` clips by the frozen autoencoder; both diffusion stages share the file that remembers them."""
-    what = [facts["autoencoder"], facts["fingerprint"], count, config.seed]
-    path = workdir / f"latents-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.npz"
+    """Latents by the frozen autoencoder: of `count` clips to train on, or with 0 of some, all over the data.
+
+    Both diffusion stages share the file that remembers them. It is named after all that its bits depend on.
+    """
+    spread = np.linspace(0, len(source), STATISTICS_CLIPS, endpoint=False).astype(int)
+    indices = np.arange(count) % len(source) if count else spread
+    batch_size = config.train.batch_size
+    what = [facts["autoencoder_params"], facts["fingerprint"], count, config.seed, batch_size, mesh.size, versions()]
+    path = workdir / f"latents-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}.npz"
     if path.exists():
         with np.load(path) as file:
             return dict(file)
     started = time.perf_counter()
-
-    def encode(batch):
-        return autoencoder.encode(autoencoder.params, batch)
-
     with partitioning(mesh, config.rules):
-        latents = encode_clips(source, encode, count, config.train.batch_size, mesh, config.seed)
-    if jax.process_index() == 0:
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **latents)
-    console.print(f"encoded {count} clips in {time.perf_counter() - started:.0f} s")
+        latents = encode_clips(source, autoencoder, indices, batch_size, mesh, config.seed)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **latents)
+    console.print(f"encoded {len(indices)} clips in {time.perf_counter() - started:.0f} s")
     return latents

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 
@@ -45,9 +45,9 @@ class Sampler:
     def __init__(self, stages: dict[str, Trained], config, mesh):
         self.mesh, self.rules, self.options, self.seed = mesh, config.rules, config.sampling, config.seed
         check_batch("sampling.batch_size", self.options.batch_size, mesh)
-        guidance = check_guidance(self.options.guidance)
-        self.guidance = None if guidance == 1.0 else jnp.float32(guidance)
         self.class_names = tuple(stages["content"].facts["class_names"]) if "content" in stages else ()
+        guidance = check_guidance(self.options.guidance)
+        self.guidance = None if guidance == 1.0 or not self.class_names else jnp.float32(guidance)
         trained = stages["autoencoder"]
         self.autoencoder = FrozenAutoencoder(trained.config, trained.params)
         self.params = {"autoencoder": self._place("autoencoder", self._autoencoder_init, self.autoencoder.params)}
@@ -181,6 +181,9 @@ def choose_labels(wanted: str, class_names: tuple[str, ...], count: int) -> np.n
         else:
             near = ", ".join(nearest(word, class_names, 3))
             raise UserError("sampling.classes", word, "no such class", f"did you mean one of: {near}")
+    if len(labels) > count:
+        problem = f"{len(labels)} classes, but only {count} videos"
+        raise UserError("sampling.classes", wanted, problem, f"set sampling.num={len(labels)}")
     return np.resize(np.array(labels or range(len(class_names)), np.int32), count)
 
 
@@ -192,17 +195,21 @@ def read_image(path: str, height: int, width: int) -> np.ndarray:
     """An image file, centre-cropped and resized -> float32 [H, W, 3] in [-1, 1]."""
     try:
         with Image.open(path) as image:
-            array = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as e:
-        raise UserError("sampling.image", path, f"cannot be read as an image ({e})", "give a PNG or JPEG file") from e
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"more than 8 bits a channel, mode {image.mode}")
+            array = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
+        remedy = "give a PNG or JPEG file of 8 bits a channel"
+        raise UserError("sampling.image", path, f"cannot be read as an image ({e})", remedy) from e
     return fit(array[None], height, width)[0].astype(np.float32) / 127.5 - 1
 
 
 def read_clips(config, workdir: Path, count: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """The first clips of the config's data -> (uint8 [N, T, H, W, 3], labels [N], class names)."""
+    """`count` clips from all over the data, or all there are -> (uint8 [N, T, H, W, 3], labels [N], class names)."""
     source = open_source(config.data, cache=workdir / "probe.json")
     read = video_reader(source)
-    clips = [read(i, np.random.default_rng((config.seed, i))) for i in range(min(count, len(source)))]
+    picks = np.linspace(0, len(source), min(count, len(source)), endpoint=False).astype(int)
+    clips = [read(int(i), np.random.default_rng((config.seed, int(i)))) for i in picks]
     return np.stack([c["video"] for c in clips]), np.array([c["label"] for c in clips]), tuple(source.class_names)
 
 
@@ -221,7 +228,10 @@ def make_samples(sampler: Sampler, config, workdir: Path) -> tuple[dict, np.ndar
         else:
             videos, own, names = read_clips(config, workdir, options.num)
             content = sampler.reconstruct({"video": videos})["content"]
-            labels = own if names == sampler.class_names and not options.classes else labels[: len(videos)]
+            if not options.classes and names != sampler.class_names:
+                problem = "the clips' classes are not the model's"
+                raise UserError("data", config.data.root or config.data.source, problem, "name sampling.classes")
+            labels = labels[: len(videos)] if options.classes else own
     index = np.arange(len(labels), dtype=np.int32)
     batch = {"index": index, "variant": np.zeros_like(index), "label": labels.astype(np.int32)}
     out = sampler.generate(batch) if content is None else sampler.animate({**batch, "content": content})
@@ -305,7 +315,7 @@ def sample(config, workdir: Path) -> Path:
 
 
 def evaluate(config, workdir: Path) -> dict:
-    """The `evaluate` verb: held-out reconstruction PSNR, and for shapes the attributes of generated videos.
+    """The `evaluate` verb: PSNR of reconstructed clips of data.split, and attributes of generated videos of shapes.
 
     Prints them with counts and chance levels; writes them to summary.json beside the videos it shows.
     """
@@ -321,7 +331,8 @@ def evaluate(config, workdir: Path) -> dict:
         decibels = psnr(decoded["video"], decoded["original"])
         reconstruction = {"mean": float(decibels.mean()), "clips": len(decibels), "split": config.data.split}
         scores = {"reconstruction_psnr": reconstruction}
-        console.print(f"held-out reconstruction: {decibels.mean():.2f} dB PSNR over {len(decibels)} clips")
+        which = "held-out" if config.data.split == "test" else config.data.split
+        console.print(f"{which} reconstruction: {decibels.mean():.2f} dB PSNR over {len(decibels)} clips")
 
         labels = choose_labels(options.classes, sampler.class_names, config.evaluation.videos)
         index = np.arange(len(labels), dtype=np.int32)

@@ -109,9 +109,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(field: str, batch_size: int, mesh: Mesh):
-    """The batch must split evenly over the batch axes of the mesh."""
-    ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
+def batch_ways(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
+def check_batch(field: str, batch_size: int, mesh: Mesh, accumulate: int = 1):
+    """The batch, or each of its `accumulate` microbatches, must split evenly over the batch axes of the mesh."""
+    ways = batch_ways(mesh) * accumulate
     if batch_size % ways:
         nearest = max(ways, round(batch_size / ways) * ways)
-        raise UserError(field, batch_size, f"not divisible by the {ways} data x fsdp shards", f"use {nearest}")
+        shards = f"the {batch_ways(mesh)} data x fsdp shards"
+        problem = f"not divisible by {shards}" + (f" x {accumulate} microbatches" if accumulate > 1 else "")
+        raise UserError(field, batch_size, problem, f"use {nearest}")

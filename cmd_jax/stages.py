@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmd_jax.diffusion.flow import Flow
-from cmd_jax.diffusion.gaussian import Gaussian
+from cmd_jax.diffusion.gaussian import PREDICTIONS, Gaussian
 from cmd_jax.diffusion.guidance import guide
 from cmd_jax.diffusion.schedules import Schedule, linear_betas, scaled_linear_betas
 from cmd_jax.errors import UserError, choose
@@ -49,9 +49,12 @@ def build_autoencoder(model) -> Autoencoder:
 def build_process(config) -> Gaussian | Flow:
     """The diffusion process of a config's `diffusion` group."""
     choose("diffusion.kind", config.kind, ("gaussian", "flow"))
-    if config.kind == "flow":
-        return Flow(time_mean=config.time_mean, time_std=config.time_std, clip=config.clip or None)
     choose("diffusion.schedule", config.schedule, ("linear", "scaled_linear"))
+    choose("diffusion.prediction", config.prediction, PREDICTIONS)
+    if config.kind == "flow":
+        if config.learned_range:
+            raise UserError("diffusion.learned_range", True, "flow matching has no variance", "set it to False")
+        return Flow(time_mean=config.time_mean, time_std=config.time_std, clip=config.clip or None)
     betas = (linear_betas if config.schedule == "linear" else scaled_linear_betas)(config.timesteps)
     return Gaussian(Schedule.from_betas(betas), config.prediction, config.learned_range, config.clip or None)
 
@@ -61,7 +64,7 @@ def build_denoiser(config, channels: int, classes: int, process) -> DiT:
     choose("model.position", config.model.position, DIT_POSITIONS)
     out_channels = channels * (2 if process.learned_range else 1)
     model = {**config.model.to_dict(), "dtype": jnp.dtype(config.model.dtype)}
-    return DiT(channels=channels, out_channels=out_channels, classes=classes, **model)
+    return DiT(out_channels=out_channels, classes=classes, **model)
 
 
 def normalize(x, statistics):
@@ -101,7 +104,7 @@ class AutoencoderStage:
         reconstruction, latents = self.module.apply({"params": params["autoencoder"]}, video)
         mse = jnp.mean(jnp.square(reconstruction - video), axis=(1, 2, 3, 4))
         terms = {"l1": jnp.mean(jnp.abs(reconstruction - video)), "l2": mse.mean()}
-        if weights.lpips:
+        if "lpips" in frozen:
             one_frame = partial(self._view, "2d", frame=frame)
             distance = LPIPS().apply({"params": frozen["lpips"]}, one_frame(reconstruction), one_frame(video))
             terms["lpips"] = distance.mean()
@@ -136,7 +139,15 @@ class AutoencoderStage:
     def preview(self, params, frozen, batch, key):
         video = pixels(batch["video"])
         reconstruction, latents = self.module.apply({"params": params["autoencoder"]}, video)
-        return {"clips": video, "reconstructions": reconstruction, "content": latents.content}
+        weights = self.module.apply({"params": params["autoencoder"]}, video, method="content_weights")
+        # Black where a frame gives nothing, grey for the mean's share, white from twice that.
+        weights = jnp.clip(weights * video.shape[1] - 1, -1, 1)
+        return {
+            "clips": video,
+            "reconstructions": reconstruction,
+            "content": latents.content,
+            "content_weights": weights,
+        }
 
 
 class FrozenAutoencoder:

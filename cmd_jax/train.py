@@ -17,9 +17,9 @@ from cmd_jax.checkpoint import Checkpoints, Trained, digest, export, read_json, 
 from cmd_jax.config import to_json
 from cmd_jax.data.pipeline import BatchPlan, batches
 from cmd_jax.prepare import claimed, prepare
-from cmd_jax.report.training import Metrics, StepLog, write_preview
+from cmd_jax.report.training import PREVIEW_CLIPS, Metrics, StepLog
 from cmd_jax.report.video import atomic_path
-from cmd_jax.sharding import check_batch, make_mesh, partitioning
+from cmd_jax.sharding import batch_ways, check_batch, make_mesh, partitioning, replicated
 from cmd_jax.state import init_state, make_optimizer, train_step
 
 
@@ -49,7 +49,7 @@ def train(config, workdir: Path) -> dict:
     """
     console, folder = Console(), workdir / config.stage
     mesh = make_mesh(config.mesh)
-    check_batch("train.batch_size", config.train.batch_size // config.train.accumulate, mesh)
+    check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulate)
     with claimed(folder, config) as resuming:
         stage, read, clips, name_of, facts = prepare(config, workdir, mesh, console, resuming)
         plan = BatchPlan(clips, config.train.batch_size, config.seed)
@@ -78,7 +78,9 @@ def train(config, workdir: Path) -> dict:
                 report = StepLog(
                     config, start, lambda step: [name_of(int(i)) for i in plan.ids(step)], metrics, console
                 )
-                state, compile_seconds = run_steps(config, stage, optimizer, state, data, checkpoints, report, stop)
+                state, compile_seconds = run_steps(
+                    config, stage, optimizer, mesh, state, data, checkpoints, report, stop
+                )
                 checkpoints.save(state)
         if stop.signal and int(state.step) < config.train.steps:
             console.print(f"stopped by signal {stop.signal} after step {int(state.step)}; saved; "
@@ -87,7 +89,9 @@ def train(config, workdir: Path) -> dict:
         return finish(config, folder, state, report, compile_seconds, facts, console)
 
 
-def run_steps(config, stage, optimizer, state, data, checkpoints: Checkpoints, report: StepLog, stop: StopRequest):
+def run_steps(
+    config, stage, optimizer, mesh, state, data, checkpoints: Checkpoints, report: StepLog, stop: StopRequest
+):
     """The steps from state.step to train.steps, or to a request to stop -> (state, seconds of compilation)."""
     options, start, compile_seconds, pending = config.train, int(state.step), 0.0, None
     step_fn = jax.jit(
@@ -101,16 +105,23 @@ def run_steps(config, stage, optimizer, state, data, checkpoints: Checkpoints, r
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     )
-    preview_fn = jax.jit(stage.preview)
+    # A constant of every step, put where it is needed once.
+    frozen = jax.device_put(stage.frozen, replicated(mesh))
+
+    @jax.jit
+    def preview_fn(params, frozen, batch, key):
+        clips = -(-PREVIEW_CLIPS // batch_ways(mesh)) * batch_ways(mesh)
+        return stage.preview(params, frozen, jax.tree.map(lambda x: x[:clips], batch), key)
+
     run_key, preview_key = jax.random.split(jax.random.key(config.seed))
     with report.progress:
         for step, batch in zip(range(start, options.steps), data, strict=False):
             if step == start:
                 batch = jax.block_until_ready(batch)
                 begun = time.perf_counter()
-                step_fn = step_fn.lower(state, stage.frozen, batch, jnp.int32(step), run_key).compile()
+                step_fn = step_fn.lower(state, frozen, batch, jnp.int32(step), run_key).compile()
                 compile_seconds = time.perf_counter() - begun
-            state, values = step_fn(state, stage.frozen, batch, jnp.int32(step), run_key)
+            state, values = step_fn(state, frozen, batch, jnp.int32(step), run_key)
             if pending:
                 report(*pending)
             pending, done = (step, values), step + 1
@@ -121,8 +132,8 @@ def run_steps(config, stage, optimizer, state, data, checkpoints: Checkpoints, r
                 pending = None
                 checkpoints.save(state)
             if options.preview_every and (done % options.preview_every == 0 or done == options.steps):
-                pictures = preview_fn(state.ema, stage.frozen, batch, jax.random.fold_in(preview_key, done))
-                write_preview(checkpoints.folder.parent, done, jax.tree.map(np.asarray, pictures), report.metrics)
+                pictures = preview_fn(state.ema, frozen, batch, jax.random.fold_in(preview_key, done))
+                report.metrics.preview(done, jax.tree.map(np.asarray, pictures))
             if stopping:
                 break
         if pending:

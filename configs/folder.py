@@ -25,7 +25,7 @@ def get_config(argument: str = ""):
     if stage == "autoencoder":
         config.train.update(batch_size=4, ema_decay=0.98)
         config.model.update(patch=8, width=96, depth=2, heads=4, head_dim=24, rotary_base=100.0)
-        config.loss.update(l1=1.0, l2=2.0)
+        config.loss.update(l1=1.0, l2=2.0, lpips=0.0)
     else:
         config.train.update(batch_size=16, ema_decay=0.98)
         config.latents.update(normalize=True, cache_clips=512)

@@ -8,8 +8,8 @@ Data: `--config.data.root=DIR` with the class folders and `ucfTrainTestlist/`; f
     cmd-jax sample --config=configs/ucf101.py:sample     --workdir=runs/ucf101
 
 `size`: paper (autoencoder depth 8 of 8 heads of 48, which the paper's FLOP count and the reference match; content XL/2,
-motion L/2), appendix (autoencoder depth 12 of 8 heads of 64, as the appendix lists it), reference (content L/2), S or B
-(both denoisers of that DiT size). Time and score of these trainings: not measured.
+motion L/2), appendix (autoencoder depth 12 of 8 heads of 64, as the appendix lists it), reference (content L/2), S, B,
+L or XL (both denoisers of that DiT size). Time and score of these trainings: not measured.
 """
 
 from cmd_jax import defaults
@@ -24,6 +24,8 @@ DENOISERS = {  # content, motion
     "reference": ("L", "L"),
     "S": ("S", "S"),
     "B": ("B", "B"),
+    "L": ("L", "L"),
+    "XL": ("XL", "XL"),
 }
 
 
@@ -37,10 +39,10 @@ def get_config(argument: str = ""):
         return config
     config.train.update(checkpoint_every=5000, preview_every=5000, log_every=50)
     if stage == "autoencoder":
-        # 4 L1 + 4 LPIPS; LPIPS joins where its weights are given: --config.loss.lpips=4.0 --config.loss.vgg=FILE.
+        # 4 L1 + 4 LPIPS; LPIPS joins where its weights are given: --config.loss.vgg=FILE.
         config.model.update(patch=2, width=384, motion_channels=8)
         config.model.update(dict(depth=12, head_dim=64) if size == "appendix" else dict(depth=8, head_dim=48))
-        config.train.update(batch_size=24, steps=500_000)
+        config.train.update(batch_size=24, steps=500_000)  # the paper gives no number of steps
         return config
     depth, width, heads = SIZES[DENOISERS[size][stage == "motion"]]
     config.model.update(patch=2, depth=depth, width=width, heads=heads, remat="dots")

@@ -1,7 +1,7 @@
 # Sourced by the launch scripts: makes and enters .venv with cmd_jax and the extras named; quick when nothing changed.
 VENV="${VENV:-.venv}"
 extras="${1:-}"
-if [ ! -x "$VENV/bin/python" ]; then
+if [ ! -e "$VENV/bin/activate" ]; then  # what venv writes last
     echo "making $VENV"
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "PYTHON=${PYTHON:-python3}: older than 3.11; name a newer one, like PYTHON=python3.12" >&2

@@ -21,22 +21,27 @@ if [ -d "$RUN" ]; then
     done
     [ ! -e "$RUN/index.html" ] || echo "  gallery: $PWD/$RUN/index.html"
     if [ -z "$choice" ] && [ -t 0 ]; then
-        read -r -p "Resume it, or start anew (its folder is deleted)? [resume/anew] " answer
+        read -r -p "Resume it, or start anew (deletes it)? [resume/anew] " answer
         case "$answer" in a | anew) choice=--anew ;; *) choice=--resume ;; esac
     elif [ -z "$choice" ]; then
         echo "resuming it; to start anew: ./launch/quickstart.sh --anew"
     fi
-    if [ "$choice" = --anew ]; then rm -rf "$RUN"; fi
+    if [ "$choice" = --anew ]; then
+        rm -rf "${RUN:?}"/{autoencoder,content,motion,samples,shipped,index.html,probe.json} "${RUN:?}"/latents-*.npz
+    fi
 fi
 
 . launch/env.sh
 . launch/install.sh
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 echo "installed after $((SECONDS - started)) s"
+trap 'exit 130' INT TERM
 for stage in autoencoder content motion; do
     echo "== $stage =="
     if [ -e "$RUN/$stage/summary.json" ]; then echo "trained before"; continue; fi
     cmd-jax train --config="configs/quickstart.py:$stage" --workdir="$RUN"
+    # A training that was asked to stop saves and exits with 0.
+    [ -e "$RUN/$stage/summary.json" ] || { echo "stopped; ./launch/quickstart.sh --resume goes on"; exit 0; }
 done
 rm -rf "$RUN/samples" "$RUN/shipped"
 echo "== scores of what was trained here =="

@@ -193,7 +193,9 @@ def test_sizes_that_do_not_fit_name_both_fields():
     assert refused(train__accumulate="3") == "train.batch_size=16: not a multiple of train.accumulate=3; use 15"
     steps = refused(train__steps="50")
     assert steps == "optimizer.warmup_steps=100: not below train.steps=50; use at most 49"
-    assert refused(loss__lpips="1.0").startswith("loss.vgg=: LPIPS needs weights; ")
+    assert refused(loss__vgg="vgg.pt") == "loss.lpips=0.0: loss.vgg is given but would not be used; set loss.lpips=4.0"
+    assert refused(optimizer__steps="3") == "config.optimizer.steps=3: follows train.steps; set config.train.steps"
+    assert refused("content", diffusion__learned_range="True").startswith("diffusion.learned_range=True: flow matching")
     clip = refused("content", diffusion__clip="1.0")
     assert clip.startswith("diffusion.clip=1.0: clips pixels, but latents.normalize=True")
 

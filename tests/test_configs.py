@@ -65,10 +65,10 @@ def test_the_papers_autoencoder():
     assert (optimizer.learning_rate, optimizer.b1, optimizer.b2) == (1e-5, 0.5, 0.9)
     assert (optimizer.decay, optimizer.warmup_steps, config.train.batch_size) == ("constant", 0, 24)
     loss = config.loss
-    assert (loss.l1, loss.l2, loss.adversarial, loss.feature_matching) == (4.0, 0.0, 0.0, 4.0)
+    assert (loss.l1, loss.l2, loss.lpips, loss.adversarial, loss.feature_matching) == (4.0, 0.0, 4.0, 0.0, 4.0)
     assert (config.data.frames, config.data.height, config.data.width, config.data.stride) == (16, 64, 64, 1)
     assert (config.data.layout, config.data.fold, config.data.split) == ("ucf101", 1, "train")
-    given = load(f"{CONFIGS}/ucf101.py:autoencoder", {"loss.lpips": "4.0", "loss.vgg": "vgg.pt"})
+    given = load(f"{CONFIGS}/ucf101.py:autoencoder", {"loss.vgg": "vgg.pt"})
     assert (given.loss.lpips, given.loss.vgg) == (4.0, "vgg.pt")
 
 

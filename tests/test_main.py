@@ -59,7 +59,7 @@ def train_fails(fails, tmp_path):
         (["train", "--config=absent.py:content", "--workdir=y"], r"config=absent.py: no such file; .*"),
         (["train", f"--config={QUICKSTART}:contents", "--workdir=y"], r"config=contents: not one of the choices; .*"),
         (["train", f"--config={QUICKSTART}:content,size=huge", "--workdir=y"], r"config:size=huge: .*small, long"),
-        (["train", f"--config={UCF101}:content,size=XXL", "--workdir=y"], r"config:size=XXL: .*paper.*reference, S, B"),
+        (["train", f"--config={UCF101}:content,size=XXL", "--workdir=y"], r"config:size=XXL: .*paper.*S, B, L, XL"),
         (["train", f"--config={QUICKSTART}:content,nonsense=1", "--workdir=y"], r"config=nonsense=1: no such key; .*"),
         (["train", f"--config={QUICKSTART}:sample", "--workdir=y"], r"config=sample: .*; use FILE:autoencoder, .*"),
         (["sample", f"--config={QUICKSTART}:content", "--workdir=y"], r"config=content: .*; use FILE:sample"),

@@ -76,7 +76,7 @@ def test_every_axis_of_every_module_has_a_rule(monkeypatch):
     video, image = jnp.zeros((1, 8, 16, 32, 3)), jnp.zeros((1, 16, 32, 3))
     small = {"patch": 4, "width": 16, "depth": 1, "heads": 2}
     one, label = jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    dit = partial(DiT, channels=3, out_channels=6, classes=3, **small)
+    dit = partial(DiT, out_channels=6, classes=3, **small)
     inits = [
         (Autoencoder(**small, head_dim=8), (video,)),
         (Autoencoder(**small, head_dim=8, content="mean", position="none"), (video,)),

@@ -417,7 +417,9 @@ def test_previews_are_videos_and_images(stages, name):
 def test_the_previews_of_the_autoencoder():
     stage = AutoencoderStage(autoencoder_config())
     shapes = {n: x.shape for n, x in jax.eval_shape(stage.preview, awake(stage), {}, BATCH, KEY).items()}
-    assert shapes == {"clips": (B, T, H, W, C), "reconstructions": (B, T, H, W, C), "content": (B, H, W, C)}
+    clip = (B, T, H, W, C)
+    wanted = {"clips": clip, "reconstructions": clip, "content": (B, H, W, C), "content_weights": clip}
+    assert shapes == wanted
 
 
 def test_processes_are_built_as_configured():

@@ -88,7 +88,7 @@ def test_previews_are_written(run):
         assert all(f.stat().st_size > 100 for f in files)
         return {f.name for f in files}
 
-    kinds = ("clips.gif", "reconstructions.gif", "content.png")
+    kinds = ("clips.gif", "reconstructions.gif", "content.png", "content_weights.gif")
     assert names("autoencoder") == {f"{step:07d}_{kind}" for step in (3, 6) for kind in kinds}
     assert names("motion") == {"0000006_reconstructions.gif", "0000006_samples.gif"}
     assert not (run / "content" / "previews").exists()  # preview_every=0
@@ -106,7 +106,7 @@ def test_latents_are_encoded_once_for_both_diffusion_stages(run, monkeypatch):
     for stage, kind in (("content", ContentStage), ("motion", MotionStage)):
         config = tiny.config_of(stage)
         built, read, clips, name_of, facts = preparing.prepare(config, run, make_mesh(config.mesh), Console(), True)
-        assert isinstance(built, kind) and clips == 16
+        assert isinstance(built, kind) and clips == 48
         assert read(3, None)["content"].shape == (16, 24, 3)
         assert read(3, None)["motion"].shape == (4, 10, 4)
         assert name_of(17) == "shapes-train-000017"
@@ -115,24 +115,26 @@ def test_latents_are_encoded_once_for_both_diffusion_stages(run, monkeypatch):
 
 def test_latents_are_kept_apart_by_what_they_depend_on(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        preparing, "encode_clips", lambda source, encode, count, *_: {"content": np.full(count, len(calls))}
+        preparing,
+        "encode_clips",
+        lambda source, autoencoder, indices, *_: {"content": np.full(len(indices), len(calls))},
     )
-    calls = []
-    facts = {"autoencoder": "a", "fingerprint": "f"}
+    calls, source = [], range(48)
+    facts = {"autoencoder_params": "a", "fingerprint": "f"}
     mesh, console = make_mesh(tiny.config_of("content").mesh), Console()
     for changes, count, seed in (
         ({}, 16, 0),
-        ({"autoencoder": "b"}, 16, 0),
+        ({"autoencoder_params": "b"}, 16, 0),
         ({"fingerprint": "g"}, 16, 0),
         ({}, 8, 0),
         ({}, 16, 1),
     ):
         config = tiny.config_of("content", seed=seed)
         calls.append(
-            preparing.encoded_clips(config, tmp_path, None, None, facts | changes, count, mesh, console)["content"][0]
+            preparing.encoded_clips(config, tmp_path, source, None, facts | changes, count, mesh, console)["content"][0]
         )
     assert calls == [0, 1, 2, 3, 4]
-    again = preparing.encoded_clips(tiny.config_of("content"), tmp_path, None, None, facts, 16, mesh, console)
+    again = preparing.encoded_clips(tiny.config_of("content"), tmp_path, source, None, facts, 16, mesh, console)
     assert again["content"][0] == 0
 
 
@@ -183,7 +185,7 @@ def test_autoencoder_stopped_by_a_signal_resumes_bit_for_bit(run, tmp_path, monk
 
 
 def test_loss_not_finite_stops_before_the_update_and_resumes_bit_for_bit(run, tmp_path, monkeypatch, capsys):
-    bad = int(BatchPlan(16, 4, 0).ids(3)[1])  # a clip of the fourth batch
+    bad = int(BatchPlan(48, 4, 0).ids(3)[1])  # a clip of the fourth batch
     reader = preparing.latent_reader
 
     def poisoned(latents):

@@ -36,7 +36,7 @@ def get_config(argument: str = ""):
         return config
     config.model.update(patch=4 if stage == "content" else 2, width=16, depth=1, heads=2)
     if values["kind"] == "flow":
-        config.latents.update(normalize=True, cache_clips=16)
+        config.latents.update(normalize=True, cache_clips=48)
         config.diffusion.update(kind="flow", learned_range=False, clip=0.0)
     else:
         config.diffusion.timesteps = 20

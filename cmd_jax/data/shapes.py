@@ -58,8 +58,8 @@ class ShapesSource:
             ("seed", seed, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-                raise UserError(field, value, "no clip has it", f"use a whole number from {least} up")
-        choose("split", split, SPLITS)
+                raise UserError(f"data.{field}", value, "no clip has it", f"use a whole number from {least} up")
+        choose("data.split", split, SPLITS)
         self.clips, self.frames, self.height, self.width = int(clips), int(frames), int(height), int(width)
         self.seed, self.split = int(seed), split
         self.class_names, self.texts, self.bad = list(CLASS_NAMES), None, {}

@@ -20,7 +20,7 @@ def open_source(data, cache: Path | None = None):
     choose("data.source", data.source, ("shapes", "folder"))
     shape = {"frames": data.frames, "height": data.height, "width": data.width, "split": data.split}
     if data.source == "shapes":
-        return ShapesSource(clips=data.clips, **shape)
+        return ShapesSource(clips=data.clips, seed=data.seed, **shape)
     return FolderSource(
         data.root,
         **shape,
@@ -33,23 +33,25 @@ def open_source(data, cache: Path | None = None):
     )
 
 
-def encode_clips(source, encode, count: int, batch_size: int, mesh, seed: int, progress=lambda done: None) -> dict:
-    """Latents of `count` clips (each time around the source a new random start) on the host.
+def encode_clips(source, autoencoder, indices, batch_size: int, mesh, seed: int) -> dict:
+    """Latents of the clips at `indices` [N] on the host; each position draws a random start of its own.
 
-    encode(batch) -> Latents, global. Returns {"content" [N, H, W, C], "motion" [N, T, h+w, K], "label" [N]}.
+    Returns {"content" [N, H, W, C], "motion" [N, T, h+w, K], "label" [N]}.
     """
-    read, rows = video_reader(source), local_rows(batch_size, mesh)
+    read, rows, count = video_reader(source), local_rows(batch_size, mesh), len(indices)
 
-    def encode_all(batch):
-        content, motion = encode(batch)
+    def encode(params, batch):
+        content, motion = autoencoder.encode(params, batch)
         return {"content": content, "motion": motion, "label": batch["label"]}
 
-    encode_all, parts = jax.jit(encode_all, out_shardings=replicated(mesh)), []
+    params, parts = jax.device_put(autoencoder.params, replicated(mesh)), []
+    encode = jax.jit(encode, out_shardings=replicated(mesh))
     for start in range(0, count, batch_size):
-        rngs = {row: np.random.default_rng((seed, 2, start + row)) for row in rows}
-        examples = {row: read((start + row) % len(source), rngs[row]) for row in rows}
-        parts.append(jax.tree.map(np.asarray, encode_all(to_global(examples, batch_size, mesh))))
-        progress(min(start + batch_size, count))
+        examples = {
+            row: read(int(indices[(start + row) % count]), np.random.default_rng((seed, 2, start + row)))
+            for row in rows
+        }
+        parts.append(jax.tree.map(np.asarray, encode(params, to_global(examples, batch_size, mesh))))
     return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
 
 

@@ -37,12 +37,3 @@ def guide(out_conditional, out_null, guidance, learned_range: bool):
     null, _ = split_range(out_null, learned_range)
     mean = null + guidance * (conditional - null)
     return mean if variance is None else jnp.concatenate([mean, variance], axis=-1)
-
-
-def guided(denoise_conditional, denoise_null, guidance, learned_range: bool):
-    """The denoiser (x_t, timesteps) -> out that guides `denoise_conditional` away from `denoise_null` (see `guide`)."""
-
-    def denoise(x_t, timesteps):
-        return guide(denoise_conditional(x_t, timesteps), denoise_null(x_t, timesteps), guidance, learned_range)
-
-    return denoise

@@ -313,7 +313,6 @@ def _dit(config: dict, read: _Reader, params: dict, content_patch: int = 0):
         table = read("y_embedder.embedding_table.weight", ("num_classes", classes + 1), width)
         params["label"] = {"embedding": table}
     module = DiT(
-        channels=channels[1],
         out_channels=out_channels,
         patch=patch[1],
         width=width[1],

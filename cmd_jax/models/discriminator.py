@@ -20,22 +20,21 @@ class PatchDiscriminator(nn.Module):
 
     `layers` convolutions have stride 2, two more stride 1. An axis too short to be halved down to less than the
     kernel's 4 cells keeps its length, so that no tap of a kernel sees padding only: 8 frames or 16x16 pixels are
-    enough at any depth. GroupNorm, because batch statistics would be a state that a resumed run has to carry.
+    enough at any depth. GroupNorm in all hidden layers but the first, because batch statistics would be a state that a
+    resumed run has to carry.
 
     dimensions: 2 or 3. base_channels: width of the first layer, doubled by each of the next up to 8 times.
-    norm: "group" or "none" (the first layer never has one). dtype: of the convolutions.
+    dtype: of the convolutions.
     """
 
     dimensions: int
     base_channels: int = 64
     layers: int = 3
-    norm: str = "group"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
         choose("dimensions", self.dimensions, (2, 3))
-        choose("norm", self.norm, ("group", "none"))
         if x.ndim != self.dimensions + 2:
             raise UserError(
                 "dimensions", self.dimensions, f"the input has shape {x.shape}", "use 2 for images, 3 for clips"
@@ -45,7 +44,7 @@ class PatchDiscriminator(nn.Module):
             channels = self.base_channels * min(2**layer, 8)
             halve = layer < self.layers
             x = self._conv(channels, [2 if halve and n >= 2 * KERNEL else 1 for n in x.shape[1:-1]], f"conv{layer}")(x)
-            if layer > 0 and self.norm == "group":
+            if layer > 0:
                 x = nn.GroupNorm(
                     num_groups=None,
                     group_size=math.gcd(16, channels),

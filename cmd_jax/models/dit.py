@@ -77,7 +77,7 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """Denoiser of a 2-D grid: a content frame [B, H, W, C], or a motion latent [B, T, h+w, K].
 
-    (x [B, R, S, channels], timesteps [B] in [0, 1000], label [B] in 0..classes, content) -> float32
+    (x [B, R, S, C], timesteps [B] in [0, 1000], label [B] in 0..classes, content) -> float32
     [B, R, S, out_channels].
     Label `classes` is the null class of guidance; classes=None makes a model without label, classes=0 one with the null
     class only. content_patch > 0 asks for a content frame [B, H, W, C'], whose patches join as extra tokens with an
@@ -85,7 +85,6 @@ class DiT(nn.Module):
     position: "sincos" tables of the real rectangular grid, or "table": tables stored with the parameters.
     """
 
-    channels: int
     out_channels: int
     patch: int
     width: int

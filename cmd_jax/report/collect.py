@@ -4,30 +4,54 @@ The folders are those that `cmd-jax sample` and `cmd-jax evaluate` write; they m
 """
 
 import json
+import os
 import sys
 from pathlib import Path
+
+import av
 
 from cmd_jax.errors import UserError
 from cmd_jax.report.gallery import Item, Section, write_gallery
 
+USAGE = "python -m cmd_jax.report.collect index.html DIR [DIR ...]"
+
 
 def read_section(folder: Path, page: Path) -> Section:
-    """The section of one sample folder, its files named relative to the page."""
+    """The section of one sample folder, its files named relative to the page. UserError if there is none to read."""
     path = folder / "samples.json"
     if not path.is_file():
         raise UserError(
             "folder", folder, "holds no samples.json", "give a folder that `cmd-jax sample` or `evaluate` wrote"
         )
-    section = json.loads(path.read_text())
-    base = folder.absolute().relative_to(page.parent.absolute())
-    items = [Item(r["caption"], video=str(base / r["video"]), image=str(base / r["content"])) for r in section["items"]]
-    return Section(section["title"], items, note=section["note"], table=section["table"])
+    home = Path(os.path.abspath(page.parent))
+    try:
+        base = Path(os.path.abspath(folder)).relative_to(home)
+    except ValueError as error:
+        raise UserError("folder", folder, f"not below the page's folder {home}", "move one of them") from error
+    try:
+        section = json.loads(path.read_text(encoding="utf-8"))
+        items = [
+            Item(r["caption"], video=str(base / r["video"]), image=str(base / r["content"])) for r in section["items"]
+        ]
+        table = [list(row) for row in section["table"] or []]
+        return Section(section["title"], items, note=section["note"], table=table)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"damaged ({type(error).__name__}: {error})"
+        raise UserError("folder", path, problem, "sample or evaluate again") from error
 
 
 def main(arguments: list[str]) -> int:
-    page, *folders = map(Path, arguments)
     try:
-        write_gallery(page, "CMD: sampled videos", [read_section(folder, page) for folder in folders])
+        if len(arguments) < 2:
+            raise UserError("arguments", " ".join(arguments), "a page and sample folders are needed", f"run {USAGE}")
+        page, *folders = map(Path, arguments)
+        if page.is_dir():
+            raise UserError("page", page, "is a folder, not the file to write", f"run {USAGE}")
+        sections = [read_section(folder, page) for folder in folders]
+        try:
+            write_gallery(page, "CMD: sampled videos", sections)
+        except (OSError, ValueError, av.FFmpegError) as error:
+            raise UserError("page", page, f"cannot be made ({error})", "mend that file or folder") from error
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard events of the steps after `step`. A failing writer is reported once, and left out.
+    """metrics.jsonl, TensorBoard events and previews after `step`. A failing writer is reported once, and left out.
 
     wall_seconds: what the steps up to `step` took.
     """
@@ -45,6 +45,7 @@ class Metrics:
     def _open_events(self):
         # TensorFlow comes with clu's writers, and only the process that writes should pay for loading it.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
         from clu import metric_writers
 
         self.events = metric_writers.SummaryWriter(str(self.folder))
@@ -66,8 +67,19 @@ class Metrics:
         self._guard("metrics.jsonl", self._write_line, step, values)
         self._guard("TensorBoard", lambda: self.events.write_scalars(step, values))
 
-    def image(self, step: int, name: str, image: np.ndarray):
-        self._guard("TensorBoard", lambda: self.events.write_images(step, {name: image[None]}))
+    def preview(self, step: int, pictures: dict[str, np.ndarray]):
+        """Videos [N, T, H, W, 3] as gif, images [N, H, W, 3] as png, both in [-1, 1]; one file a name, in previews/."""
+        for name, x in pictures.items():
+            self._guard("previews", self._write_preview, step, name, to_uint8(x)[:PREVIEW_CLIPS])
+
+    def _write_preview(self, step, name, x):
+        stem = self.folder / "previews" / f"{step:07d}_{name}"
+        if x.ndim == 5:
+            write_gif(stem.with_suffix(".gif"), video_grid(x, columns=4))
+            return
+        grid = image_grid(x, columns=4)
+        write_png(stem.with_suffix(".png"), grid)
+        self._guard("TensorBoard", lambda: self.events.write_images(step, {name: grid[None]}))
 
     def close(self):
         self._guard("metrics.jsonl", lambda: self.lines.close())
@@ -128,15 +140,3 @@ class StepLog:
             left = (self.options.steps - done) / values["steps_per_second"]
             shown += f"  ETA {left / 60:.1f} min"
         self.console.print(f"{self.stage} {done}/{self.options.steps}  {shown}", soft_wrap=True)
-
-
-def write_preview(folder: Path, step: int, pictures: dict, metrics: Metrics):
-    """Videos as gif, images as png; one file a name, in previews/."""
-    for name, x in pictures.items():
-        x = to_uint8(x)[:PREVIEW_CLIPS]
-        stem = folder / "previews" / f"{step:07d}_{name}"
-        if x.ndim == 5:
-            write_gif(stem.with_suffix(".gif"), video_grid(x, columns=4))
-        else:
-            write_png(stem.with_suffix(".png"), image_grid(x, columns=4))
-            metrics.image(step, name, image_grid(x, columns=4))

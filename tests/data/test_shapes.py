@@ -107,7 +107,7 @@ def test_pixels_are_those_of_this_version():
 def test_bad_values_are_named(options):
     with pytest.raises(UserError) as error:
         ShapesSource(**{"clips": 10, **options})
-    assert str(error.value).startswith("{}={}:".format(*next(iter(options.items()))))
+    assert str(error.value).startswith("data.{}={}:".format(*next(iter(options.items()))))
 
 
 def test_index_outside_is_an_error():

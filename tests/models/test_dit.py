@@ -13,8 +13,8 @@ CLASSES = 3
 TRUNK = {"patch": 2, "width": 32, "depth": 2, "heads": 4, "classes": CLASSES}
 SHAPES = {"content": (6, 8, 3), "motion": (4, 10, 5)}
 MODELS = {
-    "content": TRUNK | {"channels": 3, "out_channels": 6},
-    "motion": TRUNK | {"channels": 5, "out_channels": 10, "content_patch": 4},
+    "content": TRUNK | {"out_channels": 6},
+    "motion": TRUNK | {"out_channels": 10, "content_patch": 4},
 }
 KINDS = list(MODELS)
 RNG = np.random.default_rng(0)
@@ -173,7 +173,7 @@ def test_bfloat16_agrees_with_float32():
 def test_the_named_sizes_have_the_published_numbers_of_parameters(size, millions):
     """DiT-*/2 on 4x32x32 latents with 1000 classes: 33, 130, 458 and 675 million."""
     depth, width, heads = SIZES[size]
-    module = DiT(channels=4, out_channels=8, patch=2, width=width, depth=depth, heads=heads, classes=1000)
+    module = DiT(out_channels=8, patch=2, width=width, depth=depth, heads=heads, classes=1000)
     x = jax.ShapeDtypeStruct((1, 32, 32, 4), jnp.float32)
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
     shapes = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), x, one, one))

@@ -68,7 +68,7 @@ def test_rotated_queries_and_keys_know_only_their_distance():
 
 
 def dit(**changes):
-    settings = {"channels": 3, "out_channels": 6, "patch": 2, "width": 16, "depth": 2, "heads": 2, "classes": 4}
+    settings = {"out_channels": 6, "patch": 2, "width": 16, "depth": 2, "heads": 2, "classes": 4}
     return DiT(**settings | changes)
 
 

@@ -1,0 +1,28 @@
+"""The shipped weights of configs/quickstart.py keep what README says of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cmd_jax.main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_they_are_small_enough_for_git():
+    files = sorted((ROOT / "configs" / "weights" / "quickstart").iterdir())
+    assert [f.name for f in files] == ["autoencoder.safetensors", "content.safetensors", "motion.safetensors"]
+    assert sum(f.stat().st_size for f in files) <= 10e6
+
+
+@pytest.mark.slow
+def test_their_videos_show_what_was_asked_for(tmp_path):
+    """256 videos, read by the oracle: colour >= 95%, direction >= 90%, shape >= 60%; takes two minutes on two cores."""
+    config = f"{ROOT}/configs/quickstart.py:sample,size=long"
+    assert main(["evaluate", f"--config={config}", f"--workdir={tmp_path}", "--config.seed=1"]) == 0
+    scores = json.loads((tmp_path / "samples" / "summary.json").read_text())["scores"]
+    assert scores["attributes"]["count"] == 256
+    accuracy = {name: scores["attributes"][name]["accuracy"] for name in ("color", "direction", "shape")}
+    assert accuracy["color"] >= 0.95 and accuracy["direction"] >= 0.90 and accuracy["shape"] >= 0.60, accuracy
+    assert scores["reconstruction_psnr"]["mean"] >= 28
