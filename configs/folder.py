@@ -5,7 +5,9 @@
     cmd-jax train --config=configs/folder.py:motion      --workdir=runs/mine --config.data.root=DIR
     cmd-jax sample --config=configs/folder.py:sample     --workdir=runs/mine --config.data.root=DIR
 
-Sized for 2 CPU cores and some hundred clips; the paper's sizes are in configs/ucf101.py.
+Sized for 2 CPU cores and some hundred clips; the paper's sizes are in configs/ucf101.py. Measured on the 89 training
+clips that launch/real_clips.py cuts (2 cores of an AMD EPYC, other work going on): autoencoder 300 steps in 171 s to
+24.1 dB on its training batches, content 600 steps in 306 s, motion 300 steps in 104 s. FVD: not measured.
 """
 
 from cmd_jax import defaults
