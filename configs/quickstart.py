@@ -1,8 +1,8 @@
 """CMD on the generated `shapes` clips, 8x32x32: small enough for 2 CPU cores.
 
-`size=small` (default): ./launch/quickstart.sh runs it. On 2 cores of an AMD EPYC it took 1,383 s in
-all, installation and the scores of the shipped weights included: autoencoder 525 s, content 376 s, motion 233 s. Held-out
-reconstruction 25.6 dB; colour 38.7 %, direction 25.8 %, shape 30.1 % of 256 videos (guidance 3), so the class hardly shows.
+`size=small` (default): ./launch/quickstart.sh runs it. On 2 cores of an AMD EPYC it took 1,383 s in all, installation
+and the scores of the shipped weights included: autoencoder 525 s, content 376 s, motion 233 s. Reconstruction of
+held-out clips 25.6 dB; colour 38.7 %, direction 25.8 %, shape 30.1 % of 256 videos (guidance 3): hardly the class yet.
 
 `size=long` made the shipped weights, configs/weights/quickstart, seed 0, on 2 cores of an AMD EPYC:
 
