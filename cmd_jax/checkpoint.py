@@ -1,8 +1,22 @@
-"""Saving and restoring a run, and reading a trained stage back for later stages and for sampling."""
+"""Saving and restoring a run, and reading a trained stage back for later stages and for sampling.
 
+A checkpoint is a folder `checkpoints/STEP`: the items of the state as Orbax writes them, run.json, and manifest.json
+with the size and SHA-256 of every other file, written last. It is made under another name and renamed when all of it is
+on the disk, so that a step that is there is complete. It is believed only when every byte agrees with its manifest:
+Orbax alone restores flipped bits in silence.
+"""
+
+import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
+import logging
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -10,16 +24,29 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from safetensors import SafetensorError, safe_open
 
 from cmd_jax import __version__
 from cmd_jax.config import from_json
 from cmd_jax.errors import UserError
 from cmd_jax.interop.weights import flatten, read_metadata, read_state_dict, unflatten, write_safetensors
+from cmd_jax.manifest import CutOff, Damaged, sync_folder, verify, write_manifest
 from cmd_jax.report.video import atomic_path
 from cmd_jax.state import TrainState
 
 ITEMS = ("step", "params", "ema", "opt_state")  # of a TrainState, each restorable by itself
+RUN = "run.json"
+SAVING, DELETING = ".saving", ".deleting"  # endings of folders that are no checkpoints yet, or no longer
+ANSWER_BYTES = 8192  # of what process 0 tells the others
+BARRIER_SECONDS = 3600  # only what slow disks may need: a peer that died ends this process long before
+
+log = logging.getLogger(__name__)
+# Orbax logs the errors of its threads with two tracebacks each, and raises them too, which is where we tell of them.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
+_collective = itertools.count()  # numbers what all processes do together, for the names of barriers
 
 
 def versions() -> dict[str, str]:
@@ -38,103 +65,353 @@ def read_json(path: Path):
     return json.loads(path.read_text())
 
 
+# Trees of arrays.
+
+
+def whole(leaf) -> np.ndarray:
+    """One array on every host. Every process must call it where the array is spread over several."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+def to_host(tree):
+    """The tree as numpy arrays in process 0, None in the others; every process must call it. One array at a time."""
+    keep = jax.process_index() == 0
+    leaves, treedef = jax.tree.flatten(tree)
+    leaves = [whole if keep else None for whole in map(whole, leaves)]
+    return jax.tree.unflatten(treedef, leaves) if keep else None
+
+
 def digest(tree) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a tree of arrays."""
+    """SHA-256 over the names, dtypes, shapes and bytes of a tree of arrays, however they are laid out.
+
+    Every process must call it where arrays are spread over several; all get the same.
+    """
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(whole(leaf))
         sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
         sha.update(array.tobytes())
     return sha.hexdigest()
 
 
-def check_tree(field: str, found, wanted, remedy: str):
-    """UserError for the first array whose presence, shape or dtype differs between two trees of (abstract) arrays."""
+def check_tree(field: str, found, wanted, remedy: str, config: dict | None = None):
+    """UserError for the first array whose presence, shape or dtype differs between two trees of (abstract) arrays.
+
+    config: the one that `found` was made with; its model sizes that the shapes show are named.
+    """
 
     def shapes(tree):
         leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
         return {jax.tree_util.keystr(p, simple=True, separator="/"): (tuple(x.shape), str(x.dtype)) for p, x in leaves}
 
     found, wanted = shapes(found), shapes(wanted)
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
-            problem = f"this config wants {wanted.get(key, 'no such array')}"
-            raise UserError(f"{field}/{key}", found.get(key, "absent"), problem, remedy)
+    different = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
+    if different:
+        pairs = [(found[key][0], wanted[key][0]) for key in different if key in found and key in wanted]
+        sizes = {a for old, new in pairs for a, b in zip(old, new, strict=False) if a != b}
+        model = (config or {}).get("model") or {}
+        likely = [f"model.{k}={v}" for k, v in sorted(model.items()) if type(v) is int and v in sizes]
+        remedy += f" (likely {', '.join(likely)})" if likely else ""
+        problem = f"this config wants {wanted.get(different[0], 'no such array')}"
+        raise UserError(f"{field}/{different[0]}", found.get(different[0], "absent"), problem, remedy)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in one short line; TensorStore's messages carry source locations."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+    system = re.search(r"([^:]*) \[os_error_code=", text)
+    return system[1].strip() if system else text[:200]
 
 
 class Checkpoints:
-    """The checkpoints of one stage folder. Saves run in the background; `close` waits for them.
+    """The checkpoints of one stage folder. Saves run in the background; `wait` and `close` wait for them.
 
-    read_only: for a folder in which another process may be training and saving.
+    keep: how many of the newest are kept. read_only: for a folder in which another process may be training and saving.
+    With several processes, on a shared file system, every one calls latest, save, restore and restore_item together.
     """
 
     def __init__(self, folder: Path, keep: int = 2, read_only: bool = False):
-        # Orbax's own read_only warns at each use; this is all of it that touches the folder before a save.
-        writes = {"create": not read_only, "cleanup_tmp_directories": not read_only}
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, **writes)
-        self.folder = (folder / "checkpoints").resolve()
-        handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self.folder = (folder / "checkpoints").absolute()
+        self._keep, self._read_only, self._first = max(keep, 1), read_only, jax.process_index() == 0
+        self._good: list[int] | None = None  # steps known to be whole; None before anything was looked at
+        self._saving = self._thread = self._error = None  # the step that is being saved, by which thread, how it failed
+        self._handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
+        if self._first and not read_only:
+            for path in self.folder.glob("*"):
+                if path.suffix in (SAVING, DELETING):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def latest(self) -> int | None:
-        return self._manager.latest_step()
+        """The newest step whose checkpoint is whole, every byte of it compared once; None if none was ever completed.
 
-    def save(self, state: TrainState):
+        Newer ones that are not whole are told of and, unless read_only, moved to the folder `damaged`. UserError if
+        some are damaged and none is whole: nothing starts from scratch in silence.
+        """
+        if self._good is None:
+            newest = _as_first(self._newest_good)
+            self._good = [] if newest is None else [newest]
+        return max(self._good, default=None)
+
+    def save(self, state: TrainState, run: dict):
+        """Start saving; the state may be donated when this returns. run: facts of the run, as JSON can hold them.
+
+        UserError if the save before this one failed.
+        """
+        self.wait()
         step = int(state.step)
-        if step in self._manager.all_steps():
+        if step == self.latest():
             return
-        items = {name: ocp.args.StandardSave({"value": getattr(state, name)}) for name in ITEMS}
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        folder, futures, errors = self.folder / f"{step}{SAVING}", [], []
+        try:
+            for name in ITEMS:
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            for result in asyncio.run(self._start_writes(folder, state)):
+                errors.append(result) if isinstance(result, Exception) else futures.extend(result)
+        except OSError as e:  # told by `wait`, when the other processes know too
+            errors.append(e)
+        arguments = (step, folder, json.dumps(run, sort_keys=True), futures, errors, next(_collective))
+        self._saving, self._thread = step, threading.Thread(target=self._complete, args=arguments, name=f"save {step}")
+        self._thread.start()
 
-    def restore(self, like: TrainState) -> TrainState:
-        """The newest checkpoint, laid out as `like` (arrays or ShapeDtypeStructs with shardings)."""
+    async def _start_writes(self, folder: Path, state: TrainState) -> list:
+        """Copy the state off the devices -> for each item a list of futures, or an error."""
+
+        def write(name):
+            args = ocp.args.StandardSave({"value": getattr(state, name)})
+            return self._handlers[name].async_save(epath.Path(folder / name), args=args)
+
+        return await asyncio.gather(*map(write, ITEMS), return_exceptions=True)
+
+    def _complete(self, step: int, folder: Path, run: str, futures: list, errors: list, number: int):
+        """In the background: wait until all processes have written their shards, then process 0 makes a checkpoint."""
+        done = [folder / f"process-{i}.done" for i in range(jax.process_count())]
+        for future in futures:  # each to its end: nothing may be written any more to a folder that is removed
+            try:
+                future.result()
+            except Exception as e:
+                errors.append(e)
+        try:
+            if not errors:
+                done[jax.process_index()].touch()
+            _barrier(f"{number}-written")
+            if self._first:
+                try:
+                    if not errors:
+                        self._commit(step, folder, run, done)
+                except Exception as e:
+                    errors.append(e)
+                if errors:
+                    shutil.rmtree(folder, ignore_errors=True)
+            _barrier(f"{number}-committed")
+        except Exception as e:  # a process is gone
+            errors.append(e)
+        if not errors and not (self.folder / str(step)).is_dir():
+            errors.append(RuntimeError("another process failed to write its part"))
+        self._error = errors[0] if errors else None
+
+    def _commit(self, step: int, folder: Path, run: str, done: list[Path]):
+        missing = [i for i, path in enumerate(done) if not path.exists()]
+        if missing:
+            raise RuntimeError(f"process {', '.join(map(str, missing))} failed to write its part")
+        for path in done:
+            path.unlink()
+        for name, handler in self._handlers.items():
+            handler.finalize(epath.Path(folder / name))
+        (folder / RUN).write_text(run + "\n")
+        write_manifest(folder, step)
+        os.rename(folder, self.folder / str(step))
+        sync_folder(self.folder)
+        try:
+            self._retire(sorted([*self._good, step])[-self._keep :][0])
+        except OSError as e:
+            log.warning("old checkpoints in %s cannot be removed (%s)", self.folder, e.strerror)
+
+    def wait(self):
+        """Until what was saved is on the disk, its manifest too. UserError if it could not be saved."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        step, error = self._saving, self._error
+        self._saving = self._thread = self._error = None
+        if error is not None:
+            before = self.latest()
+            kept = "no step was saved before" if before is None else f"the previous step {before} is intact"
+            problem = f"could not be saved ({_reason(error)}); {kept}"
+            remedy = "free space or mend the disk, then run the same command again"
+            raise UserError("checkpoint", step, problem, remedy) from error
+        self._good.append(step)
+
+    def close(self):
+        try:
+            self.wait()
+        finally:
+            for handler in self._handlers.values():
+                handler.close()
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict]:
+        """The newest whole checkpoint, laid out as `like` (arrays or ShapeDtypeStructs with shardings), and its run."""
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        return TrainState(**{name: self.restore_item(name, getattr(like, name)) for name in ITEMS})
+        state = TrainState(**{name: self.restore_item(name, getattr(like, name)) for name in ITEMS})
+        return state, read_json(self.folder / str(self.latest()) / RUN)
 
     def restore_item(self, name: str, like=None):
-        """One item of the newest checkpoint; without `like`, as host arrays."""
+        """One item of the newest whole checkpoint; without `like`, as host arrays.
+
+        UserError if there is none, or for the first array that is not as `like` wants it.
+        """
+        saved, folder = self.shapes(name), self._newest_folder()
+        if like is None:
+            like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), saved)
+        config = read_json(folder / RUN).get("config")
+        check_tree(f"checkpoint {folder.name}: {name}", saved, like, "use the config it was trained with", config)
+        args = ocp.args.StandardRestore({"value": like})
+        return self._handlers[name].restore(epath.Path(folder / name), args=args)["value"]
+
+    def shapes(self, name: str):
+        """Tree of ShapeDtypeStructs of one item of the newest whole checkpoint."""
+        saved = self._handlers[name].metadata(epath.Path(self._newest_folder() / name)).tree["value"]
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
+
+    def _newest_folder(self) -> Path:
         step = self.latest()
         if step is None:
             raise UserError("checkpoints", self.folder, "holds no checkpoint", "train that stage first")
-        saved = self._manager.item_metadata(step)[name].tree["value"]
-        if like is None:
-            like = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), saved)
-        check_tree(f"checkpoint {step}: {name}", saved, like, "use the config it was trained with")
-        args = ocp.args.Composite(**{name: ocp.args.StandardRestore({"value": like})})
-        return self._manager.restore(step, args=args)[name]["value"]
+        return self.folder / str(step)
 
-    def close(self):
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def _steps(self) -> list[int]:
+        """Newest first; nothing but folders that a step could have is looked at."""
+        names = [path.name for path in self.folder.glob("*") if path.is_dir()]
+        return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True)
+
+    def _newest_good(self) -> int | None:
+        found, bad, gone = None, {}, False
+        for step in self._steps():
+            try:
+                verify(self.folder / str(step))
+                found = step
+                break
+            except (CutOff, Damaged) as e:
+                if (self.folder / str(step)).is_dir():
+                    bad[step] = e
+                gone |= step not in bad  # removed by the training that goes on there
+        if gone and found is None:
+            return self._newest_good()
+        damaged = next((step for step, e in bad.items() if isinstance(e, Damaged)), None)
+        if found is None and damaged is not None:
+            remedy = f"bring back a copy of it, or move {self.folder} away to start from scratch"
+            raise UserError("checkpoint", damaged, f"damaged: {bad[damaged]}; no other one is whole", remedy)
+        instead = "there is no older one" if found is None else f"falling back to step {found}"
+        for step, error in bad.items():
+            moved = "" if self._read_only else f"; moved to {self._set_aside(step)}"
+            log.warning("checkpoint %d is not whole: %s; %s%s", step, error, instead, moved)
+        return found
+
+    def _set_aside(self, step: int) -> Path:
+        place = self.folder.parent / "damaged"
+        names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(1)))
+        path = next(place / name for name in names if not (place / name).exists())
+        place.mkdir(exist_ok=True)
+        os.rename(self.folder / str(step), path)
+        return path
+
+    def _retire(self, oldest: int):
+        """Remove the checkpoints before step `oldest`; renamed first, so that none is ever half there."""
+        for step in self._steps():
+            if step < oldest:
+                removed = self.folder / f"{step}{DELETING}"
+                os.rename(self.folder / str(step), removed)
+                shutil.rmtree(removed)
+
+
+def _barrier(name: str):
+    """Until all processes are here. Unlike collectives it may be waited for in a thread, and for long."""
+    barrier = ocp.multihost.get_barrier_sync_fn()
+    barrier(key=f"cmd_jax-checkpoint-{name}", timeout_ms=1000 * BARRIER_SECONDS)
+
+
+def _as_first(decide: Callable[[], int | None]) -> int | None:
+    """What `decide` gives in process 0, in every process; or its UserError, in every one."""
+    if jax.process_count() == 1:
+        return decide()
+    answer = {}
+    if jax.process_index() == 0:
+        try:
+            answer = {"value": decide()}
+        except UserError as e:
+            answer = {"error": [str(part)[:250] for part in (e.field, e.value, e.problem, e.remedy)]}
+        except OSError as e:
+            answer = {"error": ["checkpoints", e.filename, f"cannot be used ({e.strerror})", "mend its rights"]}
+    _barrier(f"{next(_collective)}-decided")
+    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    told = multihost_utils.broadcast_one_to_all(np.pad(text, (0, ANSWER_BYTES - text.size)))
+    answer = json.loads(bytes(told).rstrip(b"\0"))
+    if "error" in answer:
+        raise UserError(*answer["error"])
+    return answer["value"]
+
+
+# A trained stage, for those that build on it.
 
 
 class Trained(NamedTuple):
-    """A trained stage: its resolved config, the EMA parameters on the host, and class_names, statistics, digests."""
+    """A trained stage: its resolved config, the EMA parameters, and class_names, statistics, digests."""
 
     config: ConfigDict
     params: dict
     facts: dict
 
 
-def load_trained(path: Path | str, stage: str) -> Trained:
-    """The EMA parameters of a stage, from its workdir folder or from a weights file written by `export`."""
+def load_trained(path: Path | str, stage: str, place: Callable[[ConfigDict, dict], dict] | None = None) -> Trained:
+    """The EMA parameters of a stage, from its workdir folder or from a weights file written by `export`.
+
+    place: (config, facts) -> ShapeDtypeStructs with shardings; the parameters are compared with these and read straight
+    into their shards, one at a time. Without it they are numpy arrays.
+    """
     path = Path(path)
     if path.suffix == ".safetensors":
         metadata = read_metadata(path)
         if not {"config", "facts"} <= metadata.keys():
             raise UserError("weights", path, "holds no config of cmd_jax", "give a file that training exported")
-        params = unflatten({k: v.astype(np.float32) for k, v in read_state_dict(path).items()})
-        trained = Trained(from_json(metadata["config"]), params, json.loads(metadata["facts"]))
-    else:
-        if not (path / "config.json").is_file():
-            raise UserError("workdir", path, f"holds no trained {stage} stage", f"train the {stage} stage there first")
-        with contextlib.closing(Checkpoints(path, read_only=True)) as checkpoints:
-            params = checkpoints.restore_item("ema")
-        facts = read_json(path / "facts.json") | {"digest": digest(params)}
-        trained = Trained(from_json((path / "config.json").read_text()), params, facts)
-    if trained.config.stage != stage:
-        raise UserError("weights", path, f"is a {trained.config.stage} stage", f"give one of the {stage} stage")
-    return trained
+        config, facts = from_json(metadata["config"]), json.loads(metadata["facts"])
+        _check_stage(config, path, stage)
+        if place:
+            params = _read_placed(path, place(config, facts))
+        else:
+            params = unflatten({k: v.astype(np.float32) for k, v in read_state_dict(path).items()})
+        return Trained(config, params, facts)
+    if not all((path / name).is_file() for name in ("config.json", "facts.json")):
+        raise UserError("workdir", path, f"holds no trained {stage} stage", f"train the {stage} stage there first")
+    config, facts = from_json((path / "config.json").read_text()), read_json(path / "facts.json")
+    _check_stage(config, path, stage)
+    with contextlib.closing(Checkpoints(path, read_only=True)) as checkpoints:
+        params = checkpoints.restore_item("ema", place(config, facts) if place else None)
+    return Trained(config, params, facts | {"digest": digest(params)})
+
+
+def _check_stage(config: ConfigDict, path: Path, stage: str):
+    if config.stage != stage:
+        raise UserError("weights", path, f"is a {config.stage} stage", f"give one of the {stage} stage")
+
+
+def _read_placed(path: Path, like: dict) -> dict:
+    """Tensors of a safetensors file as float32 arrays laid out as `like`; only the parts for devices here are read."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: jax.ShapeDtypeStruct(s.get_shape(), np.float32) for name, s in slices.items()}
+            check_tree(f"weights {path.name}", unflatten(found), like, "give the weights that belong to their config")
+
+            def read(name: str, wanted):
+                def part(index):
+                    return np.asarray(slices[name][index] if index else file.get_tensor(name)).astype(np.float32)
+
+                return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
+
+            return unflatten({name: read(name, wanted) for name, wanted in flatten(like).items()})
+    except (SafetensorError, OSError) as e:
+        raise UserError("weights", path, f"damaged or incomplete ({e})", "fetch or write the file again") from e
 
 
 def export(path: Path, trained: Trained, dtype=np.float32):

@@ -1,15 +1,29 @@
 import contextlib
+import hashlib
+import json
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from cmd_jax.checkpoint import Checkpoints, Trained, digest, export, load_trained, read_json
+from cmd_jax.checkpoint import (
+    Checkpoints,
+    Trained,
+    check_tree,
+    digest,
+    export,
+    load_trained,
+    read_json,
+    to_host,
+)
 from cmd_jax.errors import UserError
+from cmd_jax.manifest import verify
 from cmd_jax.state import TrainState
 
 pytestmark = pytest.mark.xdist_group("tiny")
@@ -38,25 +52,92 @@ def test_digest_sees_names_shapes_dtypes_and_bits():
 
 
 def state_at(step):
-    return TrainState(jnp.int32(step), {"w": jnp.full(3, step, jnp.float32)}, {"w": jnp.zeros(3)}, (jnp.float32(step),))
+    """Arrays that tell the step, with the optimiser's own containers."""
+    w = np.random.default_rng(step).normal(size=(4, 3)).astype(np.float32)
+    params = {"layer": {"w": jnp.asarray(w), "b": jnp.full(3, step, jnp.bfloat16)}}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3, mu_dtype=jnp.float32))
+    _, opt_state = optimizer.update(params, optimizer.init(params), params)
+    return TrainState(jnp.int32(step), params, jax.tree.map(jnp.negative, params), opt_state)
 
 
-def test_newest_checkpoints_are_kept_and_restored(tmp_path):
-    with contextlib.closing(Checkpoints(tmp_path, keep=2)) as checkpoints:
-        for step in (1, 2, 3, 3):
-            checkpoints.save(state_at(step))
-    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"2", "3"}
-    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        restored = checkpoints.restore(state_at(0))
-    assert isinstance(restored, TrainState)
+@contextlib.contextmanager
+def opened(folder, **options):
+    with contextlib.closing(Checkpoints(folder, **options)) as checkpoints:
+        yield checkpoints
+
+
+def save(folder, *steps, **options):
+    with opened(folder, **options) as checkpoints:
+        for step in steps:
+            checkpoints.save(state_at(step), {"position": step})
+
+
+def steps_in(folder):
+    return sorted(p.name for p in (folder / "checkpoints").iterdir())
+
+
+def test_newest_checkpoints_are_kept_and_restored_with_optimiser_and_run(tmp_path):
+    save(tmp_path, 1, 2, 3, 3)
+    assert steps_in(tmp_path) == ["2", "3"]
+    with opened(tmp_path) as checkpoints:
+        restored, run = checkpoints.restore(state_at(0))
+        assert checkpoints.latest() == 3
+        count = checkpoints.restore_item("opt_state")
+        assert int(checkpoints.restore_item("step")) == 3
     assert digest(restored) == digest(state_at(3))
+    assert jax.tree.structure(restored) == jax.tree.structure(state_at(3))
+    assert run == {"position": 3}
+    assert len(jax.tree.leaves(count)) == len(jax.tree.leaves(state_at(3).opt_state))
+
+
+def test_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 - 1, state), donate_argnums=0)
+    with opened(tmp_path) as checkpoints:
+        state = state_at(5)
+        checkpoints.save(state, {})
+        jax.block_until_ready(step(step(state)))
+        checkpoints.wait()
+        assert digest(checkpoints.restore(state_at(0))[0]) == digest(state_at(5))
+
+
+def test_manifest_lists_every_file_with_size_and_hash(tmp_path):
+    save(tmp_path, 4)
+    step = tmp_path / "checkpoints" / "4"
+    manifest = json.loads((step / "manifest.json").read_text())
+    files = {p.relative_to(step).as_posix(): p for p in step.rglob("*") if p.is_file()}
+    del files["manifest.json"]
+    assert manifest["format"] == 1 and manifest["step"] == 4 and manifest["files"].keys() == files.keys()
+    for name, path in files.items():
+        content = path.read_bytes()
+        assert manifest["files"][name] == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert {name.split("/")[0] for name in files} == {"step", "params", "ema", "opt_state", "run.json"}
+    verify(step)
+
+
+def test_failed_and_cut_off_saves_leave_nothing_behind_at_the_next_start(tmp_path):
+    for name in ("7.saving", "3.deleting"):
+        (tmp_path / "checkpoints" / name / "params").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "notes").mkdir()
+    (tmp_path / "checkpoints" / "12").write_text("a file")
+    with opened(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.latest() is None
+    assert steps_in(tmp_path) == ["12", "3.deleting", "7.saving", "notes"]
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.latest() is None
+    assert steps_in(tmp_path) == ["12", "notes"]
+
+
+def test_host_copies_are_those_of_the_devices():
+    host = to_host(state_at(2))
+    assert all(type(x) is np.ndarray for x in jax.tree.leaves(host))
+    assert digest(host) == digest(state_at(2))
 
 
 def test_reading_leaves_the_saves_of_a_running_training_alone(folder, tmp_path):
     copy = tmp_path / "autoencoder"
     shutil.copytree(folder, copy)
     with contextlib.closing(Checkpoints(copy)) as writer:
-        unfinished = copy / "checkpoints" / "7.orbax-checkpoint-tmp"
+        unfinished = copy / "checkpoints" / "7.saving"
         unfinished.mkdir()
         before = sorted(p.name for p in copy.rglob("*"))
         load_trained(copy, "autoencoder")
@@ -82,6 +163,42 @@ def test_folder_weights_file_and_half_precision_agree(folder, tmp_path):
     assert (tmp_path / "half.safetensors").stat().st_size < 0.7 * (folder / "ema.safetensors").stat().st_size
 
 
+def test_parameters_are_read_straight_into_their_shards(folder, tmp_path):
+    whole = load_trained(folder, "autoencoder")
+    export(tmp_path / "half.safetensors", whole, np.float16)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+
+    def laid_out(x):
+        return NamedSharding(mesh, PartitionSpec(*["data"][: x.ndim]))
+
+    def place(config, facts):
+        assert config.stage == "autoencoder" and len(facts["class_names"]) == 48
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out(x)), whole.params)
+
+    def misplace(config, facts):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 1), x.dtype, sharding=laid_out(x)), whole.params)
+
+    for path in (folder, folder / "ema.safetensors", tmp_path / "half.safetensors"):
+        plain, placed = load_trained(path, "autoencoder"), load_trained(path, "autoencoder", place)
+        assert all(x.sharding.mesh == mesh and x.dtype == np.float32 for x in jax.tree.leaves(placed.params))
+        assert digest(placed.params) == digest(plain.params)
+        assert placed.facts == plain.facts
+        with pytest.raises(UserError, match="this config wants "):
+            load_trained(path, "autoencoder", misplace)
+
+
+def test_likely_field_of_a_mismatch_is_named():
+    found = {"a": np.zeros((3, 64)), "w": np.zeros((16, 64))}
+    wanted = {"a": np.zeros((3, 96)), "w": np.zeros((24, 96))}
+    config = {"model": {"width": 16, "depth": 3, "kind": "dit"}, "seed": 16}
+    with pytest.raises(UserError) as error:
+        check_tree("checkpoint 6: params", found, wanted, "use the config it was trained with", config)
+    assert str(error.value) == (
+        "checkpoint 6: params/a=((3, 64), 'float64'): this config wants ((3, 96), 'float64'); "
+        "use the config it was trained with (likely model.width=16)"
+    )
+
+
 def test_checkpoint_of_another_width_names_parameter_and_shapes(folder):
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
         params = checkpoints.restore_item("params")
@@ -104,9 +221,10 @@ def test_what_is_no_trained_stage_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="holds no trained motion stage; train the motion stage there first"):
         load_trained(tmp_path, "motion")
     shutil.copy(folder / "config.json", tmp_path)
+    shutil.copy(folder / "facts.json", tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint"):
         load_trained(tmp_path, "autoencoder")
-    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "facts.json"}
     with pytest.raises(UserError, match="no such file"):
         load_trained(tmp_path / "missing.safetensors", "autoencoder")
     save_file({"w": np.zeros(3, np.float32)}, tmp_path / "foreign.safetensors")

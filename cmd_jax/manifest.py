@@ -1,0 +1,98 @@
+"""The manifest of a checkpoint folder: what is in it to the byte, and whether that can still be believed."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cmd_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+HASH_THREADS = 4
+
+
+class CutOff(Exception):
+    """A checkpoint of which nothing but an empty folder is there."""
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what its manifest says."""
+
+
+def _facts_of(path: Path, sync: bool = False) -> dict:
+    with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def digest_of(manifest: dict) -> str:
+    """Of a manifest without its own digest. Later formats must keep this, so that they are known as such."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def sync_folder(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(folder: Path, step: int):
+    """Bring every file of the folder to the disk, hash it, and write that down."""
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.is_file()]
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        facts = list(pool.map(lambda path: _facts_of(path, sync=True), files))
+    names = [path.relative_to(folder).as_posix() for path in files]
+    manifest = {"format": FORMAT, "step": step, "files": dict(zip(names, facts, strict=True))}
+    with open(folder / MANIFEST, "w") as file:
+        file.write(json.dumps(manifest | {"digest": digest_of(manifest)}, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    for path in (folder, *(path for path in paths if path.is_dir())):
+        sync_folder(path)
+
+
+def verify(folder: Path):
+    """CutOff or Damaged, saying why, unless each file of checkpoint `folder` is what its manifest says.
+
+    UserError if a newer cmd_jax wrote it.
+    """
+    try:
+        text = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        if not any(folder.glob("*")):
+            raise CutOff("is an empty folder") from None
+        raise Damaged(f"has no {MANIFEST}") from None
+    except OSError as e:
+        raise Damaged(f"{MANIFEST} cannot be read ({e.strerror})") from None
+    try:
+        manifest = json.loads(text)
+        genuine = manifest["digest"] == digest_of(manifest)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        genuine = False
+    if not genuine:
+        raise Damaged(f"{MANIFEST} is damaged")
+    if manifest["format"] > FORMAT:
+        problem = f"written in format {manifest['format']}, this cmd_jax reads up to {FORMAT}"
+        raise UserError("checkpoint", folder, problem, "use the cmd_jax that wrote it, or a newer one")
+    if str(manifest["step"]) != folder.name:
+        raise Damaged(f"is that of step {manifest['step']} under another name")
+
+    def check(name: str, wanted: dict):
+        try:
+            size = os.stat(folder / name).st_size
+            if size != wanted["size"]:
+                raise Damaged(f"{name} has {size} bytes, not {wanted['size']}")
+            if _facts_of(folder / name) != wanted:
+                raise Damaged(f"{name} has another SHA-256 than when it was written")
+        except OSError as e:
+            raise Damaged(f"{name} cannot be read ({e.strerror})") from None
+
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        list(pool.map(check, *zip(*manifest["files"].items(), strict=True)))

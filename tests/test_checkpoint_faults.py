@@ -1,0 +1,480 @@
+"""Checkpoints that are damaged, cut off, too large for the disk, killed; on other devices; by several processes."""
+
+import contextlib
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from cmd_jax import checkpoint as checkpointing
+from cmd_jax.checkpoint import Checkpoints, digest, to_host
+from cmd_jax.errors import UserError
+from cmd_jax.manifest import digest_of, verify, write_manifest
+from cmd_jax.state import TrainState
+
+
+def state_at(step, rows=16):
+    """Arrays of numbers that do not compress, other ones at each step."""
+    numbers = np.random.default_rng(step).normal(size=(rows, 8)).astype(np.float32)
+    return TrainState(jnp.int32(step), {"w": jnp.asarray(numbers)}, {"w": jnp.asarray(-numbers)}, (jnp.float32(step),))
+
+
+def save(folder, *steps, rows=16, **options):
+    with contextlib.closing(Checkpoints(folder, **options)) as checkpoints:
+        for step in steps:
+            checkpoints.save(state_at(step, rows), {"step": step})
+
+
+def check_whole(folder, step, rows=16):
+    """The newest good step is `step`, and holds what was saved."""
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+        assert checkpoints.latest() == step
+        state, run = checkpoints.restore(state_at(0, rows))
+    assert digest(state) == digest(state_at(step, rows))
+    assert run == {"step": step}
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A stage folder with the checkpoints 3 and 6."""
+    save(tmp_path, 3, 6)
+    return tmp_path
+
+
+@pytest.fixture
+def warned(caplog):
+    with caplog.at_level(logging.WARNING, "cmd_jax.checkpoint"):
+        yield lambda: [record.getMessage() for record in caplog.records if record.name == "cmd_jax.checkpoint"]
+
+
+# Damage.
+
+
+def test_200_flipped_bits_are_detected_or_harmless(tmp_path):
+    save(tmp_path, 6)
+    step, wanted = tmp_path / "checkpoints" / "6", digest(state_at(6))
+    files = sorted(path for path in step.rglob("*") if path.is_file())
+    rng, detected, harmless, hit = random.Random(0), 0, 0, set()
+    for _ in range(200):
+        path = rng.choice(files)
+        good = path.read_bytes()
+        byte, bit = rng.randrange(len(good)), rng.randrange(8)
+        path.write_bytes(good[:byte] + bytes([good[byte] ^ 1 << bit]) + good[byte + 1 :])
+        hit.add(path)
+        with contextlib.closing(Checkpoints(tmp_path, read_only=True)) as checkpoints:
+            try:
+                checkpoints.latest()
+            except UserError as error:
+                assert error.field == "checkpoint" and error.value == 6
+                assert path.relative_to(step).as_posix() in error.problem
+                detected += 1
+            else:
+                state, run = checkpoints.restore(state_at(0))
+                assert digest(state) == wanted and run == {"step": 6}
+                harmless += 1
+        path.write_bytes(good)
+    assert detected + harmless == 200 and detected >= 195 and hit == set(files)
+    check_whole(tmp_path, 6)
+
+
+def largest(step):
+    return max((path for path in step.rglob("*") if path.is_file() and path.parent != step), key=os.path.getsize)
+
+
+def truncate(step):
+    os.truncate(largest(step), largest(step).stat().st_size - 1)
+
+
+def rewrite(**changes):
+    """A manifest that is genuine but says something else."""
+
+    def change(step):
+        manifest = json.loads((step / "manifest.json").read_text()) | changes
+        manifest["digest"] = digest_of(manifest)
+        (step / "manifest.json").write_text(json.dumps(manifest))
+
+    return change
+
+
+def empty(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+DAMAGE = {
+    "truncated": (truncate, r"/d/\w+ has \d+ bytes, not \d+"),
+    "zero bytes": (lambda step: os.truncate(step / "params" / "_METADATA", 0), "params/_METADATA has 0 bytes, not "),
+    "deleted": (lambda step: largest(step).unlink(), r"/d/\w+ cannot be read \(No such file or directory\)"),
+    "no item": (lambda step: shutil.rmtree(step / "ema"), r"ema/\S+ cannot be read"),
+    "changed": (lambda step: (step / "run.json").write_text('{"step": 9}\n'), "run.json has another SHA-256"),
+    "renamed": (rewrite(step=5), "is that of step 5 under another name"),
+    "empty manifest": (lambda step: os.truncate(step / "manifest.json", 0), "manifest.json is damaged"),
+    "other manifest": (lambda step: (step / "manifest.json").write_text("[1]"), "manifest.json is damaged"),
+    "no manifest": (lambda step: (step / "manifest.json").unlink(), "has no manifest.json"),
+    "empty folder": (empty, "is an empty folder"),
+}
+
+
+@pytest.mark.parametrize(("harm", "problem"), DAMAGE.values(), ids=DAMAGE)
+def test_older_good_step_is_used_and_the_damaged_one_set_aside(two, warned, harm, problem):
+    harm(two / "checkpoints" / "6")
+    before = sorted(two.rglob("*"))
+    check_whole(two, 3)
+    assert sorted(two.rglob("*")) == before  # read_only
+    with contextlib.closing(Checkpoints(two)) as checkpoints:
+        assert checkpoints.latest() == 3
+        assert names_in(two / "checkpoints") == ["3"] and names_in(two / "damaged") == ["6"]
+        checkpoints.save(state_at(6), {"step": 6})
+    check_whole(two, 6)
+    quiet, loud = warned()
+    for line in (quiet, loud):
+        assert re.match(f"checkpoint 6 is not whole: .*{problem}.*; falling back to step 3", line)
+    assert "moved" not in quiet and loud.endswith(f"; moved to {two / 'damaged' / '6'}")
+
+    harm(two / "checkpoints" / "6")
+    with contextlib.closing(Checkpoints(two)) as checkpoints:
+        assert checkpoints.latest() == 3
+    assert names_in(two / "damaged") == ["6", "6-1"]
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_nothing_starts_from_scratch_where_all_is_damaged(two, read_only):
+    truncate(two / "checkpoints" / "3")
+    truncate(two / "checkpoints" / "6")
+    for _ in range(2):  # the second time too
+        with contextlib.closing(Checkpoints(two, read_only=read_only)) as checkpoints:
+            with pytest.raises(
+                UserError, match="checkpoint=6: damaged: .* bytes, .*; no other one is whole; bring back"
+            ):
+                checkpoints.latest()
+            with pytest.raises(UserError, match="checkpoint=6: damaged"):
+                checkpoints.save(state_at(9), {})
+            with pytest.raises(UserError, match="checkpoint=6: damaged"):
+                checkpoints.restore(state_at(0))
+    assert names_in(two / "checkpoints") == ["3", "6"]
+
+
+def test_empty_step_folders_and_none_before_are_no_checkpoint(two, warned):
+    empty(two / "checkpoints" / "3")
+    empty(two / "checkpoints" / "6")
+    with contextlib.closing(Checkpoints(two)) as checkpoints:
+        assert checkpoints.latest() is None
+        with pytest.raises(UserError, match="holds no checkpoint; train that stage first"):
+            checkpoints.restore(state_at(0))
+    assert [line.partition(":")[0] for line in warned()] == [f"checkpoint {n} is not whole" for n in (6, 3)]
+    assert all("there is no older one; moved to" in line for line in warned())
+    assert names_in(two / "damaged") == ["3", "6"]
+
+
+def test_checkpoint_of_a_newer_format_is_refused(two):
+    rewrite(format=2)(two / "checkpoints" / "6")
+    with (
+        contextlib.closing(Checkpoints(two)) as checkpoints,
+        pytest.raises(
+            UserError, match="written in format 2, this cmd_jax reads up to 1; use the cmd_jax that wrote it"
+        ),
+    ):
+        checkpoints.latest()
+    assert names_in(two / "checkpoints") == ["3", "6"]
+
+
+def test_every_byte_is_read_once(two, monkeypatch):
+    looked = []
+    monkeypatch.setattr(checkpointing, "verify", looked.append)
+    with contextlib.closing(Checkpoints(two, read_only=True)) as checkpoints:
+        assert [checkpoints.latest(), checkpoints.latest()] == [6, 6]
+        checkpoints.restore(state_at(0))
+    assert [path.name for path in looked] == ["6"]
+
+
+def test_reader_of_a_running_training_follows_it(two, warned, monkeypatch):
+    """The step that it looks at is removed meanwhile."""
+
+    def vanish(step):
+        if step.name == "3":
+            monkeypatch.undo()
+            save(two, 9, 12)  # which removes it
+        verify(step)
+
+    shutil.rmtree(two / "checkpoints" / "6")
+    monkeypatch.setattr(checkpointing, "verify", vanish)
+    with contextlib.closing(Checkpoints(two, read_only=True)) as checkpoints:
+        assert checkpoints.latest() == 12
+    assert warned() == []
+
+
+# A disk that is full, a process that is killed.
+
+
+def no_room(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("told_by", ["wait", "close", "save"])
+def test_manifest_without_room_keeps_the_step_before(two, monkeypatch, told_by):
+    monkeypatch.setattr(checkpointing, "write_manifest", no_room)
+    checkpoints = Checkpoints(two, keep=1)
+    checkpoints.save(state_at(9), {})
+    with pytest.raises(UserError) as error:
+        checkpoints.save(state_at(12), {}) if told_by == "save" else getattr(checkpoints, told_by)()
+    assert str(error.value) == (
+        "checkpoint=9: could not be saved (No space left on device); the previous step 6 is intact; "
+        "free space or mend the disk, then run the same command again"
+    )
+    assert names_in(two / "checkpoints") == ["3", "6"]
+    monkeypatch.undo()
+    checkpoints.save(state_at(9), {"step": 9})
+    checkpoints.close()
+    assert names_in(two / "checkpoints") == ["9"]
+    check_whole(two, 9)
+
+
+def in_children(function, *argument_lists):
+    """function(pipe, *arguments) in processes of their own -> [(process, our end of its pipe)]; loaded but once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cmd_jax.checkpoint"])
+    children = []
+    for arguments in argument_lists:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=function, args=(theirs, *arguments), daemon=True)
+        process.start()
+        theirs.close()
+        children.append((process, ours))
+    return children
+
+
+def answers(children, seconds=100):
+    """What each child sent last before it ended, all of which it must by itself."""
+    sent = []
+    for process, pipe in children:
+        assert pipe.poll(seconds), f"nothing from {process}"
+        sent.append(pipe.recv())
+        process.join(seconds)
+        assert process.exitcode == 0
+    return sent
+
+
+def save_under_limit(pipe, folder, limit, rows):
+    """No file may grow above `limit` bytes; the kernel refuses to write more, as it does on a full disk."""
+    with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
+        state = state_at(9, rows)
+        checkpoints.latest()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        checkpoints.save(state, {"step": 9})
+        try:
+            checkpoints.wait()
+        except UserError as error:
+            pipe.send(str(error))
+
+
+@pytest.mark.parametrize("too_large", ["an array", "the manifest"])
+def test_file_that_cannot_be_written_keeps_the_step_before(tmp_path, too_large):
+    rows = 500 if too_large == "an array" else 1
+    save(tmp_path, 3, 6, rows=rows, keep=1)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()}
+    manifest = sizes.pop("manifest.json")
+    limit = manifest + 100 if too_large == "an array" else manifest - 1
+    assert (max(sizes.values()) > limit) == (too_large == "an array")
+    (line,) = answers(in_children(save_under_limit, (tmp_path, limit, rows)))
+    assert line.startswith("checkpoint=9: could not be saved (")
+    assert "File too large" in line and "); the previous step 6 is intact; free space" in line
+    assert names_in(tmp_path / "checkpoints") == ["6"]
+    check_whole(tmp_path, 6, rows)
+    save(tmp_path, 9, rows=rows)
+    check_whole(tmp_path, 9, rows)
+
+
+def kill(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_and_kill(folder, step):
+    write_manifest(folder, step)
+    kill()
+
+
+def remove_half_and_kill(path, **options):
+    largest(path).unlink()
+    kill()
+
+
+POINTS = {
+    "before the manifest": ("write_manifest", kill, 6),
+    "after the manifest": ("write_manifest", write_and_kill, 6),
+    "removing the old one": ("shutil.rmtree", remove_half_and_kill, 9),
+}
+
+
+def save_and_be_killed(pipe, folder, point):
+    with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
+        place, name = checkpointing, POINTS[point][0]
+        if "." in name:
+            place, name = shutil, "rmtree"
+        setattr(place, name, POINTS[point][1])
+        checkpoints.save(state_at(9), {"step": 9})
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_the_worst_moments_of_a_save(tmp_path, point):
+    save(tmp_path, 6)
+    ((process, _),) = in_children(save_and_be_killed, (tmp_path, point))
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(names_in(tmp_path / "checkpoints")) == 2  # what the kill left there
+    left = POINTS[point][2]
+    check_whole(tmp_path, left)
+    save(tmp_path, 12, keep=2)
+    assert names_in(tmp_path / "checkpoints") == sorted([str(left), "12"])
+    check_whole(tmp_path, 12)
+
+
+def save_without_end(pipe, folder):
+    with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
+        step = checkpoints.latest() or 0
+        pipe.send(step)
+        while True:
+            step += 1
+            checkpoints.save(state_at(step), {"step": step})
+            pipe.send(step - 1)  # which saving the next one has waited for
+
+
+def test_killed_at_random_moments_the_newest_whole_step_is_there(tmp_path):
+    rng, newest, left = random.Random(0), 0, set()
+    for _ in range(10):
+        ((process, pipe),) = in_children(save_without_end, (tmp_path,))
+        for _ in range(1 + rng.randrange(4)):
+            assert pipe.poll(60)
+            durable = pipe.recv()
+            assert durable >= newest
+        time.sleep(rng.uniform(0.0, 0.3))
+        process.kill()
+        process.join()
+        with contextlib.suppress(EOFError):
+            while True:
+                durable = pipe.recv()
+        left |= {name.lstrip("0123456789") for name in names_in(tmp_path / "checkpoints")}
+        with contextlib.closing(Checkpoints(tmp_path, read_only=True)) as checkpoints:
+            newest = checkpoints.latest() or 0
+        assert durable <= newest <= durable + 1
+        if newest:
+            check_whole(tmp_path, newest)
+    assert newest > 5 and ".saving" in left
+
+
+# Other devices and several processes.
+
+
+def sharded_state(mesh, step=0):
+    """state_at, split over a mesh of two axes -> (state, the ShapeDtypeStructs that ask for it)."""
+    specs = TrainState(*(PartitionSpec(*axes) for axes in ((), ("x", "y"), ("y", "x"), ())))
+    state = state_at(step)
+    parts = TrainState(specs.step, {"w": specs.params}, {"w": specs.ema}, (specs.opt_state,))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), parts)
+
+    def place(x, sharding):
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: whole[index])
+
+    state = jax.tree.map(place, state, shardings)
+    return state, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def mesh_of(*shape):
+    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+    return Mesh(devices, ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+
+def reshard(pipe, folder):
+    jax.config.update("jax_num_cpu_devices", 8)
+    state, digests, shards = sharded_state(mesh_of(8, 1), 1)[0], [], []
+    for step, shape in enumerate([(8, 1), (2, 4), (1, 1), (8, 1)], 1):
+        with contextlib.closing(Checkpoints(folder)) as checkpoints:
+            if step > 1:
+                state, _ = checkpoints.restore(sharded_state(mesh_of(*shape))[1])
+            digests.append(digest([state.params, state.ema, state.opt_state]))
+            held = state.params["w"].addressable_shards
+            shards.append((len(held), *held[0].data.shape))
+            checkpoints.save(state.replace(step=jnp.int32(step)), {})
+    pipe.send((digests, shards))
+
+
+def test_resharded_over_8_2x4_1_and_8_devices_the_bits_are_the_same(tmp_path):
+    ((digests, shards),) = answers(in_children(reshard, (tmp_path,)))
+    state = state_at(1)
+    assert digests == 4 * [digest([state.params, state.ema, state.opt_state])]
+    assert shards == [(8, 2, 8), (8, 8, 2), (1, 16, 8), (8, 2, 8)]
+
+
+def error_of(function, *arguments):
+    try:
+        return function(*arguments)
+    except UserError as error:
+        return str(error)
+
+
+def one_of_two(pipe, index, port, work):
+    """What a process of two makes of the folders that the test has prepared."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(f"localhost:{port}", 2, index)
+    mesh, told = mesh_of(2, 2), {}
+    for name in ("damaged", "older"):
+        with contextlib.closing(Checkpoints(work / name)) as checkpoints:
+            told[name] = error_of(checkpoints.latest)
+    with contextlib.closing(Checkpoints(work / "good", keep=1)) as checkpoints, jax.set_mesh(mesh):
+        told["good"] = checkpoints.latest()
+        state, run = checkpoints.restore(sharded_state(mesh)[1])
+        told["restored"] = run, digest(state)
+        told["held"] = len(state.params["w"].addressable_shards), to_host(state) is None
+        checkpoints.save(sharded_state(mesh, 9)[0], {"step": 9})
+        checkpoints.wait()
+        if index == 1:
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        checkpoints.save(sharded_state(mesh, 12)[0], {"step": 12})
+        told["failed"] = error_of(checkpoints.wait)
+        if index == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        told["latest"] = checkpoints.latest()
+    pipe.send(told)
+
+
+def test_two_processes_decide_and_fail_together_and_one_restores_what_they_saved(tmp_path):
+    for name in ("good", "damaged", "older"):
+        save(tmp_path / name, *([3, 6] if name == "older" else [6]))
+        if name != "good":
+            truncate(tmp_path / name / "checkpoints" / "6")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    first, second = answers(in_children(one_of_two, (0, port, tmp_path), (1, port, tmp_path)))
+    assert first["damaged"] == second["damaged"] and "checkpoint=6: damaged: " in first["damaged"]
+    assert first["older"] == second["older"] == 3
+    assert first["good"] == second["good"] == 6
+    assert first["restored"] == second["restored"] == ({"step": 6}, digest(state_at(6)))
+    assert (first["held"], second["held"]) == ((2, False), (2, True))
+    assert first["failed"].startswith(
+        "checkpoint=12: could not be saved (process 1 failed to write its part); the prev"
+    )
+    assert second["failed"].startswith("checkpoint=12: could not be saved (") and "File too large" in second["failed"]
+    assert first["latest"] == second["latest"] == 9
+    assert names_in(tmp_path / "good" / "checkpoints") == ["9"]
+    check_whole(tmp_path / "good", 9)
