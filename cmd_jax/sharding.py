@@ -1,17 +1,24 @@
-"""Mesh, the rules that map logical axes to it, and sharded initialisation. Unknown axis names raise."""
+"""Mesh, the rules that map logical axes to it, and what they make of parameters. Unknown and colliding names raise."""
 
 import contextlib
 import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cmd_jax.errors import UserError, choose
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+PRESETS = {"dp": "data", "fsdp": "fsdp", "tp": "tensor", "fsdp_tp": "fsdp"}  # the axis that each lets fill the devices
+UNSET = {"data": -1, "fsdp": 1, "tensor": 1}  # sizes that a config has as long as nobody sets them
+SHAPES_IN_ERROR = 12
 LOGICAL_AXES = {  # what each name stands for
     "act_batch": "clips of a batch",
     "act_time": "frames",
@@ -38,34 +45,132 @@ LOGICAL_AXES = {  # what each name stands for
 }
 
 
-def make_mesh(shape) -> Mesh:
-    """Mesh over all devices from {"data", "fsdp", "tensor"} sizes, one of which may be -1 to fill the rest."""
-    sizes, devices = [shape[a] for a in MESH_AXES], jax.devices()
-    shown = "x".join(map(str, sizes))
-    if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+def make_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh of the axes data, fsdp and tensor over `devices`, by default all there are.
+
+    config: the `mesh` group {preset, data, fsdp, tensor, slices}. One size may be -1 to fill the devices. The data axis
+    is outermost, so that the devices of a host hold neighbouring rows of a batch, except where a TPU's network has
+    another order. With `slices` above 1 the data axis spans them: TPU slices, or hosts where there is no such thing.
+
+    Raises UserError for sizes that do not make the devices (it lists those that do), for sizes that contradict the
+    preset, and for `slices` that the devices do not have.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    slices = _check_slices(config.slices, devices)
+    sizes = mesh_sizes(config, len(devices))
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices,
+            process_is_granule=len(_slices_of(devices)) == 1, allow_split_physical_axes=True,
+        )  # fmt: skip
+    elif devices[0].platform == "tpu":
+        # Where an axis of the mesh can be a whole axis of the torus it is; 4x4 chips have none for tensor=2.
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:  # jax.make_mesh takes each host of GPUs for a slice, and refuses several
+        grid = np.asarray(devices).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _slices_of(devices) -> Counter:
+    """How many devices each slice has; platforms without slices have one."""
+    return Counter(getattr(d, "slice_index", 0) for d in devices)
+
+
+def _check_slices(slices: int, devices) -> int:
+    found, unit = _slices_of(devices), "slices"
+    if devices[0].platform != "tpu":
+        if slices == 1:
+            return slices
+        if len(found) == 1:
+            found, unit = Counter(d.process_index for d in devices), "processes"
+    if len(found) != slices:
+        problem = f"the number of {unit} that the {len(devices)} devices here belong to is {len(found)}"
+        raise UserError("mesh.slices", slices, problem, f"set mesh.slices={len(found)}")
+    if len(set(found.values())) > 1:
+        problem = f"they have different numbers of devices: {', '.join(map(str, found.values()))}"
+        raise UserError("mesh.slices", slices, problem, "start the job on equal ones")
+    return slices
+
+
+def mesh_sizes(config, count: int) -> tuple[int, int, int]:
+    """The sizes (data, fsdp, tensor) of a config's `mesh` group on `count` devices; errors as of `make_mesh`."""
+    sizes, slices = {axis: config[axis] for axis in MESH_AXES}, config.slices
+    shown = "x".join(str(size) for size in sizes.values())
+    if any(s == 0 or s < -1 for s in sizes.values()) or list(sizes.values()).count(-1) > 1 + bool(config.preset):
         raise UserError("mesh", shown, "sizes must be positive, at most one of them -1", "set mesh.data=-1")
-    known = math.prod(s for s in sizes if s > 0)
-    filled = [len(devices) // known if s == -1 else s for s in sizes]
-    if math.prod(filled) != len(devices):
-        divisors = [d for d in range(1, len(devices) + 1) if len(devices) % d == 0]
-        valid = ", ".join(f"{d}x{len(devices) // d}x1" for d in divisors)
-        raise UserError("mesh", shown, f"does not make the {len(devices)} devices here", f"use for example {valid}")
-    devices = np.asarray(devices).reshape(filled)
-    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    if config.preset:
+        choose("mesh.preset", config.preset, PRESETS)
+        wanted = _preset_sizes(config.preset, count, slices, sizes["tensor"])
+        shown = f"{config.preset} {'x'.join(map(str, wanted))}"
+        for axis, size in zip(MESH_AXES, wanted, strict=True):
+            fills = -1 if axis == PRESETS[config.preset] else size
+            if sizes[axis] not in (size, fills, UNSET[axis]):
+                problem = f"mesh.preset={config.preset} makes it {size}"
+                raise UserError(f"mesh.{axis}", sizes[axis], problem, "leave it out, or set the sizes without a preset")
+        filled = wanted
+    else:
+        known = math.prod(s for s in sizes.values() if s > 0)
+        filled = tuple(count // known if s == -1 else s for s in sizes.values())
+    if math.prod(filled) != count:
+        problem = f"does not make the {count} devices here"
+        raise UserError("mesh", shown, problem, _valid_shapes(filled, count, slices))
+    if filled[0] % slices:
+        problem = f"the data axis is {filled[0]}, which the mesh.slices={slices} that it spans do not divide"
+        raise UserError("mesh", shown, problem, _valid_shapes(filled, count, slices))
+    return filled
+
+
+def _preset_sizes(preset: str, count: int, slices: int, tensor: int = 1) -> tuple[int, int, int]:
+    """The sizes of a preset; all but dp use the data axis for nothing but the slices."""
+    inside = count // slices
+    tensor = tensor if tensor > 1 else min(2, inside)  # a single device has nothing to split
+    return {
+        "dp": (count, 1, 1),
+        "fsdp": (slices, inside, 1),
+        "tp": (slices, 1, inside),
+        "fsdp_tp": (slices, inside // tensor, tensor),
+    }[preset]
+
+
+def _valid_shapes(sizes, count: int, slices: int) -> str:
+    """All shapes that make `count` devices, or of many the presets' and those nearest to `sizes`."""
+    divisors = [d for d in range(1, count + 1) if count % d == 0]
+    shapes = [(d, f, count // d // f) for d in divisors for f in divisors if count % (d * f) == 0 and d % slices == 0]
+    names = {_preset_sizes(preset, count, slices): preset for preset in reversed(PRESETS)}
+    shown = shapes
+    if len(shapes) > SHAPES_IN_ERROR:
+        # A size of 0 stands for one that had no devices left to fill.
+        far = {s: sum(abs(math.log(a / max(b, 1))) for a, b in zip(s, sizes, strict=True)) for s in shapes}
+        chosen = sorted(shapes, key=lambda shape: (shape not in names, far[shape]))[:SHAPES_IN_ERROR]
+        shown = sorted(chosen)
+    texts = ["x".join(map(str, shape)) + (f" ({names[shape]})" if shape in names else "") for shape in shown]
+    more = f" and {len(shapes) - len(shown)} more" if len(shown) < len(shapes) else ""
+    return f"use for example {', '.join(texts)}{more} (data x fsdp x tensor)"
 
 
 def check_rules(rules) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The config's rules table as flax wants it; every name on both sides must be known."""
-    checked = []
+    """The config's rules table as flax wants it: one rule for each of LOGICAL_AXES, to known mesh axes.
+
+    Axes of activations may meet in one array, so no two of them may share a mesh axis, whatever its size.
+    """
+    checked, activations = {}, {}
     for name, axes in rules:
         choose("rules", name, LOGICAL_AXES)
         axes = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+        if name in checked:
+            raise UserError("rules", name, "has two rules", "leave one")
         for axis in axes:
             choose(f"rules.{name}", axis, MESH_AXES)
-        if name in dict(checked):
-            raise UserError("rules", name, "has two rules", "leave one")
-        checked.append((name, axes))
-    return tuple(checked)
+            if axes.count(axis) > 1:
+                raise UserError(f"rules.{name}", axis, "stands there twice", "leave one")
+            if name.startswith("act_") and activations.setdefault(axis, name) != name:
+                problem = f"{activations[axis]} is split over it already"
+                raise UserError(f"rules.{name}", axis, problem, "map one of the two to another axis or to ()")
+        checked[name] = axes
+    for name in LOGICAL_AXES:
+        if name not in checked:
+            raise UserError("rules", name, "no rule for this logical axis", f'add ("{name}", ()) to the rules table')
+    return tuple(checked.items())
 
 
 @contextlib.contextmanager
@@ -75,29 +180,103 @@ def partitioning(mesh: Mesh, rules):
         yield
 
 
+class Placed(NamedTuple):
+    """Where an array of a tree lies.
+
+    name: its path. axes: its logical axes, () if it has none. reason: which dimensions stay whole though a rule would
+    split them, and for an array that is whole on each device in any case why; else "".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    axes: tuple[str, ...]
+    sharding: NamedSharding
+    reason: str
+
+    @property
+    def spec(self) -> PartitionSpec:
+        return self.sharding.spec
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """On each device."""
+        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
+
+    @property
+    def whole(self) -> bool:
+        """Whether each device holds all of it."""
+        return self.sharding.shard_shape(self.shape) == self.shape
+
+
+def _place(name: str, leaf, mesh: Mesh, table: dict[str, tuple[str, ...]]) -> Placed:
+    """The one decision where an array goes: `leaf` is logically partitioned, or whole on each device."""
+    if not isinstance(leaf, nn.LogicallyPartitioned):
+        reason = "it has no logical axes"
+        return Placed(name, leaf.shape, np.dtype(leaf.dtype), (), NamedSharding(mesh, PartitionSpec()), reason)
+    spec, taken, undivided, single = [], {}, [], []
+    for axis, size in zip(leaf.names, leaf.value.shape, strict=True):
+        if axis not in table:
+            raise UserError("rules", axis, f"no rule for this logical axis of {name}", "add it to the rules table")
+        for mesh_axis in table[axis]:
+            if mesh_axis in taken:
+                problem = f"{name} has {taken[mesh_axis]} split over it already"
+                raise UserError(f"rules.{axis}", mesh_axis, problem, "map one of the two to another axis or to ()")
+            taken[mesh_axis] = axis
+        ways = math.prod(mesh.shape[a] for a in table[axis])
+        shown = " x ".join(f"{a}={mesh.shape[a]}" for a in table[axis])
+        spec.append((table[axis] or None) if size % ways == 0 else None)
+        if size % ways:
+            undivided.append(f"{axis} {size} not divisible by {shown}")
+        elif table[axis] and ways == 1:
+            single.append(f"{axis} split over {shown}")
+    placed = Placed(
+        name, leaf.value.shape, np.dtype(leaf.value.dtype), leaf.names, NamedSharding(mesh, PartitionSpec(*spec)), ""
+    )
+    reasons = [*undivided, *single] or ["no rule maps any of its axes"]
+    return placed._replace(reason=", ".join(reasons if placed.whole else undivided))
+
+
+def _place_all(boxed, mesh: Mesh, rules, name: str):
+    table, is_boxed = dict(check_rules(rules)), lambda x: isinstance(x, nn.LogicallyPartitioned)
+
+    def place(path, leaf):
+        return _place("/".join(filter(None, (name, _path(path)))), leaf, mesh, table)
+
+    return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=is_boxed)
+
+
+def _path(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def shardings_of(boxed, mesh: Mesh, rules):
     """Shardings of a tree of logically partitioned (abstract) arrays; unboxed leaves are replicated.
 
-    A dimension that its mesh axes do not divide stays whole, and so does one whose mesh axes an earlier one has taken.
+    A dimension that its mesh axes do not divide stays whole. UserError for an axis without a rule, and for two
+    dimensions of an array that rules split over the same mesh axis, whatever its size.
     """
-    table = dict(check_rules(rules))
+    return jax.tree.map(
+        lambda placed: placed.sharding, _place_all(boxed, mesh, rules, ""), is_leaf=lambda x: isinstance(x, Placed)
+    )
 
-    def spec_of(leaf):
-        if not isinstance(leaf, nn.LogicallyPartitioned):
-            return NamedSharding(mesh, PartitionSpec())
-        spec, taken = [], set()
-        for name, size in zip(leaf.names, leaf.value.shape, strict=True):
-            if name not in table:
-                raise UserError(
-                    "rules", name, "no rule for this logical axis of a parameter", "add it to the rules table"
-                )
-            axes = table[name]
-            fits = axes and taken.isdisjoint(axes) and size % math.prod(mesh.shape[a] for a in axes) == 0
-            spec.append(axes if fits else None)
-            taken |= set(axes if fits else ())
-        return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map(spec_of, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+def layout(boxed, mesh: Mesh, rules, name: str = "") -> list[Placed]:
+    """What `shardings_of` makes of each array of the tree, and why; `name` goes before their paths."""
+    return jax.tree.leaves(_place_all(boxed, mesh, rules, name), is_leaf=lambda x: isinstance(x, Placed))
+
+
+def replicated_report(records: list[Placed], above: int) -> list[str]:
+    """A line for each array of more than `above` values that is whole on each device, on a mesh meant to split them."""
+    return [
+        f"{r.name} {list(r.shape)}, {r.size:,} values, is whole on each device: {r.reason}"
+        for r in records
+        if r.whole and r.size > above and r.sharding.mesh.shape["fsdp"] * r.sharding.mesh.shape["tensor"] > 1
+    ]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

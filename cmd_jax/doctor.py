@@ -1,0 +1,198 @@
+"""`cmd-jax doctor`: where a config puts each parameter on the devices here, and how many bytes that is on each.
+
+Everything is worked out from shapes: no parameter is ever made.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from cmd_jax.checkpoint import read_json, versions
+from cmd_jax.config import from_json, load
+from cmd_jax.data.layouts import LAYOUTS, check_root, detect
+from cmd_jax.data.sources import open_source
+from cmd_jax.errors import UserError, choose
+from cmd_jax.interop.weights import read_metadata
+from cmd_jax.models.vgg import LPIPS
+from cmd_jax.sharding import Placed, batch_ways, check_batch, layout, make_mesh, replicated_report
+from cmd_jax.stages import DIFFUSION_STAGES, AutoencoderStage, FrozenAutoencoder, check_patches
+from cmd_jax.state import make_optimizer
+
+MIB = 2**20
+FILE_WIDTH = 1000  # of output that is no terminal: nothing is cut off
+
+
+def doctor(specification: str, overrides: dict[str, str], workdir: Path | None) -> int:
+    """Print devices, mesh, and each parameter's shape, axes and MiB on each device, totals and batch -> 0.
+
+    Of a `sample` config all three stages are shown as the sampler holds them. Where a stage needs another one's config,
+    it is the one trained in WORKDIR or in the weights that the config names, else what the config file gives for it.
+    Raises UserError where the mesh, the rules, the batch, or the stages' shapes do not fit.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
+    config = load(specification, overrides)
+    mesh = make_mesh(config.mesh)
+    print_machine(console, config.mesh, mesh)
+    others = Others(specification, overrides, workdir, config, console)
+    trees, clip_bytes = (sampled if config.stage == "sample" else trained)(config, others)
+    records = {name: layout(tree, mesh, config.rules) for name, tree in trees.items()}
+
+    group = "sampling" if config.stage == "sample" else "train"
+    batch_size = config[group].batch_size
+    console.print(parameter_table(records["params"]), markup=False)
+    totals = total_table(records)
+    share = batch_size / batch_ways(mesh)
+    sizes = (f"{batch_size * clip_bytes / MIB:,.1f}", f"{share * clip_bytes / MIB:,.1f}")
+    totals.add_row(f"batch, {share:g} of {batch_size} clips on each device", "", *sizes)
+    console.print(totals)
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        console.print("the mesh splits the batch only: each device holds everything else")
+    else:
+        lines = replicated_report(records["params"], config.mesh.report_above)
+        above = f"no parameter of more than mesh.report_above={config.mesh.report_above:,} values"
+        console.print("\n".join(lines) or f"{above} is whole on each device", markup=False)
+    check_batch(f"{group}.batch_size", batch_size, mesh, config.train.accumulate if group == "train" else 1)
+    return 0
+
+
+def print_machine(console: Console, config, mesh):
+    console.print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    kinds = ", ".join(sorted({d.device_kind for d in jax.devices()}))
+    console.print(f"platform {jax.default_backend()}, devices: {jax.device_count()} ({kinds}), "
+                  f"processes: {jax.process_count()}")  # fmt: skip
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    preset = f", preset {config.preset}" if config.preset else ""
+    console.print(f"mesh: {sizes}{preset}" + (f", {config.slices} slices" if config.slices > 1 else ""))
+
+
+def parameter_table(records: list[Placed]) -> Table:
+    table = Table("parameter", "shape", "logical axes", "split over")
+    table.add_column("MiB on each device", justify="right")
+    for r in records:
+        split = ", ".join("x".join(axes) if isinstance(axes, tuple) else axes or "-" for axes in r.spec)
+        where = f"whole: {r.reason}" if r.whole else split + (f" ({r.reason})" if r.reason else "")
+        table.add_row(r.name, "x".join(map(str, r.shape)), ", ".join(r.axes), where, f"{r.bytes / MIB:.3f}")
+    return table
+
+
+def total_table(records: dict[str, list[Placed]]) -> Table:
+    table = Table("")
+    for column in ("values", "MiB in all", "MiB on each device"):
+        table.add_column(column, justify="right")
+    for name, leaves in records.items():
+        whole, each = sum(r.size * r.dtype.itemsize for r in leaves), sum(r.bytes for r in leaves)
+        table.add_row(name, f"{sum(r.size for r in leaves):,}", f"{whole / MIB:,.1f}", f"{each / MIB:,.1f}")
+    return table
+
+
+def trained(config, others: "Others") -> tuple[dict, int]:
+    """What training holds -> (trees of abstract arrays by name, bytes of a clip of the batch)."""
+    data, frozen = config.data, {}
+    clip_bytes = math.prod((data.frames, data.height, data.width, 3))  # uint8
+    if config.stage == "autoencoder":
+        params = jax.eval_shape(AutoencoderStage(config).init, abstract_key())
+        if config.loss.vgg:
+            images = [jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)] * 2
+            frozen = nn.unbox(jax.eval_shape(LPIPS().init, abstract_key(), *images))
+    else:
+        autoencoder, frozen = others.autoencoder()
+        params = others.denoiser(config, autoencoder, others.classes(config.data))
+        if config.latents.cache_clips:
+            shapes = (autoencoder.content_shape, autoencoder.motion_shape)
+            clip_bytes = sum(4 * math.prod(shape) for shape in shapes)
+    trees = {"params": params, "ema": params}
+    trees["opt_state"] = jax.eval_shape(make_optimizer(config.optimizer).init, params)
+    return trees | ({"frozen": frozen} if frozen else {}), clip_bytes
+
+
+def sampled(config, others: "Others") -> tuple[dict, int]:
+    """What sampling holds, as `trained`."""
+    autoencoder, params = others.autoencoder()
+    params = {"autoencoder": params}
+    for name in DIFFUSION_STAGES:
+        stage, facts = others.stage(name)
+        classes = len(facts["class_names"]) if facts else others.classes(stage.data)
+        params[name] = others.denoiser(stage, autoencoder, classes)
+    return {"params": params}, 4 * math.prod(autoencoder.video_shape)  # float32 video
+
+
+def abstract_key():
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+class Others:
+    """The stages that a config needs beside its own, found or derived from the same file; their shapes must fit."""
+
+    def __init__(self, specification: str, overrides: dict[str, str], workdir: Path | None, config, console: Console):
+        self.specification, self.overrides, self.workdir = specification, overrides, workdir
+        self.config, self.console = config, console
+
+    def stage(self, name: str) -> tuple[ConfigDict, dict]:
+        """-> (its config, its facts or {} where it is not trained yet)."""
+        path, must_be = self._where(name)
+        if path and path.suffix == ".safetensors":
+            texts = read_metadata(path)
+            if not {"config", "facts"} <= texts.keys():
+                raise UserError("weights", path, "holds no config of cmd_jax", "give a file that training exported")
+            config, facts = from_json(texts["config"]), json.loads(texts["facts"])
+        elif path and (path / "config.json").is_file():
+            config, facts = from_json((path / "config.json").read_text()), read_json(path / "facts.json")
+        elif must_be:
+            raise UserError("latents.autoencoder", path, f"holds no trained {name} stage", "train it there first")
+        else:
+            file, _, argument = self.specification.partition(":")
+            values = [word for word in argument.split(",") if "=" in word]
+            data = {key: value for key, value in self.overrides.items() if key.startswith("data.")}
+            path, facts = f"{file}:{','.join([name, *values])}", {}
+            config = load(path, data)
+        self.console.print(f"{name}: as in {path}", markup=False)
+        if config.stage != name:
+            raise UserError("weights", path, f"is a {config.stage} stage", f"give one of the {name} stage")
+        for side in ("frames", "height", "width"):
+            if self.config.data[side] != config.data[side]:
+                problem = f"the {name} of {path} is for {config.data[side]}"
+                raise UserError(f"data.{side}", self.config.data[side], problem, "use that, or another autoencoder")
+        return config, facts
+
+    def _where(self, name: str) -> tuple[Path | None, bool]:
+        """Where that stage may be trained, and whether it must be."""
+        if self.config.stage == "sample" and self.config.weights:
+            return Path(self.config.weights) / f"{name}.safetensors", True
+        if self.config.stage != "sample" and self.config.latents.autoencoder:
+            return Path(self.config.latents.autoencoder), True
+        return self.workdir and self.workdir / name, False
+
+    def autoencoder(self) -> tuple[FrozenAutoencoder, dict]:
+        """-> (the autoencoder without values, its boxed abstract parameters)."""
+        config, _ = self.stage("autoencoder")
+        autoencoder = FrozenAutoencoder(config, {"autoencoder": {}})
+        video = jax.ShapeDtypeStruct((1, *autoencoder.video_shape), np.float32)
+        return autoencoder, jax.eval_shape(autoencoder.module.init, abstract_key(), video)["params"]
+
+    def denoiser(self, config, autoencoder: FrozenAutoencoder, classes: int) -> dict:
+        check_patches(config, autoencoder)
+        stage = DIFFUSION_STAGES[config.stage](config, autoencoder, classes, statistics={})
+        return jax.eval_shape(stage.init, abstract_key())
+
+    def classes(self, data) -> int:
+        """How many classes the data has; files are listed for it, none is decoded."""
+        try:
+            if data.source != "folder":
+                return len(open_source(data).class_names)
+            if not data.root:  # which would be the present folder
+                raise UserError("data.root", "", "not given", "set it to count them")
+            root, layout = check_root(data.root), choose("data.layout", data.layout, ("auto", *LAYOUTS))
+            _, names = LAYOUTS[detect(root) if layout == "auto" else layout](root, data.fold, data.split, {})
+            return len(names)
+        except UserError as error:
+            self.console.print(f"classes counted as 0: {error}", markup=False)
+            return 0
