@@ -1,0 +1,207 @@
+"""The watch over the processes of one run: each tells by a file that it lives, and a thread reads the others'."""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cmd_jax.errors import UserError
+from cmd_jax.report.video import atomic_path
+
+log = logging.getLogger(__name__)
+
+
+class Peers:
+    """Heartbeat files FOLDER/processes/INDEX.json of the `count` processes of a run, and a thread that reads them.
+
+    run: a name that this start of the job alone has; files of other runs count for nothing. A disk that cannot be
+    written is no fault: there is a warning.
+
+    The thread calls on_fault(reason, line, facts) at most once, and then watches no more. reason is
+        "lost-peer"    a process was silent for `peer_timeout` seconds; facts: missing, step;
+        "peer-failed"  a process failed; the line is its message; facts: failed, step;
+        "peer-crashed" a process ended by an error that is none of the user's; facts: failed, step;
+        "stall"        no step was finished here for `stall_timeout` seconds (0: off); facts: seconds, steps, step.
+    Who finds a process lost or a stall tells the others, for which it is the reason too (facts: failed, step).
+    Only changes of a file count, by this process's clock: clocks of other hosts may differ. Leaving the context is
+    `done`, or `fail` if by an error.
+    """
+
+    def __init__(
+        self, folder: Path, index: int, count: int, run: str, *, peer_timeout: float, stall_timeout: float,
+        on_fault: Callable[[str, str, dict], None],
+    ):  # fmt: skip
+        self.folder, self.index, self.count, self.run = folder / "processes", index, count, run
+        self.peer_timeout, self.stall_timeout, self.on_fault = peer_timeout, stall_timeout, on_fault
+        self.interval = min(2.0, peer_timeout / 5)
+        self._step, self._busy = None, 0
+        self._state = {"state": "running", "message": "", "fault": ""}
+        self._writing, self._leaving, self._warned = threading.Lock(), threading.Event(), False
+        # The last record of each process, and of the others what was last seen of the file and when that changed.
+        others = [i for i in range(count) if i != index]
+        self._records, self._seen, self._changed = {}, {}, dict.fromkeys(others, 0.0)
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+
+    def __enter__(self):
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self._state["state"] == "running":
+            if error is None or (isinstance(error, SystemExit) and not error.code):
+                self.done()
+            else:
+                if isinstance(error, UserError):
+                    self.fail(str(error))
+                else:
+                    crash = f"process {self.index} crashed ({kind.__name__}: {error})"
+                    line = self._line("processes", self.count, crash, "look at its log")
+                    self._end("failed", line, "peer-crashed")
+        self._leaving.set()
+        # It may itself be what ends this process, or hang with the file system.
+        self._thread.join(timeout=self.peer_timeout)
+
+    def progress(self, step: int):
+        """A step was finished."""
+        self._step = step
+
+    @contextlib.contextmanager
+    def busy(self):
+        """A long pause that is known (compilation, a last save): no stall, whose clock starts anew afterwards."""
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+
+    def fail(self, message: str):
+        """The others end with this message."""
+        self._end("failed", message)
+
+    def done(self):
+        """Silence from now on is no fault."""
+        self._end("done")
+
+    def _end(self, state: str, message: str = "", fault: str = ""):
+        self._state = {"state": state, "message": " ".join(message.split()), "fault": fault}
+        self._beat()
+
+    def _beat(self):
+        path = self.folder / f"{self.index}.json"
+        with self._writing:
+            record = {
+                "run": self.run,
+                "process": self.index,
+                "count": self.count,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "step": self._step,
+                "time": time.time(),
+                **self._state,
+            }
+            self._records[self.index], text = record, json.dumps(record) + "\n"
+            try:
+                with atomic_path(path) as temporary:
+                    temporary.write_text(text)
+            except OSError as e:
+                if not self._warned:
+                    log.warning("the heartbeat %s cannot be written: %s", path, e)
+                self._warned = True
+                # In its place it needs no new room on a full disk; a reader who comes between just reads again.
+                with contextlib.suppress(OSError), open(path, "r+") as file:
+                    file.write(text)
+                    file.truncate()
+
+    def _read(self, now: float):
+        """See whose file has changed. One that cannot be read, or is of another run, is no news."""
+        for i in self._changed:
+            try:
+                seen = (self.folder / f"{i}.json").read_bytes()
+                record = json.loads(seen)
+                ours = record["run"] == self.run
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if ours and seen != self._seen.get(i):
+                self._seen[i], self._records[i], self._changed[i] = seen, record, now
+
+    def _watch(self):
+        now, ticked, moved, step = 0.0, time.monotonic(), 0.0, None
+        while not self._leaving.wait(self.interval):
+            # If this process was stopped, or the disk hung, the others may have been too: such a pause counts in part.
+            elapsed, ticked = time.monotonic() - ticked, time.monotonic()
+            now += min(elapsed, self.peer_timeout / 2)
+            state = self._state["state"]
+            if state == "failed":
+                return
+            if state == "running":
+                self._beat()
+            self._read(now)
+            if self._step != step or self._busy or state == "done":
+                moved, step = now, self._step
+            fault = self._lost(now) or self._failed(now) or (step is not None and self._stalled(now - moved))
+            if fault and self._state["state"] != "failed":
+                reason, line, facts = fault
+                # The others would else find this process lost, and name the wrong one.
+                self._end("failed", line, reason)
+                self.on_fault(reason, line, {"step": self._step, **facts})
+                return
+
+    def _lost(self, now: float):
+        ages = {i: now - at for i, at in self._changed.items() if self._state_of(i) == "running"}
+        if not ages or max(ages.values()) < self.peer_timeout:
+            return None
+        # Those that fell silent with it are on their way to the same.
+        missing = {i: age for i, age in ages.items() if age > self.peer_timeout / 2}
+        names = []
+        for i, age in missing.items():
+            heard = f"last heard of {age:.3g} s ago {self._where(i)}" if i in self._records else "never heard of"
+            names.append(f"process {i}{self._who(i)} was {heard}")
+        problem = " and ".join(names[:4]) + (f" and {len(names) - 4} more are silent" if names[4:] else "")
+        line = self._line("processes", self.count, f"{problem}; the job ends", "look at its log")
+        return "lost-peer", line, {"missing": [self._facts(i, age) for i, age in missing.items()]}
+
+    def _failed(self, now: float):
+        for i, changed in self._changed.items():
+            # Not at the first sight: a fault that all see, like a loss that is not finite, is on its way here too.
+            if self._state_of(i) == "failed" and changed < now:
+                record, unnamed = self._records[i], f"process {i}{self._who(i)} failed; look at its log"
+                line = record["message"] or f"processes={self.count}: {unnamed}"
+                return record["fault"] or "peer-failed", line, {"failed": self._facts(i, now - changed)}
+        return None
+
+    def _stalled(self, seconds: float):
+        if not self.stall_timeout or seconds < self.stall_timeout:
+            return None
+        steps = {i: record["step"] for i, record in sorted(self._records.items())}
+        done = {i: -1 if step is None else step for i, step in steps.items()}
+        behind = [i for i in done if done[i] == min(done.values())]
+        problem = f"process {self.index} finished no step for {seconds:.3g} s, after step {self._step}"
+        if len(behind) < len(done):
+            names = (f"process {i}{self._who(i)} {self._where(i)}" for i in behind[:4])
+            problem += f"; furthest behind: {', '.join(names)}"
+        line = self._line("processes.stall_timeout", self.stall_timeout, problem, "look at flight/ and the logs")
+        return "stall", line, {"seconds": round(seconds, 3), "steps": steps}
+
+    def _state_of(self, i: int) -> str:
+        return self._records[i]["state"] if i in self._records else "running"
+
+    def _who(self, i: int) -> str:
+        record = self._records.get(i)
+        return f" (host {record['host']}, pid {record['pid']})" if record else ""
+
+    def _where(self, i: int) -> str:
+        step = self._records[i]["step"]
+        return "before its first step" if step is None else f"at step {step}"
+
+    def _facts(self, i: int, age: float) -> dict:
+        record = self._records.get(i, {})
+        return {"process": i, "age": round(age, 3)} | {key: record.get(key) for key in ("host", "pid", "step")}
+
+    def _line(self, field: str, value, problem: str, remedy: str) -> str:
+        return str(UserError(field, value, problem, f"{remedy}, then run the same command to resume"))
