@@ -112,10 +112,11 @@ POSITIVE = {
     "motion_channels", "learning_rate", "accumulate", "log_every", "checkpoint_every", "keep", "threads", "prefetch",
     "content_steps", "motion_steps", "num", "motions", "clips", "rotary_base", "fps", "probe_timeout", "videos",
     "shown", "content_patch", "eps", "timesteps", "time_std", "discriminator_channels", "discriminator_layers",
+    "slices", "start_timeout", "peer_timeout",
 }  # fmt: skip
 NOT_NEGATIVE = {
     "seed", "warmup_steps", "clip_norm", "l1", "l2", "lpips", "adversarial", "feature_matching", "preview_every",
-    "cache_clips", "clip", "guidance",
+    "cache_clips", "clip", "guidance", "report_above", "expected", "stall_timeout",
 }  # fmt: skip
 FRACTIONS = {"ema_decay", "label_dropout", "max_bad_fraction", "b1", "b2", "eta"}
 SEEDS = 2**32  # jax.random.key takes a seed modulo this

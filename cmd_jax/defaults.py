@@ -54,7 +54,21 @@ def data(**changes) -> ConfigDict:
 
 
 def _common(stage: str) -> ConfigDict:
-    return ConfigDict(dict(stage=stage, seed=0, mesh=dict(data=-1, fsdp=1, tensor=1), rules=RULES))
+    mesh = dict(
+        preset="",  # "dp", "fsdp", "tp", "fsdp_tp"; empty: the sizes below
+        data=-1,  # -1: whatever fills the devices
+        fsdp=1,
+        tensor=1,
+        slices=1,  # TPU slices, or hosts with a fast network each; the data axis spans them
+        report_above=1_000_000,  # name parameters of more values that no axis splits
+    )
+    processes = dict(
+        expected=0,  # so many must have started; 0: any number
+        start_timeout=300.0,  # seconds for all of them to connect
+        peer_timeout=60.0,  # a process silent for so long is lost, and the job ends
+        stall_timeout=1800.0,  # so long without a finished step is a stall, and the job ends; 0: never
+    )
+    return ConfigDict(dict(stage=stage, seed=0, mesh=mesh, processes=processes, rules=RULES))
 
 
 def _training(stage: str) -> ConfigDict:

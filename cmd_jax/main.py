@@ -1,6 +1,7 @@
 """The `cmd-jax` command: verb, flags, one-line errors; nothing else."""
 
 import argparse
+import json
 import logging
 import sys
 import traceback
@@ -9,18 +10,25 @@ from pathlib import Path
 from cmd_jax.errors import UserError, nearest
 from cmd_jax.runtime import keep_freed_memory
 
+QUICKSTART = "--config=configs/quickstart.py"
 EXAMPLES = {
     "train": (
         "train one stage, resuming what is there",
-        "--config=configs/quickstart.py:autoencoder --workdir=runs/shapes",
+        f"{QUICKSTART}:autoencoder --workdir=runs/shapes",
     ),
-    "sample": ("write videos and a gallery", "--config=configs/quickstart.py:sample,size=long --workdir=runs/shipped"),
-    "evaluate": (
-        "score reconstructions and generated videos",
-        "--config=configs/quickstart.py:sample --workdir=runs/shapes",
+    "sample": ("write videos and a gallery", f"{QUICKSTART}:sample,size=long --workdir=runs/shipped"),
+    "evaluate": ("score reconstructions and generated videos", f"{QUICKSTART}:sample --workdir=runs/shapes"),
+    "doctor": ("show how the model lies on the devices, and what is not split", f"{QUICKSTART}:content"),
+    "verify-resume": (
+        "kill and resume a training, and compare it with one that was left alone",
+        f"{QUICKSTART}:autoencoder --workdir=runs/verify --kills=3 --config.train.steps=40"
+        " --config.train.checkpoint_every=10 --config.optimizer.warmup_steps=10",
     ),
 }
 OVERRIDE = "--config.KEY=VALUE sets any value of the config, like --config.seed=1"
+
+
+DISTRIBUTED = ("train", "sample", "evaluate")  # what several processes do together
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,8 +52,23 @@ def build_parser() -> Parser:
             allow_abbrev=False,
         )
         sub.add_argument("--config", metavar="FILE[:ARG]", help="required; ARG is stage[,key=value...]")
-        sub.add_argument("--workdir", metavar="DIR", help="required; one folder a stage is made in it")
+        optional = verb == "doctor"
+        help_workdir = (
+            "where trained stages are looked for" if optional else "required; one folder a stage is made in it"
+        )
+        sub.add_argument("--workdir", metavar="DIR", help=help_workdir)
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
+        if verb in DISTRIBUTED:
+            sub.add_argument(
+                "--distributed", metavar="auto|off|explicit", default="auto",
+                help="auto: ask JAX for a cluster (TPU pod, SLURM, GKE); explicit: the three flags below",
+            )  # fmt: skip
+            sub.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+            sub.add_argument("--num-processes", metavar="N", type=int)
+            sub.add_argument("--process-id", metavar="I", type=int, help="0 to N-1")
+        if verb == "verify-resume":
+            sub.add_argument("--kills", metavar="N", type=int, default=5, help="SIGKILLs, about half of them in a save")
+            sub.add_argument("--devices", metavar="N,N,...", help="device counts to train on in turn; default: all")
     return parser
 
 
@@ -56,21 +79,41 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     for flag in rest:
         name, equals, value = flag.partition("=")
         if not name.startswith("--config.") or not equals:
-            flags = ("--config=FILE", "--workdir=DIR", "--debug", "--config.KEY=VALUE")
+            flags = ["--config=FILE", "--workdir=DIR", "--debug", "--config.KEY=VALUE"]
+            if known.verb in DISTRIBUTED:
+                flags += ["--distributed=auto", "--coordinator=HOST:PORT", "--num-processes=N", "--process-id=I"]
+            if known.verb == "verify-resume":
+                flags += ["--kills=N", "--devices=N,N"]
             raise UserError("flag", flag, f"not a flag of {known.verb}", f"did you mean {nearest(flag, flags)[0]}")
         overrides[name.removeprefix("--config.")] = value
-    for flag in ("config", "workdir"):
+    for flag in ("config",) if known.verb == "doctor" else ("config", "workdir"):
         if not getattr(known, flag):
             raise UserError(f"--{flag}", "", "missing", f"see cmd-jax {known.verb} --help")
     return known, overrides
 
 
-def run(verb: str, config, workdir: Path):
-    """Do what the verb says; modules are imported here, since they start JAX."""
-    training = config.stage != "sample"
-    if (verb == "train") != training:
-        wanted = "autoencoder, content or motion" if verb == "train" else "sample"
-        raise UserError("config", config.stage, f"`{verb}` takes another stage", f"use FILE:{wanted}")
+def run(flags, overrides: dict[str, str]) -> int:
+    """Do what the verb says -> exit code. Modules are imported here, since they start JAX."""
+    verb, workdir = flags.verb, Path(flags.workdir).expanduser().absolute() if flags.workdir else None
+    if verb == "doctor":
+        from cmd_jax.doctor import doctor
+
+        return doctor(flags.config, overrides, workdir)
+    if verb == "verify-resume":
+        from cmd_jax.verify_resume import verify_resume
+
+        return verify_resume(flags.config, overrides, workdir, flags.kills, device_counts(flags.devices))
+    from cmd_jax import distributed
+    from cmd_jax.config import load, to_json
+
+    config = load(flags.config, overrides)
+    check_stage(verb, config.stage)
+    distributed.start(flags.distributed, flags.coordinator, flags.num_processes, flags.process_id, config.processes)
+    from cmd_jax.checkpoint import versions
+
+    remedy = "start every process with the same command and the same installation"
+    distributed.agree({f"versions.{name}": version for name, version in versions().items()}, remedy)
+    distributed.agree({"verb": verb, "workdir": str(workdir), **flat(to_json(config))}, remedy)
     if verb == "train":
         from cmd_jax.train import train
 
@@ -79,6 +122,29 @@ def run(verb: str, config, workdir: Path):
         from cmd_jax import sample
 
         getattr(sample, verb)(config, workdir)
+    return 0
+
+
+def flat(text: str) -> dict[str, str]:
+    """A config's JSON as {"group.key": "value"}."""
+    from flax.traverse_util import flatten_dict
+
+    return {key: str(value) for key, value in flatten_dict(json.loads(text), sep=".").items()}
+
+
+def device_counts(text: str | None) -> tuple[int, ...]:
+    words = text.split(",") if text else ()
+    for word in words:
+        if not word.strip().isdigit() or int(word) == 0:
+            raise UserError("--devices", text, "not device counts separated by commas", "write it like 8,4,8")
+    return tuple(map(int, words))
+
+
+def check_stage(verb: str, stage: str):
+    training = stage != "sample"
+    if (verb == "train") != training:
+        wanted = "autoencoder, content or motion" if verb == "train" else "sample"
+        raise UserError("config", stage, f"`{verb}` takes another stage", f"use FILE:{wanted}")
 
 
 def fail(error: UserError, debug: bool) -> int:
@@ -89,15 +155,30 @@ def fail(error: UserError, debug: bool) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    try:
+        code = command(arguments)
+    except Exception:
+        if one_of_several():
+            sys.modules["cmd_jax.distributed"].leave(1, traceback.format_exc())
+        raise
+    if code and one_of_several():
+        sys.modules["cmd_jax.distributed"].leave(code)
+    return code
+
+
+def one_of_several() -> bool:
+    """Whether peers would be kept waiting; asked without starting JAX."""
+    return "cmd_jax.distributed" in sys.modules and sys.modules["cmd_jax.distributed"].several()
+
+
+def command(arguments: list[str] | None) -> int:
     keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("cmd_jax").setLevel(logging.INFO)
     debug = "--debug" in (sys.argv if arguments is None else arguments)
     try:
         flags, overrides = parse(sys.argv[1:] if arguments is None else arguments)
-        from cmd_jax.config import load
-
-        run(flags.verb, load(flags.config, overrides), Path(flags.workdir).expanduser().absolute())
+        return run(flags, overrides)
     except UserError as error:
         return fail(error, debug)
     except KeyboardInterrupt:
@@ -110,7 +191,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         remedy = "lower train.batch_size or sampling.batch_size, set model.remat=full, or raise mesh.fsdp"
         return fail(UserError("memory", "full", " ".join(str(error).split())[:200], remedy), debug)
-    return 0
 
 
 if __name__ == "__main__":

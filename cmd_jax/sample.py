@@ -1,12 +1,12 @@
 """The reverse half of CMD: class -> content frame -> motion latent -> video, one jitted program (paper section 3.3)."""
 
+import contextlib
 import os
 import shutil
 import time
 from functools import partial
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 
-from cmd_jax.checkpoint import Trained, check_tree, load_trained, versions, write_json
+from cmd_jax.checkpoint import Trained, load_trained, versions, whole, write_json
 from cmd_jax.config import STAGES, to_json
 from cmd_jax.data.pipeline import local_rows, to_global, video_reader
 from cmd_jax.data.sources import open_source
@@ -22,20 +22,23 @@ from cmd_jax.data.video import fit
 from cmd_jax.diffusion.flow import Flow
 from cmd_jax.diffusion.guidance import check_guidance
 from cmd_jax.diffusion.schedules import check_count
+from cmd_jax.distributed import is_leader, leader_first
 from cmd_jax.errors import UserError, choose, nearest
 from cmd_jax.evaluation import shapes_oracle
 from cmd_jax.evaluation.reconstruction import psnr
 from cmd_jax.models.autoencoder import Latents
 from cmd_jax.report.gallery import Item, Section, write_gallery
 from cmd_jax.report.video import film_strip, image_grid, to_uint8, video_grid, write_gif, write_mp4, write_png
-from cmd_jax.sharding import batch_sharding, check_batch, make_mesh, partitioning, replicated, shardings_of
-from cmd_jax.stages import ContentStage, FrozenAutoencoder, MotionStage, pixels
+from cmd_jax.runtime import StopRequest
+from cmd_jax.sharding import batch_sharding, check_batch, make_mesh, partitioning, replicated
+from cmd_jax.stages import DIFFUSION_STAGES, AutoencoderStage, FrozenAutoencoder, pixels
+from cmd_jax.state import abstract
 
 MODES = ("generate", "reconstruct", "vary-motion", "animate")
 
 
 class Sampler:
-    """The three trained stages on a mesh, and the jitted programs over them.
+    """The three trained stages, whose parameters lie on the mesh, and the jitted programs over them.
 
     A program maps a batch to {"video": [B, T, H, W, C] in [-1, 1], "content": [B, H, W, C], "motion": [B, T, h+w, K]},
     split over the mesh like the batch.
@@ -44,15 +47,14 @@ class Sampler:
 
     def __init__(self, stages: dict[str, Trained], config, mesh):
         self.mesh, self.rules, self.options, self.seed = mesh, config.rules, config.sampling, config.seed
-        check_batch("sampling.batch_size", self.options.batch_size, mesh)
         self.class_names = tuple(stages["content"].facts["class_names"]) if "content" in stages else ()
         guidance = check_guidance(self.options.guidance)
         self.guidance = None if guidance == 1.0 or not self.class_names else jnp.float32(guidance)
         trained = stages["autoencoder"]
         self.autoencoder = FrozenAutoencoder(trained.config, trained.params)
-        self.params = {"autoencoder": self._place("autoencoder", self._autoencoder_init, self.autoencoder.params)}
+        self.params = {"autoencoder": self.autoencoder.params}
         self.statistics, self.denoisers = {}, {}
-        for name, kind in (("content", ContentStage), ("motion", MotionStage)):
+        for name in ("content", "motion"):
             if name not in stages:
                 continue
             facts = stages[name].facts
@@ -61,22 +63,12 @@ class Sampler:
                 raise UserError("weights", name, problem, "give the three stages of one run")
             if tuple(facts["class_names"]) != self.class_names:
                 raise UserError("weights", name, "its classes differ from the content stage's", "use stages of one run")
-            stage = kind(stages[name].config, self.autoencoder, len(self.class_names), facts["statistics"])
+            stage = denoiser_stage(stages[name].config, facts, trained.config)
             self._check_options(name, stage.process)
-            self.denoisers[name] = stage
+            self.denoisers[name], self.params[name] = stage, stages[name].params
             self.statistics[name] = jax.device_put(stage.frozen["statistics"], replicated(mesh))
-            self.params[name] = self._place(name, stage.init, stages[name].params)
         jit = partial(jax.jit, out_shardings=batch_sharding(mesh))
         self._programs = {name: jit(getattr(self, f"_{name}")) for name in ("generate", "animate", "reconstruct")}
-
-    def _autoencoder_init(self, key):
-        return self.autoencoder.module.init(key, jnp.zeros((1, *self.autoencoder.video_shape)))["params"]
-
-    def _place(self, name, init, params):
-        """Lay a stage's parameters out on the mesh by the rules table, as in training."""
-        boxed = jax.eval_shape(init, jax.random.key(0))
-        check_tree(f"weights {name}", params, nn.unbox(boxed), "give the weights that belong to their config")
-        return jax.tree.map(jax.device_put, params, shardings_of(boxed, self.mesh, self.rules))
 
     def _check_options(self, name, process):
         """Before anything is compiled, and by the names the user knows."""
@@ -149,20 +141,44 @@ class Sampler:
             examples = {row: {k: values[i] for k, values in batch.items()} for row, i in picks.items()}
             with partitioning(self.mesh, self.rules):
                 out = program(self.params, to_global(examples, size, self.mesh), *arguments)
-            parts.append(jax.tree.map(np.asarray, out))
+            parts.append(jax.tree.map(whole, out))
         return {k: np.concatenate([part[k] for part in parts])[:count] for k in parts[0]}
+
+
+def denoiser_stage(config, facts: dict, autoencoder_config):
+    """The content or motion stage of a trained one's config and facts, without parameters."""
+    autoencoder = FrozenAutoencoder(autoencoder_config, {"autoencoder": None})
+    return DIFFUSION_STAGES[config.stage](config, autoencoder, len(facts["class_names"]), facts["statistics"])
+
+
+def load_stages(config, workdir: Path, mesh) -> dict[str, Trained]:
+    """What a sample config names, shipped weights or the stages of the workdir, read straight into its shards."""
+    names = ("autoencoder",) if config.sampling.mode == "reconstruct" else ("autoencoder", "content", "motion")
+    root, suffix = (Path(config.weights), ".safetensors") if config.weights else (workdir, "")
+    stages = {}
+
+    def place(trained_config, facts):
+        if trained_config.stage == "autoencoder":
+            stage = AutoencoderStage(trained_config)
+        else:
+            stage = denoiser_stage(trained_config, facts, stages["autoencoder"].config)
+        return abstract(stage.init, mesh, config.rules)
+
+    for name in names:
+        stages[name] = load_trained(root / f"{name}{suffix}", name, place)
+    return stages
 
 
 def load_sampler(config, workdir: Path) -> Sampler:
     """The sampler of a sample config: shipped weights, or the stages of the workdir."""
-    names = ("autoencoder",) if config.sampling.mode == "reconstruct" else ("autoencoder", "content", "motion")
-    root, suffix = (Path(config.weights), ".safetensors") if config.weights else (workdir, "")
-    stages = {name: load_trained(root / f"{name}{suffix}", name) for name in names}
+    mesh = make_mesh(config.mesh)
+    check_batch("sampling.batch_size", config.sampling.batch_size, mesh)
+    stages = load_stages(config, workdir, mesh)
     shape = stages["autoencoder"].config.data
     for side in ("frames", "height", "width"):
         if config.data[side] != shape[side]:
             raise UserError(f"data.{side}", config.data[side], f"the weights are for {shape[side]}", "use that")
-    return Sampler(stages, config, make_mesh(config.mesh))
+    return Sampler(stages, config, mesh)
 
 
 def choose_labels(wanted: str, class_names: tuple[str, ...], count: int) -> np.ndarray:
@@ -206,7 +222,7 @@ def read_image(path: str, height: int, width: int) -> np.ndarray:
 
 def read_clips(config, workdir: Path, count: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """`count` clips from all over the data, or all there are -> (uint8 [N, T, H, W, 3], labels [N], class names)."""
-    source = open_source(config.data, cache=workdir / "probe.json")
+    source = leader_first(lambda: open_source(config.data, cache=workdir / "probe.json"))
     read = video_reader(source)
     picks = np.linspace(0, len(source), min(count, len(source)), endpoint=False).astype(int)
     clips = [read(int(i), np.random.default_rng((config.seed, int(i)))) for i in picks]
@@ -258,9 +274,13 @@ class OutputFolder:
         self.workdir, self.name, self.final = workdir, name, None
         self.path = workdir / f".tmp-{os.getpid()}-{name}"
 
+    def remove(self):
+        """What is written so far."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def __enter__(self) -> Path:
         try:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self.remove()
             self.path.mkdir(parents=True)
         except (OSError, ValueError) as e:
             reason = getattr(e, "strerror", e)
@@ -269,7 +289,7 @@ class OutputFolder:
 
     def __exit__(self, kind, error, trace):
         if kind is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self.remove()
             return
         number, self.final = 2, self.workdir / self.name
         while self.final.exists():
@@ -299,14 +319,31 @@ def write_samples(folder: Path, out: dict, captions: list[str], title: str, opti
     write_gallery(folder / "index.html", title, [Section(title, items, note=note, table=table)])
 
 
+@contextlib.contextmanager
+def writing(output: OutputFolder):
+    """The output's folder on the process that writes it, None on the others; a signal to stop removes it."""
+    with StopRequest("stopped by a signal; nothing was written") as stop:
+        if not is_leader():
+            yield None
+            return
+        stop.first(output.remove)
+        with output as folder:
+            yield folder
+
+
 def sample(config, workdir: Path) -> Path:
-    """The `sample` verb: write the samples of `sampling.mode` and their gallery; returns the folder."""
-    console, started = Console(), time.perf_counter()
+    """The `sample` verb: write the samples of `sampling.mode` and their gallery; returns the folder.
+
+    Of several processes the first one writes, and the others return None.
+    """
+    console, started = Console(quiet=not is_leader()), time.perf_counter()
     choose("sampling.mode", config.sampling.mode, MODES)
     output = OutputFolder(workdir, config.sampling.output)
     sampler = load_sampler(config, workdir)
-    with output as folder:
+    with writing(output) as folder:
         out, _, captions = make_samples(sampler, config, workdir)
+        if folder is None:
+            return None
         note = f"mode {config.sampling.mode}, guidance {config.sampling.guidance}, seed {config.seed}"
         write_samples(folder, out, captions, f"CMD: {config.sampling.mode}", config.sampling, note=note)
         _write_summary(folder, config, started, samples=len(captions))
@@ -319,13 +356,13 @@ def evaluate(config, workdir: Path) -> dict:
 
     Prints them with counts and chance levels; writes them to summary.json beside the videos it shows.
     """
-    console, started = Console(), time.perf_counter()
+    console, started = Console(quiet=not is_leader()), time.perf_counter()
     options = config.sampling
     if options.mode != "generate":
         raise UserError("sampling.mode", options.mode, "evaluate scores generated videos", "use sampling.mode=generate")
     output = OutputFolder(workdir, options.output)
     sampler = load_sampler(config, workdir)
-    with output as folder:
+    with writing(output) as folder:
         videos, _, _ = read_clips(config, workdir, config.evaluation.clips)
         decoded = sampler.reconstruct({"video": videos})
         decibels = psnr(decoded["video"], decoded["original"])
@@ -351,6 +388,8 @@ def evaluate(config, workdir: Path) -> dict:
         captions = [_caption(sampler, label) for label in labels[:shown]]
         title = f"CMD, {Path(config.weights).name or 'trained here'}"
         note = f"guidance {options.guidance}, seed {config.seed}, {len(labels)} videos in {seconds:.0f} s, compiled"
+        if folder is None:
+            return scores
         write_samples(folder, {k: v[:shown] for k, v in out.items()}, captions, title, options, table, note)
         _write_summary(folder, config, started, samples=len(labels), sampling_seconds=round(seconds, 1), scores=scores)
     console.print(f"scores: {output.final}/summary.json\nvideos: {output.final}/index.html", soft_wrap=True)
@@ -371,6 +410,7 @@ def _write_summary(folder: Path, config, started: float, **values):
         {
             "wall_seconds": round(time.perf_counter() - started, 1),
             "devices": jax.device_count(),
+            "processes": jax.process_count(),
             "platform": jax.default_backend(),
             "seed": config.seed,
             "versions": versions(),

@@ -5,7 +5,8 @@ A stage is all that the training loop knows:
     init(key) -> parameters, boxed with their logical axes;
     loss(params, frozen, batch, key) -> (scalar, metrics);
     preview(params, frozen, batch, key) -> {name: videos [N, T, H, W, 3] or images [N, H, W, 3] in [-1, 1]}.
-A batch holds "video" uint8 [B, T, H, W, 3] or, encoded before, "content" and "motion"; and "label" int32 [B].
+A batch holds "video" uint8 [B, T, H, W, 3] or, encoded before, "content" and "motion"; "label" int32 [B]; and, in
+training, "id" int32 [B], which no loss reads.
 """
 
 from functools import partial

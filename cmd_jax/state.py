@@ -21,6 +21,19 @@ class TrainState:
     opt_state: optax.OptState
 
 
+def abstract(init, mesh, rules):
+    """What init(key) would make, as ShapeDtypeStructs laid out on the mesh by the rules."""
+    boxed = jax.eval_shape(init, jax.random.key(0))
+
+    def one(x, sharding):
+        # nn.unbox would constrain it, which only arrays can be.
+        x = x.unbox(apply_constraint=False) if isinstance(x, nn.LogicallyPartitioned) else x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    is_boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(one, boxed, shardings_of(boxed, mesh, rules), is_leaf=is_boxed)
+
+
 def make_optimizer(config) -> optax.GradientTransformation:
     """Adam with warm-up, optional cosine decay to zero at `steps`, and optional clipping by global norm."""
     rate = config.learning_rate

@@ -1,9 +1,8 @@
 """The one training loop. It knows a stage only through its interface (see stages.py)."""
 
 import contextlib
-import os
 import resource
-import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -11,134 +10,264 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from cmd_jax.checkpoint import Checkpoints, Trained, digest, export, read_json, versions, write_json
+from cmd_jax.checkpoint import Checkpoints, Trained, digest, export, read_json, to_host, versions, write_json
 from cmd_jax.config import to_json
 from cmd_jax.data.pipeline import BatchPlan, batches
+from cmd_jax.distributed import is_leader, leave, of_leader, run_id
+from cmd_jax.errors import UserError
+from cmd_jax.flight import FlightRecord, explain
+from cmd_jax.peers import Peers
 from cmd_jax.prepare import claimed, prepare
 from cmd_jax.report.training import PREVIEW_CLIPS, Metrics, StepLog
 from cmd_jax.report.video import atomic_path
-from cmd_jax.sharding import batch_ways, check_batch, make_mesh, partitioning, replicated
+from cmd_jax.runtime import StopRequest
+from cmd_jax.sharding import (
+    MESH_AXES,
+    batch_ways,
+    check_batch,
+    layout,
+    make_mesh,
+    partitioning,
+    replicated,
+    replicated_report,
+)
 from cmd_jax.state import init_state, make_optimizer, train_step
 
+STOPPED_EARLY = "stopped by a signal before the first step; nothing to save"
 
-class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a flag that the loop reads; a second one ends the process at once."""
 
-    def __enter__(self):
-        self.signal = None
-        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
+@contextlib.contextmanager
+def watched(config, folder: Path, flight: FlightRecord, stop: StopRequest):
+    """Peers of this run; the end of one is the end of all, with a line that says which and why."""
 
-    def _receive(self, number, frame):
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
+    def on_fault(kind: str, text: str, facts: dict):
+        """Ends the process whatever its main thread is stuck in; with 3 where a restart may mend it."""
+        try:
+            if kind != "peer-failed":
+                flight.write(kind, message=text, **facts)
+        finally:
+            leave(0 if text == STOPPED_EARLY else 2 if kind == "peer-failed" else 3, f"{text}\n")
 
-    def __exit__(self, *error):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    options, count = config.processes, jax.process_count()
+    with Peers(
+        folder, jax.process_index(), count, run_id(),
+        peer_timeout=options.peer_timeout, stall_timeout=options.stall_timeout, on_fault=on_fault,
+    ) as peers:  # fmt: skip
+        stop.first(lambda: peers.fail(STOPPED_EARLY))
+        try:
+            yield peers
+        except UserError:
+            raise
+        except Exception as error:
+            if count > 1:
+                # A collective that breaks off is a lost peer as a rule; the watch will soon know which, and ends this.
+                print(f"{type(error).__name__}: {error}; looking for a lost peer", file=sys.stderr, flush=True)
+                time.sleep(options.peer_timeout * 1.5)
+            raise
 
 
 def train(config, workdir: Path) -> dict:
     """Train the config's stage in WORKDIR/STAGE, resuming what is there; returns its summary.
 
     Errors: UserError for a folder that holds another run, data or weights that do not fit, a loss that is not finite.
-    SystemExit(0) after SIGTERM or SIGINT, when the state is saved.
+    SystemExit(0) after SIGTERM or SIGINT, when the state is saved. A lost peer or a stall ends the process with 3.
     """
-    console, folder = Console(), workdir / config.stage
+    begun = time.perf_counter()
+    console, folder = Console(quiet=not is_leader()), workdir / config.stage
     mesh = make_mesh(config.mesh)
     check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulate)
-    with claimed(folder, config) as resuming:
+    flight = FlightRecord(folder, jax.process_index())
+    # The stop request is outermost, so that a signal never cuts off the end of a save.
+    with (
+        StopRequest(STOPPED_EARLY) as stop,
+        claimed(folder, config) as resuming,
+        watched(config, folder, flight, stop) as peers,
+        partitioning(mesh, config.rules),
+    ):
         stage, read, clips, name_of, facts = prepare(config, workdir, mesh, console, resuming)
         plan = BatchPlan(clips, config.train.batch_size, config.seed)
         optimizer = make_optimizer(config.optimizer)
-        # The stop request is outermost, so that a signal never cuts off the end of a save.
-        with (
-            StopRequest() as stop,
-            partitioning(mesh, config.rules),
-            contextlib.closing(Checkpoints(folder, config.train.keep)) as checkpoints,
-        ):
+        boxed = jax.eval_shape(stage.init, jax.random.key(0))
+        for line in replicated_report(layout(boxed, mesh, config.rules), config.mesh.report_above):
+            console.print(line, soft_wrap=True)
+        with contextlib.closing(Checkpoints(folder, config.train.keep)) as checkpoints:
             state = init_state(stage, optimizer, config.seed, mesh, config.rules)
             if checkpoints.latest() is not None:
-                state = checkpoints.restore(state)
+                state, earlier = checkpoints.restore(state)
+                check_continues(earlier, position(config, int(state.step), facts), console)
                 console.print(f"resuming {config.stage} at step {int(state.step)} of {config.train.steps}")
             start = int(state.step)
-            if start >= config.train.steps and is_finished(folder, start):
+            if start >= config.train.steps and of_leader(is_finished(folder, start)):
                 console.print(f"{config.stage} is trained already")
                 return read_json(folder / "summary.json")
-            with atomic_path(folder / "config.json") as temporary:
-                temporary.write_text(to_json(config) + "\n")
+            if is_leader():
+                with atomic_path(folder / "config.json") as temporary:
+                    temporary.write_text(to_json(config) + "\n")
             data = batches(
                 read, plan, mesh, start=start, stop=config.train.steps,
                 threads=config.data.threads, prefetch=config.data.prefetch,
             )  # fmt: skip
-            with contextlib.closing(Metrics(folder, start)) as metrics:
-                report = StepLog(
-                    config, start, lambda step: [name_of(int(i)) for i in plan.ids(step)], metrics, console
-                )
-                state, compile_seconds = run_steps(
-                    config, stage, optimizer, mesh, state, data, checkpoints, report, stop
-                )
-                checkpoints.save(state)
-        if stop.signal and int(state.step) < config.train.steps:
-            console.print(f"stopped by signal {stop.signal} after step {int(state.step)}; saved; "
-                          "run the same command to resume")  # fmt: skip
-            raise SystemExit(0)
-        return finish(config, folder, state, report, compile_seconds, facts, console)
-
-
-def run_steps(
-    config, stage, optimizer, mesh, state, data, checkpoints: Checkpoints, report: StepLog, stop: StopRequest
-):
-    """The steps from state.step to train.steps, or to a request to stop -> (state, seconds of compilation)."""
-    options, start, compile_seconds, pending = config.train, int(state.step), 0.0, None
-    step_fn = jax.jit(
-        partial(
-            train_step,
-            loss_fn=stage.loss,
-            optimizer=optimizer,
-            ema_decay=options.ema_decay,
-            accumulate=options.accumulate,
-        ),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+            with contextlib.closing(Metrics(folder, start, writes=is_leader())) as metrics:
+                report = StepLog(config, start, name_of, metrics, flight, console)
+                loop = Loop(config, stage, optimizer, mesh, boxed, facts, checkpoints, report, peers, stop, begun)
+                loop.saved = start  # what is restored, or could be made again from the seed
+                state = loop.run(state, data)
+                with peers.busy():
+                    loop.save(state)
+                    checkpoints.wait()
+        if int(state.step) == config.train.steps:
+            with peers.busy():
+                return finish(config, folder, state, report, loop, facts, console)
+    console.print(
+        f"stopped by {loop.stopped_by()} after step {int(state.step)}; saved; run the same command to resume",
+        soft_wrap=True,
     )
-    # A constant of every step, put where it is needed once.
-    frozen = jax.device_put(stage.frozen, replicated(mesh))
+    raise SystemExit(0)
 
-    @jax.jit
-    def preview_fn(params, frozen, batch, key):
-        clips = -(-PREVIEW_CLIPS // batch_ways(mesh)) * batch_ways(mesh)
-        return stage.preview(params, frozen, jax.tree.map(lambda x: x[:clips], batch), key)
 
-    run_key, preview_key = jax.random.split(jax.random.key(config.seed))
-    with report.progress:
-        for step, batch in zip(range(start, options.steps), data, strict=False):
-            if step == start:
-                batch = jax.block_until_ready(batch)
-                begun = time.perf_counter()
-                step_fn = step_fn.lower(state, frozen, batch, jnp.int32(step), run_key).compile()
-                compile_seconds = time.perf_counter() - begun
-            state, values = step_fn(state, frozen, batch, jnp.int32(step), run_key)
+def position(config, step: int, facts: dict) -> dict:
+    """What a checkpoint says of the run beside its arrays: where it is in the data, the key, the config, versions."""
+    return {
+        "step": step,
+        "examples": step * config.train.batch_size,  # position in the global order of clips
+        "order": {"seed": config.seed, "batch_size": config.train.batch_size, "data": facts["fingerprint"]},
+        "key": np.asarray(jax.random.key_data(jax.random.key(config.seed))).tolist(),
+        "config": config.to_dict(),
+        "versions": versions(),
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+
+
+def check_continues(earlier: dict, now: dict, console):
+    """The checkpoint must be of the same key and order of clips; of other versions or devices it is told."""
+    for name in ("key", "order", "examples"):
+        if earlier[name] != now[name]:
+            raise UserError(
+                f"checkpoint.{name}", earlier[name], f"this run has {now[name]}",
+                "resume with the seed, batch size and data it was started with, or start anew in another --workdir",
+            )  # fmt: skip
+    for name in ("devices", "processes", "versions"):
+        if earlier[name] != now[name]:
+            console.print(
+                f"saved with {name} {earlier[name]}, resumed with {now[name]}: the last bits may differ from now on",
+                soft_wrap=True,
+            )
+
+
+class Loop:
+    """The steps from a state to train.steps, or to a request to stop.
+
+    compile_seconds, first_step_seconds (from the start of train to the end of the first step) and save_seconds (time
+    that saves kept the loop waiting) are known afterwards.
+    """
+
+    def __init__(self, config, stage, optimizer, mesh, boxed, facts, checkpoints, report, peers, stop, begun):
+        self.config, self.stage, self.mesh, self.boxed, self.facts = config, stage, mesh, boxed, facts
+        self.checkpoints, self.report, self.peers, self.stop, self.begun = checkpoints, report, peers, stop, begun
+        self.compile_seconds, self.first_step_seconds, self.save_seconds, self.saved = 0.0, None, 0.0, None
+        self.run_key, self.preview_key = jax.random.split(jax.random.key(config.seed))
+        # Constants of every step, put where they are needed once; the autoencoder was read into its shards.
+        whole = replicated(mesh)
+        self.frozen = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, whole), stage.frozen)
+        step = partial(
+            train_step, loss_fn=stage.loss, optimizer=optimizer,
+            ema_decay=config.train.ema_decay, accumulate=config.train.accumulate,
+        )  # fmt: skip
+
+        def update(state, frozen, batch, index, key, asked):
+            state, metrics = step(state, frozen, batch, index, key)
+            return state, metrics | {"ids": batch["id"], "stop": jnp.max(asked)}
+
+        def preview(params, frozen, batch, key):
+            clips = -(-PREVIEW_CLIPS // batch_ways(mesh)) * batch_ways(mesh)
+            return stage.preview(params, frozen, jax.tree.map(lambda x: x[:clips], batch), key)
+
+        self._update = update
+        self._preview = jax.jit(preview, out_shardings=replicated(mesh))
+
+    def _flag(self, value: bool):
+        """This process's word on whether to stop; the step itself takes all of them together: int32 [devices]."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(MESH_AXES))
+        return jax.make_array_from_callback(
+            (self.mesh.size,), sharding, lambda i: np.full(self.mesh.size, value, np.int32)[i]
+        )
+
+    def _compile(self, *arguments):
+        begun = time.perf_counter()
+        shardings = jax.tree.map(lambda x: x.sharding, arguments[0])
+        compiled = jax.jit(self._update, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+        compiled = compiled.lower(*arguments).compile()
+        self.compile_seconds = time.perf_counter() - begun
+        return compiled
+
+    def run(self, state, data):
+        """state, donated -> the last one. The metrics of a step are looked at when the next one is under way."""
+        options, start, pending, update = self.config.train, int(state.step), None, None
+        quiet, asked, stopping = self._flag(False), self._flag(True), False
+        self.stop.running = True
+        with self.report.progress:
+            for step, batch in zip(range(start, options.steps), data, strict=False):
+                flag = asked if self.stop.signal else quiet
+                arguments = (self.frozen, batch, jnp.int32(step), self.run_key, flag)
+                if update is None:
+                    batch = jax.block_until_ready(batch)
+                    update = self._compile(state, *arguments)
+                state, values = update(state, *arguments)
+                jax.tree.map(lambda x: x.copy_to_host_async(), values)
+                if pending:
+                    stopping = self._look(state, *pending)
+                pending, done = (step, values, batch), step + 1
+                if done % options.checkpoint_every == 0 or stopping or step == start:
+                    stopping |= self._look(state, *pending)
+                    pending = None
+                if done % options.checkpoint_every == 0 and not stopping:
+                    self.save(state)
+                if options.preview_every and (done % options.preview_every == 0 or done == options.steps):
+                    with self.peers.busy():
+                        key = jax.random.fold_in(self.preview_key, done)
+                        pictures = self._preview(state.ema, self.frozen, batch, key)
+                        self.report.metrics.preview(done, jax.tree.map(np.asarray, pictures))
+                if stopping:
+                    break
             if pending:
-                report(*pending)
-            pending, done = (step, values), step + 1
-            # One look at the flag a step: a signal between two looks must not stop the run without a checkpoint.
-            stopping = bool(stop.signal)
-            if done % options.checkpoint_every == 0 or stopping:
-                report(*pending)
-                pending = None
-                checkpoints.save(state)
-            if options.preview_every and (done % options.preview_every == 0 or done == options.steps):
-                pictures = preview_fn(state.ema, frozen, batch, jax.random.fold_in(preview_key, done))
-                report.metrics.preview(done, jax.tree.map(np.asarray, pictures))
-            if stopping:
-                break
-        if pending:
-            report(*pending)
-    return state, compile_seconds
+                self._look(state, *pending)
+        return state
+
+    def _look(self, state, step: int, values: dict, batch) -> bool:
+        """Log a finished step, or raise for a refused one -> whether any process was asked to stop."""
+        values = jax.device_get(values)
+        self.peers.progress(step)
+        if self.first_step_seconds is None:
+            self.first_step_seconds = time.perf_counter() - self.begun
+        try:
+            self.report(step, values)
+        except UserError:
+            with self.peers.busy():
+                self.report.flight.write("nan", **self._explain(state, batch))
+            raise
+        return bool(values["stop"])
+
+    def _explain(self, state, batch) -> dict:
+        """What was not finite in a refused step, and where; the refusal itself must not get lost over it."""
+        try:
+            accumulate = self.config.train.accumulate
+            return explain(self.stage.loss, state, self.frozen, batch, self.run_key, self.boxed, accumulate)
+        except Exception as e:
+            return {"not_explained": f"{type(e).__name__}: {e}"}
+
+    def save(self, state):
+        begun, step = time.perf_counter(), int(state.step)
+        if step != self.saved:
+            self.checkpoints.save(state, position(self.config, step, self.facts))
+        self.saved = step
+        self.save_seconds += time.perf_counter() - begun
+
+    def stopped_by(self) -> str:
+        return f"signal {self.stop.signal}" if self.stop.signal else "a signal to another process"
 
 
 def is_finished(folder: Path, step: int) -> bool:
@@ -147,26 +276,31 @@ def is_finished(folder: Path, step: int) -> bool:
     return path.exists() and read_json(path)["step"] == step and (folder / "ema.safetensors").exists()
 
 
-def finish(config, folder: Path, state, report: StepLog, compile_seconds: float, facts, console) -> dict:
+def finish(config, folder: Path, state, report: StepLog, loop: Loop, facts, console) -> dict:
     """Write summary.json and the EMA weights."""
-    ema = jax.tree.map(np.asarray, state.ema)
-    digests = {name: digest(getattr(state, name)) for name in ("params", "opt_state")} | {"ema": digest(ema)}
+    digests = {name: digest(getattr(state, name)) for name in ("params", "ema", "opt_state")}
+    ema = to_host(state.ema)
     summary = {
         "stage": config.stage,
         "step": int(state.step),
         "examples": int(state.step) * config.train.batch_size,
-        "parameters": sum(x.size for x in jax.tree.leaves(ema)),
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "wall_seconds": round(report.wall_seconds(), 1),
         "steps_per_second": report.steps_per_second(),
-        "compile_seconds": round(compile_seconds, 1),
+        "compile_seconds": round(loop.compile_seconds, 1),
+        "first_step_seconds": round(loop.first_step_seconds or 0.0, 1),
+        "save_seconds": round(loop.save_seconds, 2),
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "digests": digests,
         "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "mesh": dict(loop.mesh.shape),
         "platform": jax.default_backend(),
         "seed": config.seed,
         "versions": versions(),
     }
-    export(folder / "ema.safetensors", Trained(config, ema, facts | {"digest": digests["ema"]}))
-    write_json(folder / "summary.json", summary)
+    if is_leader():
+        export(folder / "ema.safetensors", Trained(config, ema, facts | {"digest": digests["ema"]}))
+        write_json(folder / "summary.json", summary)
     console.print(f"{config.stage}: step {summary['step']}, {summary['wall_seconds']} s; wrote {folder}/summary.json")
     return summary

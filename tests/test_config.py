@@ -109,7 +109,7 @@ def test_a_misspelt_key_is_answered_with_the_nearest(name, meant):
 
 def test_groups_tables_and_the_stage_cannot_be_overridden():
     assert refused(mesh="8").startswith(
-        "config.mesh=8: is a group of keys; set one of mesh.data, mesh.fsdp, mesh.tensor"
+        "config.mesh=8: is a group of keys; set one of mesh.data, mesh.fsdp, mesh.preset"
     )
     assert refused(rules="()") == "config.rules=(): is a table; set it in the config file"
     with pytest.raises(UserError, match="config.stage=motion: the config file sets it; use --config=FILE:motion"):

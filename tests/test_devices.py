@@ -1,39 +1,94 @@
-"""All three stages and the sampler on eight fake devices, in a process of its own."""
+"""All three stages and the sampler on eight fake devices: the same numbers on every mesh as on one device."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = """
-import jax, sys
-sys.path[:0] = [{root!r}, {tests!r}]
+import pytest
 import tiny
+from processes import ROOT, environment, steps
+
+PRESETS = ("dp", "fsdp", "tp", "fsdp_tp")
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+STEPS = 10
+
+# One process for many trainings, since starting JAX takes longer than these.
+SCRIPT = """
+import sys
 from cmd_jax.main import main
-assert jax.device_count() == 8
-mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
-work = "--workdir=" + sys.argv[1]
-for stage in ("autoencoder", "content", "motion"):
-    config = f"--config={{tiny.CONFIG_FILE}}:{{stage}}"
-    assert main(["train", config, work, "--config.train.preview_every=6", *mesh]) == 0
-sample = ["--config=" + tiny.CONFIG_FILE + ":sample", work, "--config.sampling.batch_size=4", *mesh]
-assert main(["sample", *sample]) == 0
-assert main(["sample", *sample, "--config.sampling.mode=vary-motion"]) == 0
+root, file, presets, *more = sys.argv[1:]
+for preset in presets.split(","):
+    for stage in ("autoencoder", "content", "motion"):
+        shared = [] if stage == "autoencoder" else [f"--config.latents.autoencoder={root}/given/autoencoder"]
+        mesh = [] if preset == "one" else [f"--config.mesh.preset={preset}"]
+        assert main(["train", f"--config={file}:{stage}", f"--workdir={root}/{preset}", *shared, *mesh, *more]) == 0
 """
 
 
-def test_a_mesh_of_two_by_two_by_two_trains_and_samples(tmp_path):
-    script = SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"))
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+def train_all(root, file, presets, devices, *more):
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+        [sys.executable, "-c", SCRIPT, str(root), file, ",".join(presets), *more],
+        env=environment(devices), capture_output=True, text=True, timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def check_all(root, file, batch_size, *more):
+    more = (*more, f"--config.train.steps={STEPS}", f"--config.train.batch_size={batch_size}")
+    given = [
+        sys.executable,
+        "-m",
+        "cmd_jax.main",
+        "train",
+        f"--config={file}:autoencoder",
+        f"--workdir={root / 'given'}",
+    ]
+    subprocess.run([*given, *more], env=environment(1), check=True, capture_output=True, timeout=600)
+    train_all(root, file, ("one",), 1, *more)
+    train_all(root, file, PRESETS, 8, *more)
+    meshes = set()
     for stage in ("autoencoder", "content", "motion"):
-        summary = json.loads((tmp_path / stage / "summary.json").read_text())
-        assert (summary["devices"], summary["step"]) == (8, 6)
-        assert list((tmp_path / stage / "previews").iterdir())
-    assert (tmp_path / "samples" / "0002.mp4").exists() and (tmp_path / "samples-2" / "0005.mp4").exists()
+        one = steps(root / "one" / stage)
+        assert len(one) == STEPS
+        for preset in PRESETS:
+            summary = json.loads((root / preset / stage / "summary.json").read_text())
+            meshes.add(tuple(summary["mesh"].values()))
+            assert (summary["devices"], summary["step"]) == (8, STEPS)
+            many = steps(root / preset / stage)
+            assert [line["ids"] for line in many] == [line["ids"] for line in one]
+            losses = [float.fromhex(run[-1]["loss"]) for run in (one, many)]
+            difference = abs(losses[1] / losses[0] - 1)
+            print(f"{stage} {preset}: loss {losses[0]:.6f}, relative difference {difference:.1e}")
+            assert difference <= 1e-5
+    assert meshes == {(8, 1, 1), (1, 8, 1), (1, 1, 8), (1, 4, 2)}
+
+
+def test_loss_after_ten_steps_is_that_of_one_device(tmp_path):
+    check_all(tmp_path, tiny.CONFIG_FILE, 8, "--config.optimizer.learning_rate=1e-3")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_loss_after_ten_steps_of_the_quickstart_is_that_of_one_device(tmp_path):
+    check_all(tmp_path, QUICKSTART, 16, "--config.optimizer.warmup_steps=5", "--config.train.preview_every=0")
+
+
+def test_a_mesh_of_two_by_two_by_two_trains_and_samples(tmp_path):
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    sample = ["sample", "--config=" + tiny.CONFIG_FILE + ":sample", f"--workdir={tmp_path / 'given'}", *mesh]
+    sample.append("--config.sampling.batch_size=4")
+    script = SCRIPT + f"assert main({sample!r}) == 0\n"
+    script += f"assert main({[*sample, '--config.sampling.mode=vary-motion']!r}) == 0\n"
+    more = ["--config.train.preview_every=6", *mesh]
+    done = subprocess.run(
+        [sys.executable, "-c", script.replace("{preset}", "given"), str(tmp_path), tiny.CONFIG_FILE, "one", *more],
+        env=environment(8), capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = Path(tmp_path / "given")
+    for stage in ("autoencoder", "content", "motion"):
+        summary = json.loads((folder / stage / "summary.json").read_text())
+        assert (summary["devices"], summary["step"], summary["mesh"]) == (8, 6, {"data": 2, "fsdp": 2, "tensor": 2})
+        assert list((folder / stage / "previews").iterdir())
+    assert (folder / "samples" / "0002.mp4").exists() and (folder / "samples-2" / "0005.mp4").exists()

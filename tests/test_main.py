@@ -169,18 +169,19 @@ def test_help_shows_an_example_that_is_a_command(verb, capsys):
     shown = capsys.readouterr().out
     example = next(line for line in shown.splitlines() if line.startswith(f"example: cmd-jax {verb} "))
     flags, overrides = command.parse(example.split()[2:])
-    assert flags.verb == verb and not overrides and "--config.KEY=VALUE" in shown
+    assert flags.verb == verb and "--config.KEY=VALUE" in shown
+    assert bool(overrides) == (verb == "verify-resume") and ("--distributed" in shown) == (verb in command.DISTRIBUTED)
     specification = flags.config
-    assert (load(str(ROOT / specification), {}).stage == "sample") == (verb != "train")
+    assert (load(str(ROOT / specification), {}).stage == "sample") == (verb in ("sample", "evaluate"))
 
 
 def test_the_verb_gets_the_config_and_an_absolute_workdir(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(command, "run", lambda verb, config, workdir: calls.append((verb, config, workdir)))
+    monkeypatch.setattr("cmd_jax.train.train", lambda config, workdir: calls.append((config, workdir)))
     monkeypatch.chdir(tmp_path)
     assert main(["train", f"--config={QUICKSTART}:motion", "--workdir=here", "--config.seed=3"]) == 0
-    [(verb, config, workdir)] = calls
-    assert (verb, config.stage, config.seed, workdir) == ("train", "motion", 3, tmp_path / "here")
+    [(config, workdir)] = calls
+    assert (config.stage, config.seed, workdir) == ("motion", 3, tmp_path / "here")
 
 
 def test_out_of_memory_says_what_to_lower(monkeypatch, fails):

@@ -369,7 +369,7 @@ def test_wrong_stages_are_one_line(tmp_path, capsys):
     content.config.model.width = 32
     export(tmp_path / "content.safetensors", content)
     line = said(tmp_path, weights=tmp_path)
-    assert line.startswith("weights content/") and "this config wants ((" in line
+    assert line.startswith("weights content.safetensors/") and "this config wants ((" in line
 
 
 # Scores.

@@ -25,6 +25,8 @@ class Entry(NamedTuple):
 
 
 def check_root(root) -> str:
+    if not root:
+        raise UserError("data.root", root, "missing", "give the folder that holds your videos")
     path = os.path.realpath(os.path.expanduser(root))
     if not os.path.isdir(path):
         missing = "is not a folder" if os.path.exists(path) else "no such folder"

@@ -70,12 +70,15 @@ def local_rows(batch_size: int, mesh) -> list[int]:
 
 
 def batches(read, plan: BatchPlan, mesh, *, start: int, stop: int, threads: int, prefetch: int) -> Iterator[dict]:
-    """Global batches of steps start..stop-1, read ahead by threads while the device computes."""
+    """Global batches of steps start..stop-1, read ahead by threads while the device computes.
+
+    Each process reads the rows of its own devices. "id" int32 [B] says which clips they are.
+    """
     wanted = local_rows(plan.batch_size, mesh)
 
     def load(step):
         ids = plan.ids(step)
-        return {row: read(int(ids[row]), plan.rng(step, row)) for row in wanted}
+        return {row: {"id": np.int32(ids[row]), **read(int(ids[row]), plan.rng(step, row))} for row in wanted}
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     for rows in grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options):

@@ -34,7 +34,7 @@ def open_source(data, cache: Path | None = None):
 
 
 def encode_clips(source, autoencoder, indices, batch_size: int, mesh, seed: int) -> dict:
-    """Latents of the clips at `indices` [N] on the host; each position draws a random start of its own.
+    """Latents of the clips at `indices` [N] on every host; each position draws a random start of its own.
 
     Returns {"content" [N, H, W, C], "motion" [N, T, h+w, K], "label" [N]}.
     """
@@ -44,14 +44,13 @@ def encode_clips(source, autoencoder, indices, batch_size: int, mesh, seed: int)
         content, motion = autoencoder.encode(params, batch)
         return {"content": content, "motion": motion, "label": batch["label"]}
 
-    params, parts = jax.device_put(autoencoder.params, replicated(mesh)), []
-    encode = jax.jit(encode, out_shardings=replicated(mesh))
+    encode, parts = jax.jit(encode, out_shardings=replicated(mesh)), []
     for start in range(0, count, batch_size):
         examples = {
             row: read(int(indices[(start + row) % count]), np.random.default_rng((seed, 2, start + row)))
             for row in rows
         }
-        parts.append(jax.tree.map(np.asarray, encode(params, to_global(examples, batch_size, mesh))))
+        parts.append(jax.tree.map(np.asarray, encode(autoencoder.params, to_global(examples, batch_size, mesh))))
     return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
 
 

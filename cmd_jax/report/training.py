@@ -1,12 +1,14 @@
 """What a training writes while it runs: metrics.jsonl, TensorBoard events, the progress line, previews."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -19,14 +21,18 @@ log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """metrics.jsonl, TensorBoard events and previews after `step`. A failing writer is reported once, and left out.
+    """metrics.jsonl, ledger.jsonl, TensorBoard events and previews after `step`.
 
+    A failing writer is reported once, and left out. writes=False: nothing is written; for all processes but one.
     wall_seconds: what the steps up to `step` took.
     """
 
-    def __init__(self, folder: Path, step: int):
-        self.folder, self.broken, self.wall_seconds = folder, set(), 0.0
+    WRITERS = ("metrics.jsonl", "ledger.jsonl", "TensorBoard", "previews")
+
+    def __init__(self, folder: Path, step: int, writes: bool = True):
+        self.folder, self.broken, self.wall_seconds = folder, set() if writes else set(self.WRITERS), 0.0
         self._guard("metrics.jsonl", self._open_lines, step)
+        self._guard("ledger.jsonl", self._open_ledger, step)
         self._guard("TensorBoard", self._open_events)
 
     def _open_lines(self, step):
@@ -41,6 +47,15 @@ class Metrics:
         with atomic_path(path) as temporary:
             temporary.write_text("".join(kept))
         self.lines = open(path, "a")  # noqa: SIM115
+
+    def _open_ledger(self, step):
+        """What was trained on in which order, steps done again after a kill included: this file only grows."""
+        path = self.folder / "ledger.jsonl"
+        torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+        self.ledger = open(path, "a")  # noqa: SIM115
+        start = {"start": step, "devices": jax.device_count(), "processes": jax.process_count()}
+        self.ledger.write("\n" * bool(torn) + json.dumps(start) + "\n")
+        self.ledger.flush()
 
     def _open_events(self):
         # TensorFlow comes with clu's writers, and only the process that writes should pay for loading it.
@@ -63,6 +78,15 @@ class Metrics:
         self.lines.write(json.dumps({"step": step, **values}) + "\n")
         self.lines.flush()
 
+    def _write_ledger(self, step, ids, loss):
+        digest = hashlib.sha256(np.asarray(ids, np.int64).tobytes()).hexdigest()[:16]
+        self.ledger.write(json.dumps({"step": step, "ids": digest, "loss": float(loss).hex()}) + "\n")
+        self.ledger.flush()
+
+    def account(self, step: int, ids: np.ndarray, loss: float):
+        """One line of the ledger: the clips [B] of the step, and its loss to the bit."""
+        self._guard("ledger.jsonl", self._write_ledger, step, ids, loss)
+
     def scalars(self, step: int, values: dict[str, float]):
         self._guard("metrics.jsonl", self._write_line, step, values)
         self._guard("TensorBoard", lambda: self.events.write_scalars(step, values))
@@ -83,6 +107,7 @@ class Metrics:
 
     def close(self):
         self._guard("metrics.jsonl", lambda: self.lines.close())
+        self._guard("ledger.jsonl", lambda: self.ledger.close())
         self._guard("TensorBoard", lambda: self.events.close())
 
 
@@ -91,9 +116,9 @@ class StepLog:
 
     QUIET = ("gradient_norm", "motion_saturated", "wall_seconds")  # not shown on the console
 
-    def __init__(self, config, start: int, clip_names, metrics: Metrics, console):
-        self.stage, self.options, self.clip_names = config.stage, config.train, clip_names
-        self.metrics, self.console = metrics, console
+    def __init__(self, config, start: int, name_of, metrics: Metrics, flight, console):
+        self.stage, self.options, self.name_of = config.stage, config.train, name_of
+        self.metrics, self.flight, self.console = metrics, flight, console
         self.begun = time.perf_counter()
         self.first = self.last = None  # (step, time) of the first and last line of this run
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -112,17 +137,22 @@ class StepLog:
         return round((self.last[0] - self.first[0]) / (self.last[1] - self.first[1]), 3)
 
     def __call__(self, step: int, values: dict):
-        if not bool(values["applied"]):
-            loss, norm = float(values["loss"]), float(values["gradient_norm"])
-            names = ", ".join(self.clip_names(step)[:8])
+        """values: host arrays; scalars, and the "ids" [B] of the clips."""
+        ids = [int(i) for i in values["ids"]]
+        applied = bool(values["applied"])
+        values = {name: float(value) for name, value in values.items() if name not in ("applied", "ids", "stop")}
+        self.flight.note(step, values, ids)
+        if not applied:
+            loss, norm = values["loss"], values["gradient_norm"]
+            names = ", ".join(self.name_of(i) for i in ids[:8])
             raise UserError(
                 "loss", loss, f"not finite at step {step} (gradient norm {norm}; clips {names}); nothing was updated",
                 "lower optimizer.learning_rate or look at those clips; the last checkpoint is intact",
             )  # fmt: skip
+        self.metrics.account(step, ids, values["loss"])
         done, now = step + 1, time.perf_counter()
         if done % self.options.log_every and done != self.options.steps:
             return
-        values = {name: float(value) for name, value in values.items() if name != "applied"}
         if self.last:
             values["steps_per_second"] = (done - self.last[0]) / (now - self.last[1])
             values["clips_per_second"] = values["steps_per_second"] * self.options.batch_size

@@ -151,8 +151,8 @@ def test_encoded_clips_are_those_of_the_source_in_order(mesh):
     assert np.array_equal(latents["motion"], -latents["content"][:, :, :1])
     batch = next(read_batches(mesh, 0, 1, clips=13, read=latent_reader(latents)))
     ids = BatchPlan(13, 4, seed=0).ids(0)
-    assert set(batch) == {"content", "motion", "label"} and batch["label"].dtype == np.int32
-    assert np.array_equal(batch["motion"], latents["motion"][ids])
+    assert set(batch) == {"id", "content", "motion", "label"} and batch["label"].dtype == np.int32
+    assert np.array_equal(batch["motion"], latents["motion"][ids]) and np.array_equal(batch["id"], ids)
 
 
 def test_statistics_make_latents_zero_mean_and_unit_variance():

@@ -1,0 +1,204 @@
+"""Starting the processes of one run, and holding them together: they must agree, and all hear of an error.
+
+A process that fails for itself tells the others through its heartbeat file (peers.py); what all of them come to at the
+same place, like the opening of the data, goes through `leader_first`.
+"""
+
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cmd_jax.errors import UserError, choose
+
+log = logging.getLogger(__name__)
+MODES = ("auto", "off", "explicit")
+LINGER = 5.0  # seconds; more than two beats of the watch
+
+
+def start(mode: str, coordinator: str, num_processes: int | None, process_id: int | None, options):
+    """Connect the processes; must come before anything that starts a JAX backend.
+
+    mode "auto" asks JAX whether it sees a cluster it knows (TPU pod, SLURM, GKE, Open MPI, or the variable
+    JAX_COORDINATOR_ADDRESS), "explicit" takes the three numbers given, "off" leaves this process alone.
+    options: the config's `processes` group. UserError where flags, port or the number of processes are wrong.
+    """
+    choose("--distributed", mode, MODES)
+    numbers = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+    for flag, value in numbers.items():
+        if mode == "explicit" and value in (None, ""):
+            raise UserError(flag, "", "missing", "--distributed=explicit needs all of " + ", ".join(numbers))
+        if mode != "explicit" and value not in (None, ""):
+            raise UserError(flag, value, f"not used with --distributed={mode}", "add --distributed=explicit")
+    # Twice the time-out of our own watch (peers.py), which knows more; this one ends the process without a word.
+    times = dict(
+        initialization_timeout=int(options.start_timeout) + 60,
+        heartbeat_timeout_seconds=int(2 * options.peer_timeout) + 5,
+    )
+    if mode == "explicit":
+        check_numbers(coordinator, num_processes, process_id)
+        if process_id == 0:
+            probe_port(coordinator)
+        with deadline(f"{process_id} of {num_processes}", options.start_timeout):
+            if process_id:
+                wait_for_coordinator(coordinator, options.start_timeout)
+            jax.distributed.initialize(coordinator, num_processes, process_id, **times)
+    elif mode == "auto":
+        with deadline("auto", options.start_timeout):
+            try:
+                jax.distributed.initialize(**times)
+            except RuntimeError as e:
+                if "must be called before" not in str(e):
+                    raise
+                # Called within a program that uses JAX already: that has connected its processes, or has one.
+                log.debug("JAX was started before: %d processes", jax.process_count())
+            except ValueError as e:
+                if "coordinator_address" not in str(e):  # what JAX says where it sees no cluster
+                    raise UserError(
+                        "--distributed", mode, str(e), "name the numbers with --distributed=explicit"
+                    ) from e
+    if options.expected and options.expected != jax.process_count():
+        raise UserError(
+            "processes.expected", options.expected, f"{jax.process_count()} processes were started",
+            "start that many, or look why JAX does not see them (--distributed=explicit names them)",
+        )  # fmt: skip
+
+
+def check_numbers(coordinator: str, num_processes: int, process_id: int):
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError("--coordinator", coordinator, "not of the form HOST:PORT", "write it like localhost:1234")
+    if num_processes < 1:
+        raise UserError("--num-processes", num_processes, "must be positive", "give the number of processes")
+    if not 0 <= process_id < num_processes:
+        raise UserError("--process-id", process_id, f"not from 0 to {num_processes - 1}", "number them from 0")
+
+
+def probe_port(coordinator: str):
+    """JAX crashes on a port that is taken; try it first."""
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as e:
+            raise UserError("--coordinator", coordinator, f"its port cannot be had ({e.strerror})",
+                            "end what listens there, or take another port") from e  # fmt: skip
+
+
+def wait_for_coordinator(coordinator: str, seconds: float):
+    """Until process 0 listens."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except socket.gaierror as e:
+            raise UserError("--coordinator", coordinator, "no such host", "give the address of process 0") from e
+        except OSError as e:
+            if time.monotonic() > end:
+                raise UserError(
+                    "--coordinator", coordinator, f"nobody answered for {seconds:.0f} s ({e.strerror or e})",
+                    "start process 0 there, or mend the address",
+                ) from e  # fmt: skip
+            time.sleep(0.2)
+
+
+class deadline:
+    """Ends this process with one line after `seconds` within: JAX itself would abort it without a word."""
+
+    def __init__(self, who: str, seconds: float):
+        self.error = UserError(
+            "processes.start_timeout", f"{seconds:.0f}", f"not all processes connected in time (this is {who})",
+            "start all of them with the same number, or raise it",
+        )  # fmt: skip
+        self.timer = threading.Timer(seconds, self._end)
+        self.timer.daemon = True
+
+    def _end(self):
+        print(self.error, file=sys.stderr, flush=True)
+        os._exit(2)
+
+    def __enter__(self):
+        self.timer.start()
+
+    def __exit__(self, *error):
+        self.timer.cancel()
+
+
+def several() -> bool:
+    """Whether this process was connected to others."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_leader() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def gather(text: str) -> list[str]:
+    """The texts of all processes, in their order; every process must call it."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, int(lengths.max()) - len(data))))
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def of_leader(value):
+    """Process 0's `value`, made of what JSON knows."""
+    return json.loads(gather(json.dumps(value))[0])
+
+
+def agree(facts: dict[str, str], remedy: str):
+    """UserError, the same on every process, for the first fact in which one differs from process 0."""
+    first, *others = (json.loads(text) for text in gather(json.dumps(facts)))
+    for index, other in enumerate(others, 1):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                problem = f"on process {index}, but {first.get(name, 'absent')} on process 0"
+                raise UserError(name, other.get(name, "absent"), problem, remedy)
+
+
+def run_id() -> str:
+    """One random name for this start of the job."""
+    return of_leader(secrets.token_hex(8))
+
+
+def leave(code: int, last_words: str = ""):
+    """End this process of several at once: an orderly end would wait for peers that may be gone."""
+    print(last_words, end="", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # The others read why; the coordinator leaves last, since its end aborts them.
+    if jax.process_count() > 1 and is_leader():
+        time.sleep(LINGER)
+    os._exit(code)
+
+
+def leader_first(action: Callable):
+    """`action()` on process 0, then on the others, which find what it wrote. Its UserError is everyone's."""
+    if jax.process_count() == 1:
+        return action()
+    result, problem = None, None
+    if is_leader():
+        try:
+            result = action()
+        except UserError as e:
+            problem = e
+    told = of_leader([problem.field, str(problem.value), problem.problem, problem.remedy] if problem else [])
+    if problem:
+        raise problem
+    if told:
+        raise UserError(*told)
+    return result if is_leader() else action()

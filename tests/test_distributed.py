@@ -1,0 +1,123 @@
+"""What is refused before several processes start; the rest needs real ones (test_processes.py)."""
+
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+from processes import environment, free_port
+
+from cmd_jax import distributed
+from cmd_jax.errors import UserError
+
+OPTIONS = tiny.config_of("autoencoder").processes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("multi", None, None, None), "--distributed=multi: not one of the choices; use one of auto, off, explicit"),
+        (("explicit", None, 2, 0), "--coordinator=: missing; --distributed=explicit needs all of "),
+        (("explicit", "a:1", None, 0), "--num-processes=: missing; "),
+        (("explicit", "a:1", 2, None), "--process-id=: missing; "),
+        (("auto", "a:1", None, None), "--coordinator=a:1: not used with --distributed=auto; "),
+        (("off", None, None, 0), "--process-id=0: not used with --distributed=off; "),
+        (("explicit", "localhost", 2, 0), "--coordinator=localhost: not of the form HOST:PORT; "),
+        (("explicit", "localhost:70000", 2, 0), "--coordinator=localhost:70000: not of the form HOST:PORT; "),
+        (("explicit", "localhost:1", 0, 0), "--num-processes=0: must be positive; "),
+        (("explicit", "localhost:1", 2, 2), "--process-id=2: not from 0 to 1; "),
+        (("explicit", "localhost:1", 2, -1), "--process-id=-1: not from 0 to 1; "),
+        (("explicit", "no.such.host.invalid:1", 2, 1), "--coordinator=no.such.host.invalid:1: no such host; "),
+    ],
+)
+def test_flags_that_make_no_sense(arguments, line):
+    with pytest.raises(UserError) as error:
+        distributed.start(*arguments, OPTIONS)
+    assert str(error.value).startswith(line)
+
+
+def test_a_busy_port_is_noticed_before_jax_crashes_on_it():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--coordinator=localhost:{port}: its port cannot be had "):
+            distributed.start("explicit", f"localhost:{port}", 2, 0, OPTIONS)
+    distributed.probe_port(f"localhost:{free_port()}")
+
+
+def test_a_coordinator_that_never_answers():
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="nobody answered for 1 s"):
+        distributed.wait_for_coordinator(f"127.0.0.1:{free_port()}", 1.0)
+    assert time.monotonic() - begun < 4
+
+
+def test_expected_processes_are_counted():
+    with pytest.raises(UserError, match="processes.expected=4: 1 processes were started; "):
+        distributed.start("off", None, None, None, tiny.config_of("autoencoder", processes__expected=4).processes)
+    distributed.start("off", None, None, None, tiny.config_of("autoencoder", processes__expected=1).processes)
+
+
+def test_alone_everything_agrees_and_acts_once():
+    calls = []
+    assert distributed.leader_first(lambda: calls.append(1) or 7) == 7 and calls == [1]
+    distributed.agree({"a": "b"}, "nothing")
+    assert distributed.of_leader({"a": [1, None]}) == {"a": [1, None]}
+    assert len({distributed.run_id() for _ in range(3)}) == 3
+    assert not distributed.several()
+
+
+SCRIPT = """
+import sys
+from cmd_jax import distributed
+from cmd_jax.errors import UserError
+import tiny
+index, port = int(sys.argv[1]), sys.argv[2]
+distributed.start("explicit", "127.0.0.1:" + port, 2, index, tiny.config_of("autoencoder").processes)
+print(distributed.gather("x" * (index + 1) + "é"), distributed.of_leader(index), flush=True)
+
+def refuse(*_):
+    raise UserError("field", 1, "wrong", "mend it")
+
+def attempt(action):
+    try:
+        print("got", action(), flush=True)
+    except UserError as error:
+        print(error, flush=True)
+
+attempt(lambda: distributed.agree({"a": "1", "b": str(index)}, "start both alike"))
+attempt(lambda: distributed.agree({"a": "1"} | ({"c": "2"} if index else {}), "start both alike"))
+attempt(lambda: distributed.leader_first(lambda: index))
+attempt(lambda: distributed.leader_first(refuse))
+distributed.leave(5)
+"""
+
+
+def test_two_processes_compare_and_wait_for_each_other():
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(i), port],
+            env=environment(2),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        for i in (0, 1)
+    ]
+    ended = [(process, *process.communicate(timeout=100)) for process in processes]
+    for i, (process, out, error) in enumerate(ended):
+        assert process.returncode == 5, error
+        lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+        assert lines == [
+            "['xé', 'xxé'] 0",
+            "b=1: on process 1, but 0 on process 0; start both alike",
+            "c=2: on process 1, but absent on process 0; start both alike",
+            f"got {i}",
+            "field=1: wrong; mend it",
+        ]
+        assert not re.search("Traceback|Terminating process", error)

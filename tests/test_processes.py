@@ -1,0 +1,133 @@
+"""Two real processes of four devices each: they train, agree, stop together, die, and resume."""
+
+import json
+import signal
+import time
+
+import pytest
+import tiny
+from processes import Job, free_port, ledger, steps, train
+
+from cmd_jax.checkpoint import read_json
+
+pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(300)]
+LONG = ("--config.train.steps=100000", "--config.optimizer.decay=constant")
+MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+
+
+def checkpoints(folder):
+    return sorted(int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that was left alone: 12 steps on 2 processes x 4 devices."""
+    folder = tmp_path_factory.mktemp("whole")
+    with Job(folder, *train(folder, "autoencoder", "--config.train.steps=12", *MESH)) as job:
+        assert job.wait() == [0, 0], job.out(0) + job.out(1)
+    return folder
+
+
+def test_two_processes_train_as_one(whole, tmp_path):
+    """The same clips at each step, and the same loss but for the last bits, as one process with eight devices."""
+    summary = read_json(whole / "autoencoder" / "summary.json")
+    assert (summary["devices"], summary["processes"], summary["step"]) == (8, 2, 12)
+    with Job(tmp_path, *train(tmp_path, "autoencoder", "--config.train.steps=12", *MESH), count=1, devices=8) as job:
+        assert job.wait() == [0], job.out()
+    two, one = steps(whole / "autoencoder"), steps(tmp_path / "autoencoder")
+    assert [line["ids"] for line in two] == [line["ids"] for line in one]
+    assert len({line["ids"] for line in two}) == 12
+    losses = [[float.fromhex(line["loss"]) for line in run] for run in (two, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert (whole / "autoencoder" / "ema.safetensors").exists()
+
+
+def test_killed_peer_is_named_and_the_job_resumes_bit_for_bit(whole, tmp_path):
+    folder = tmp_path / "autoencoder"
+    more = ("--config.train.steps=12", "--config.train.checkpoint_every=3", "--config.processes.peer_timeout=5", *MESH)
+    slow = "--config.data.threads=1"
+    with Job(tmp_path / "first", *train(tmp_path, "autoencoder", *more, slow)) as job:
+        job.until(lambda: checkpoints(folder))
+        job.processes[1].kill()
+        killed = time.monotonic()
+        code = job.processes[0].wait(timeout=60)
+        if code == 0:
+            pytest.fail("all 12 steps were done before the kill")
+        assert code == 3, job.out(0)
+        assert time.monotonic() - killed < 15
+        (line,) = [line for line in job.out(0).splitlines() if line.startswith("processes=2: ")]
+        assert "process 1 (host " in line and "last heard of" in line
+    (record,) = folder.glob("flight/*lost-peer*")
+    assert json.loads(record.read_text())
+    begun = checkpoints(folder)[-1]
+    with Job(tmp_path / "second", *train(tmp_path, "autoencoder", *more)) as job:
+        assert job.wait() == [0, 0], job.out(0)
+        assert f"resuming autoencoder at step {begun} of 12" in job.out(0)
+    ended, wanted = (read_json(f / "autoencoder" / "summary.json") for f in (tmp_path, whole))
+    assert ended["digests"] == wanted["digests"]
+    first = {line["step"]: line for line in steps(whole / "autoencoder")}
+    assert all(first[line["step"]] == line for line in steps(folder))
+
+
+def test_a_save_of_two_processes_is_restored_by_one_and_back(whole, tmp_path):
+    folder, digests = tmp_path / "autoencoder", []
+    for legs, (count, devices, until) in enumerate([(2, 4, 4), (1, 8, 8), (2, 4, 12)]):
+        more = ("--config.optimizer.decay=constant", f"--config.train.steps={until}", *MESH)
+        with Job(tmp_path / str(legs), *train(tmp_path, "autoencoder", *more), count=count, devices=devices) as job:
+            assert set(job.wait()) == {0}, job.out()
+            assert legs == 0 or f"resuming autoencoder at step {until - 4} of {until}" in job.out()
+        digests.append(read_json(folder / "summary.json")["digests"])
+    assert [(line["processes"], line["start"]) for line in ledger(folder) if "start" in line] == [
+        (2, 0),
+        (1, 4),
+        (2, 8),
+    ]
+    assert [line["step"] for line in steps(folder)] == list(range(12))
+    assert [line["ids"] for line in steps(folder)] == [line["ids"] for line in steps(whole / "autoencoder")]
+
+
+def test_sigterm_to_one_stops_both_at_the_same_step(tmp_path):
+    folder = tmp_path / "autoencoder"
+    with Job(tmp_path / "logs", *train(tmp_path, "autoencoder", *LONG)) as job:
+        job.until(lambda: len(steps(folder)) > 3)
+        sent = time.monotonic()
+        job.processes[1].send_signal(signal.SIGTERM)
+        assert job.wait() == [0, 0], job.out(0) + job.out(1)
+        assert time.monotonic() - sent < 10
+        (step,) = checkpoints(folder)
+        assert f"stopped by a signal to another process after step {step}; saved" in job.out(0)
+    assert [line["step"] for line in steps(folder)] == list(range(step))
+    assert not (folder / "summary.json").exists()
+
+
+def test_an_error_of_one_process_ends_both_with_its_line(tmp_path):
+    """Process 1 cannot read a clip it needs; process 0 would wait for it forever."""
+    broken = "--config.data.threads=1"
+    with Job(tmp_path / "logs", *train(tmp_path, "autoencoder", *LONG, broken), own={1: ["--config.seed=3"]}) as job:
+        assert job.wait() == [2, 2]
+        for i in (0, 1):
+            assert "seed=3: on process 1, but 0 on process 0; start every process with the same command" in job.out(i)
+
+
+def test_only_one_of_two_processes_starts(tmp_path):
+    for start in (0, 1):
+        more = train(tmp_path, "autoencoder", "--config.processes.start_timeout=4")
+        with Job(tmp_path / f"logs-{start}", *more, start=[start]) as job:
+            assert job.wait(60) == [2]
+            (line,) = job.out(start).splitlines()[-1:]
+            assert line.startswith(("processes.start_timeout=4: not all", "--coordinator=127.0.0.1:"))
+
+
+def test_sampling_with_two_processes_gives_the_same_videos(tmp_path):
+    run = tiny.trained()
+    arguments = ["sample", f"--config={tiny.CONFIG_FILE}:sample", "--config.sampling.batch_size=8"]
+    arguments += ["--config.sampling.num=3", f"--workdir={run}", *MESH]
+    names = {}
+    for count, devices in ((2, 4), (1, 8)):
+        name = f"from-{count}-{free_port()}"
+        with Job(tmp_path / name, *arguments, f"--config.sampling.output={name}", count=count, devices=devices) as job:
+            assert set(job.wait()) == {0}, job.out()
+        names[count] = run / name
+    for file in ("0000.gif", "0002.gif", "0001_content.png"):
+        assert (names[1] / file).read_bytes() == (names[2] / file).read_bytes()
+    assert read_json(names[2] / "summary.json")["processes"] == 2

@@ -1,0 +1,84 @@
+"""Requests to stop, sent to real processes."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+SCRIPT = """
+import sys, time
+from cmd_jax.runtime import StopRequest
+with StopRequest("nothing to save") as stop:
+    stop.first(lambda: print("cleared", flush=True))
+    stop.running = {running}
+    print("ready", flush=True)
+    {busy}
+    while not stop.signal:
+        time.sleep(0.01)
+    print("heard", stop.signal, flush=True)
+    time.sleep(60)
+"""
+# Holds the main thread in C, like XLA does: a Python signal handler would have to wait for its end.
+IN_C = """import ctypes
+    end = time.time() + 30
+    while time.time() < end:
+        ctypes.CDLL(None).sleep(30)
+"""
+
+
+@pytest.fixture
+def start():
+    started = []
+
+    def run(running: bool, busy: str = ""):
+        script = SCRIPT.format(running=running, busy=busy)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("busy", ["", IN_C])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_loop_clears_up_and_ends_with_0(start, number, busy):
+    process, begun = start(False, busy), time.monotonic()
+    process.send_signal(number)
+    out, error = process.communicate(timeout=20)
+    assert (process.returncode, out, error) == (0, "cleared\n", "nothing to save\n")
+    assert time.monotonic() - begun < 5
+
+
+def test_a_signal_in_the_loop_only_sets_the_flag_and_a_second_one_ends_at_once(start):
+    process = start(True)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == f"heard {int(signal.SIGINT)}\n"
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_the_second_signal_does_not_wait_for_a_computation(start):
+    process = start(True, IN_C)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_handlers_are_put_back():
+    from cmd_jax.runtime import StopRequest
+
+    before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+    with StopRequest("") as stop:
+        assert signal.getsignal(signal.SIGTERM) is not before[0] and stop.signal is None
+    assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)) == before
