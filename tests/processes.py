@@ -1,6 +1,7 @@
 """Real processes of cmd-jax for the tests: N of them on this machine, talking through gloo."""
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -21,22 +22,41 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def environment(devices: int, **changes) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path} | changes
+@functools.cache
+def hidden() -> Path:
+    """A folder in which `clu` cannot be imported: TensorFlow, which it brings, would double the time of each start."""
+    folder = tiny.scratch() / "hidden"
+    folder.mkdir()
+    (folder / "clu.py").write_text("raise ImportError('not in this test')\n")
+    return folder
+
+
+def environment(devices: int, plain: bool = True) -> dict[str, str]:
+    """Of a process with that many fake devices and plain, quick compilations, which a second start need not repeat."""
+    flags = f"--xla_force_host_platform_device_count={devices}" + " --xla_backend_optimization_level=0" * plain
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": os.pathsep.join(map(str, (hidden(), ROOT, ROOT / "tests"))),
+        "JAX_COMPILATION_CACHE_DIR": str(tiny.scratch() / "programs-of-processes"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 class Job:
     """Processes 0..count-1 of one command; `out(i)` is what the i-th has printed. All of them are gone at the end."""
 
-    def __init__(self, folder: Path, *arguments, count=2, devices=4, own=None, start=None, coordinator=None):
-        """own: {process: extra arguments}. start: which processes really start. folder: for their output."""
-        coordinator = coordinator or f"127.0.0.1:{free_port()}"
+    def __init__(self, folder: Path, *arguments, count=2, devices=4, own=None, before=None, start=None):
+        """own: {process: extra arguments}; before: {process: Python to run first}; start: which ones really start.
+
+        folder: for their output.
+        """
+        coordinator = f"127.0.0.1:{free_port()}"
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.processes, self.begun = folder, {}, time.monotonic()
         for i in range(count) if start is None else start:
-            command = [sys.executable, "-u", "-m", "cmd_jax.main", *map(str, arguments), *(own or {}).get(i, ())]
+            code = f"{(before or {}).get(i, '')}\nimport sys, cmd_jax.main\nsys.exit(cmd_jax.main.main())"
+            command = [sys.executable, "-u", "-c", code, *map(str, arguments), *(own or {}).get(i, ())]
             if count > 1:
                 command += ["--distributed=explicit", f"--coordinator={coordinator}"]
                 command += [f"--num-processes={count}", f"--process-id={i}"]

@@ -10,7 +10,8 @@ from processes import Job, free_port, ledger, steps, train
 
 from cmd_jax.checkpoint import read_json
 
-pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
+grouped = pytest.mark.xdist_group("processes")  # by the run that they compare with
 LONG = ("--config.train.steps=100000", "--config.optimizer.decay=constant")
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 
@@ -28,6 +29,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@grouped
 def test_two_processes_train_as_one(whole, tmp_path):
     """The same clips at each step, and the same loss but for the last bits, as one process with eight devices."""
     summary = read_json(whole / "autoencoder" / "summary.json")
@@ -42,6 +44,7 @@ def test_two_processes_train_as_one(whole, tmp_path):
     assert (whole / "autoencoder" / "ema.safetensors").exists()
 
 
+@grouped
 def test_killed_peer_is_named_and_the_job_resumes_bit_for_bit(whole, tmp_path):
     folder = tmp_path / "autoencoder"
     more = ("--config.train.steps=12", "--config.train.checkpoint_every=3", "--config.processes.peer_timeout=5", *MESH)
@@ -69,6 +72,7 @@ def test_killed_peer_is_named_and_the_job_resumes_bit_for_bit(whole, tmp_path):
     assert all(first[line["step"]] == line for line in steps(folder))
 
 
+@grouped
 def test_a_save_of_two_processes_is_restored_by_one_and_back(whole, tmp_path):
     folder, digests = tmp_path / "autoencoder", []
     for legs, (count, devices, until) in enumerate([(2, 4, 4), (1, 8, 8), (2, 4, 12)]):
@@ -100,13 +104,46 @@ def test_sigterm_to_one_stops_both_at_the_same_step(tmp_path):
     assert not (folder / "summary.json").exists()
 
 
-def test_an_error_of_one_process_ends_both_with_its_line(tmp_path):
-    """Process 1 cannot read a clip it needs; process 0 would wait for it forever."""
-    broken = "--config.data.threads=1"
-    with Job(tmp_path / "logs", *train(tmp_path, "autoencoder", *LONG, broken), own={1: ["--config.seed=3"]}) as job:
+DIFFERENT = {
+    "config": ({"own": {1: ["--config.seed=3"]}}, "seed=3: on process 1, but 0 on process 0; "),
+    "version": (
+        {"before": {1: "import cmd_jax; cmd_jax.__version__ = '9.9'"}},
+        "versions.cmd_jax=9.9: on process 1, but 0.1.0 on process 0; ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "line"), DIFFERENT.values(), ids=DIFFERENT)
+def test_processes_that_differ_are_told_before_the_first_step(tmp_path, changes, line):
+    with Job(tmp_path / "logs", *train(tmp_path), **changes) as job:
         assert job.wait() == [2, 2]
         for i in (0, 1):
-            assert "seed=3: on process 1, but 0 on process 0; start every process with the same command" in job.out(i)
+            (told,) = [shown for shown in job.out(i).splitlines() if shown.startswith(line)]
+            assert told.endswith("start every process with the same command and the same installation")
+    assert not (tmp_path / "autoencoder").exists()
+
+
+UNREADABLE = """
+import numpy as np
+from cmd_jax.data.shapes import ShapesSource
+from cmd_jax.errors import UserError
+whole = ShapesSource.clip
+def clip(self, index, rng):
+    clip.calls = getattr(clip, "calls", 0) + 1
+    if clip.calls > 40:
+        raise UserError("clip", index, "cannot be read any more", "look at the disk")
+    return whole(self, index, rng)
+ShapesSource.clip = clip
+"""
+
+
+def test_an_error_of_one_process_ends_both_with_its_line(tmp_path):
+    """Process 1 can read no more clips; process 0 would wait for it in the next step for ever."""
+    with Job(tmp_path / "logs", *train(tmp_path, "autoencoder", *LONG), before={1: UNREADABLE}) as job:
+        assert job.wait() == [2, 2], job.out(0) + job.out(1)
+        for i in (0, 1):
+            (told,) = [line for line in job.out(i).splitlines() if line.startswith("clip=")]
+            assert told.endswith(": cannot be read any more; look at the disk")
 
 
 def test_only_one_of_two_processes_starts(tmp_path):
@@ -118,6 +155,7 @@ def test_only_one_of_two_processes_starts(tmp_path):
             assert line.startswith(("processes.start_timeout=4: not all", "--coordinator=127.0.0.1:"))
 
 
+@pytest.mark.xdist_group("tiny")  # where the run it samples from is made anyway
 def test_sampling_with_two_processes_gives_the_same_videos(tmp_path):
     run = tiny.trained()
     arguments = ["sample", f"--config={tiny.CONFIG_FILE}:sample", "--config.sampling.batch_size=8"]

@@ -1,6 +1,8 @@
 import errno
 import json
 import re
+import signal
+import time
 from pathlib import Path
 
 import jax
@@ -10,6 +12,7 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 from PIL import Image
+from processes import Job
 
 from cmd_jax import sample as sampling
 from cmd_jax.checkpoint import export, load_trained, read_json
@@ -421,3 +424,18 @@ def test_evaluate_generates_as_many_as_asked(workdir):
 def test_evaluate_scores_generated_videos_only(workdir, capsys):
     assert command("evaluate", workdir, mode="reconstruct") == 2
     assert "evaluate scores generated videos; use sampling.mode=generate" in capsys.readouterr().err
+
+
+def test_a_signal_in_the_middle_of_evaluate_leaves_nothing_half_done(tmp_path):
+    """It has nothing to save; what it has written so far is removed."""
+    run = tiny.trained()
+    more = ["--config.evaluation.videos=100000", "--config.sampling.output=stopped"]
+    arguments = ["evaluate", f"--config={tiny.CONFIG_FILE}:sample", f"--workdir={run}", *more]
+    with Job(tmp_path, *arguments, count=1, devices=1) as job:
+        job.until(lambda: list(run.glob(".tmp-*-stopped")))
+        sent = time.monotonic()
+        job.processes[0].send_signal(signal.SIGTERM)
+        assert job.wait(30) == [0], job.out()
+        assert time.monotonic() - sent < 10
+    assert job.out().splitlines()[-1] == "stopped by a signal; nothing was written"
+    assert not list(run.glob("*stopped*")) and not list(run.glob(".tmp*"))

@@ -186,6 +186,25 @@ def test_autoencoder_stopped_by_a_signal_resumes_bit_for_bit(run, tmp_path, monk
     assert walls == sorted(walls) and resumed["wall_seconds"] < 1e6  # adds up over the two runs
 
 
+def test_a_signal_in_the_middle_of_a_preview_saves_and_ends(run, tmp_path, monkeypatch):
+    draw = MotionStage.preview
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(self, *arguments)
+
+    monkeypatch.setattr(MotionStage, "preview", interrupted)
+    config = tiny.config_of(
+        "motion", train__preview_every=2, latents__autoencoder=run / "autoencoder" / "ema.safetensors"
+    )
+    begun = time.monotonic()
+    with pytest.raises(SystemExit) as stopped:
+        training.train(config, tmp_path)
+    assert stopped.value.code == 0 and time.monotonic() - begun < 60
+    assert latest(tmp_path / "motion") in (4, 5)
+    assert {p.name[:7] for p in (tmp_path / "motion" / "previews").iterdir()} >= {"0000002"}
+
+
 def test_loss_not_finite_stops_before_the_update_and_resumes_bit_for_bit(run, tmp_path, monkeypatch, capsys):
     bad = int(BatchPlan(48, 4, 0).ids(3)[1])  # a clip of the fourth batch
     reader = preparing.latent_reader
