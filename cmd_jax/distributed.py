@@ -39,10 +39,11 @@ def start(mode: str, coordinator: str, num_processes: int | None, process_id: in
             raise UserError(flag, "", "missing", "--distributed=explicit needs all of " + ", ".join(numbers))
         if mode != "explicit" and value not in (None, ""):
             raise UserError(flag, value, f"not used with --distributed={mode}", "add --distributed=explicit")
-    # Twice the time-out of our own watch (peers.py), which knows more; this one ends the process without a word.
+    # Later than our own watch (peers.py), which knows more: this one aborts the process, and names nobody. Its clock
+    # may start half of its time before the death.
     times = dict(
         initialization_timeout=int(options.start_timeout) + 60,
-        heartbeat_timeout_seconds=int(2 * options.peer_timeout) + 5,
+        heartbeat_timeout_seconds=int(2 * options.peer_timeout) + 60,
     )
     if mode == "explicit":
         check_numbers(coordinator, num_processes, process_id)

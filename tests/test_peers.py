@@ -84,15 +84,25 @@ def test_a_heartbeat(tmp_path):
     "error, state, message",
     [
         (UserError("loss", "nan", "not finite", "look"), "failed", "loss=nan: not finite; look"),
-        (ValueError("two\nlines"), "failed", "ValueError: two lines"),
+        (ValueError("two\nlines"), "failed", "=2: process 0 crashed (ValueError: two lines); look at its log, then "),
         (SystemExit(0), "done", ""),
-        (SystemExit(2), "failed", "SystemExit: 2"),
+        (SystemExit(2), "failed", "=2: process 0 crashed (SystemExit: 2); look at its log, then "),
     ],
 )
 def test_leaving_by_an_error(tmp_path, error, state, message):
     with contextlib.suppress(type(error)), Watch(tmp_path):
         raise error
-    assert (read(tmp_path)["state"], read(tmp_path)["message"]) == (state, message)
+    record = read(tmp_path)
+    assert record["state"] == state and message in record["message"]
+    assert record["fault"] == ("peer-crashed" if "crashed" in message else "")
+
+
+def test_a_crash_is_the_end_of_the_others_too(tmp_path):
+    with Watch(tmp_path, count=2) as watch:
+        beat(tmp_path, 1, state="failed", message="processes=2: process 1 crashed; look", fault="peer-crashed")
+        reason, line, facts = watch.the_fault()[:3]
+    assert (reason, line) == ("peer-crashed", "processes=2: process 1 crashed; look")
+    assert facts["failed"]["process"] == 1
 
 
 def test_a_silent_process_is_named_once_and_the_others_hear_of_it(tmp_path):

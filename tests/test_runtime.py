@@ -15,7 +15,7 @@ with StopRequest("nothing to save") as stop:
     stop.running = {running}
     print("ready", flush=True)
     {busy}
-    while not stop.signal:
+    while not (stop.running and stop.signal):
         time.sleep(0.01)
     print("heard", stop.signal, flush=True)
     time.sleep(60)
