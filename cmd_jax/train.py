@@ -112,7 +112,7 @@ def train(config, workdir: Path) -> dict:
             )  # fmt: skip
             with contextlib.closing(Metrics(folder, start, writes=is_leader())) as metrics:
                 report = StepLog(config, start, name_of, metrics, flight, console)
-                loop = Loop(config, stage, optimizer, mesh, boxed, facts, checkpoints, report, peers, stop, begun)
+                loop = Loop(config, stage, optimizer, mesh, boxed, plan, facts, checkpoints, report, peers, stop, begun)
                 loop.saved = start  # what is restored, or could be made again from the seed
                 state = loop.run(state, data)
                 with peers.busy():
@@ -165,8 +165,9 @@ class Loop:
     that saves kept the loop waiting) are known afterwards.
     """
 
-    def __init__(self, config, stage, optimizer, mesh, boxed, facts, checkpoints, report, peers, stop, begun):
-        self.config, self.stage, self.mesh, self.boxed, self.facts = config, stage, mesh, boxed, facts
+    def __init__(self, config, stage, optimizer, mesh, boxed, plan, facts, checkpoints, report, peers, stop, begun):
+        self.config, self.stage, self.mesh, self.boxed = config, stage, mesh, boxed
+        self.plan, self.facts = plan, facts
         self.checkpoints, self.report, self.peers, self.stop, self.begun = checkpoints, report, peers, stop, begun
         self.compile_seconds, self.first_step_seconds, self.save_seconds, self.saved = 0.0, None, 0.0, None
         self.run_key, self.preview_key = jax.random.split(jax.random.key(config.seed))
@@ -180,7 +181,9 @@ class Loop:
 
         def update(state, frozen, batch, index, key, asked):
             state, metrics = step(state, frozen, batch, index, key)
-            return state, metrics | {"ids": batch["id"], "stop": jnp.max(asked)}
+            # After all else: fake CPU devices that meet collectives in different orders wait for each other for ever.
+            asked, _ = jax.lax.optimization_barrier((asked, metrics["applied"]))
+            return state, metrics | {"stop": jnp.max(asked)}
 
         def preview(params, frozen, batch, key):
             clips = -(-PREVIEW_CLIPS // batch_ways(mesh)) * batch_ways(mesh)
@@ -239,7 +242,7 @@ class Loop:
 
     def _look(self, state, step: int, values: dict, batch) -> bool:
         """Log a finished step, or raise for a refused one -> whether any process was asked to stop."""
-        values = jax.device_get(values)
+        values = jax.device_get(values) | {"ids": self._ids(step, batch)}
         self.peers.progress(step)
         if self.first_step_seconds is None:
             self.first_step_seconds = time.perf_counter() - self.begun
@@ -250,6 +253,14 @@ class Loop:
                 self.report.flight.write("nan", **self._explain(state, batch))
             raise
         return bool(values["stop"])
+
+    def _ids(self, step: int, batch) -> np.ndarray:
+        """The clips [B] of a step, once it is sure that the rows of this process are those of the plan."""
+        ids = self.plan.ids(step)
+        for shard in batch["id"].addressable_shards:
+            if not np.array_equal(shard.data, ids[shard.index]):
+                raise RuntimeError(f"step {step} was fed clips {shard.data}, not {ids[shard.index]}")
+        return ids
 
     def _explain(self, state, batch) -> dict:
         """What was not finite in a refused step, and where; the refusal itself must not get lost over it."""
