@@ -67,6 +67,10 @@ def start(mode: str, coordinator: str, num_processes: int | None, process_id: in
                     raise UserError(
                         "--distributed", mode, str(e), "name the numbers with --distributed=explicit"
                     ) from e
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        # XLA:CPU forgets the order of the collectives of a program that it reads back from the cache: the devices meet
+        # them in different orders, and wait for each other until they abort.
+        jax.config.update("jax_enable_compilation_cache", False)
     if options.expected and options.expected != jax.process_count():
         raise UserError(
             "processes.expected", options.expected, f"{jax.process_count()} processes were started",
