@@ -185,7 +185,7 @@ def sample() -> ConfigDict:
             classes="",  # names or numbers, separated by commas; empty: all in turn
             guidance=4.0,
             content_steps=50,
-            content_solver="",  # empty: ddim, or euler for flow
+            content_solver="",  # ddim, ddpm, dpmpp; for flow euler, heun; empty: the first of them
             motion_steps=100,
             motion_solver="",
             eta=0.0,

@@ -390,7 +390,7 @@ def test_clipping_holds_pixel_content_within_its_range(autoencoder, latents):
     np.testing.assert_allclose(found, 1.0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, solvers", [("content", "ddim, ddpm"), ("motion", "euler, heun")])
+@pytest.mark.parametrize("name, solvers", [("content", "ddim, ddpm, dpmpp"), ("motion", "euler, heun")])
 def test_unknown_solvers_are_answered_with_those_of_the_process(stages, latents, name, solvers):
     stage = stages[name]
     content = latents.content if name == "motion" else None

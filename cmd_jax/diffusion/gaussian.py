@@ -1,5 +1,6 @@
-"""Discrete-time Gaussian diffusion: forward process, named losses and reverse steps (DDPM, iDDPM, DDIM; CMD section 3).
+"""Discrete-time Gaussian diffusion: forward process, named losses and reverse steps (CMD section 3).
 
+DDPM, iDDPM and DDIM are here; the coefficients of DPM-Solver++(2M) are in `multistep`.
 Arrays are [B, ...] with channels last; t is an int array [B] of indices into the schedule (0 is the least noisy).
 Tables are float64, cast to float32 when indexed; all arithmetic on samples is float32.
 """
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmd_jax.diffusion.guidance import split_range
+from cmd_jax.diffusion.multistep import FIRST_ORDER_BELOW, dpmpp_coefficients, dpmpp_timesteps
 from cmd_jax.diffusion.schedules import Schedule, spaced_timesteps
 from cmd_jax.errors import UserError, choose
 
@@ -43,7 +45,7 @@ class Gaussian:
     prediction: str = "eps"
     learned_range: bool = False
     clip: float | None = None
-    solvers: ClassVar[tuple[str, ...]] = ("ddim", "ddpm")
+    solvers: ClassVar[tuple[str, ...]] = ("ddim", "ddpm", "dpmpp")
 
     def __post_init__(self):
         choose("diffusion.prediction", self.prediction, PREDICTIONS)
@@ -165,31 +167,67 @@ class Gaussian:
         added = jnp.exp(0.5 * reverse.log_variance) * noise
         return reverse.mean + jnp.where(column(t > 0, x_t), added, 0.0)
 
-    def sample(self, denoise, noise, keys, *, steps: int, solver: str = "ddim", eta: float = 0.0, spacing=None):
+    def sample(
+        self,
+        denoise,
+        noise,
+        keys,
+        *,
+        steps: int,
+        solver: str = "ddim",
+        eta: float = 0.0,
+        spacing: str | None = None,
+        steps_offset: int = 0,
+        to_clean: bool = True,
+        first_order_below: int = FIRST_ORDER_BELOW,
+    ):
         """The whole reverse process: x_T [B,...] standard normal -> x0 [B,...] float32.
 
         keys: one PRNG key per sample ([B] typed or [B,2] raw); the step of kept index i draws from fold_in(key, i), so
-            a sample is the same in any batch. Unused, and may be None, where no noise is added (ddim with eta 0).
-        steps: kept steps of the schedule, by the rule `spacing` of `spaced_timesteps` (None: ddim for ddim, else even).
+            a sample is the same in any batch. May be None where no noise is added: dpmpp, ddim with eta 0.
+        steps: kept steps of the schedule, by the rule `spacing` of `spaced_timesteps`, for dpmpp of `dpmpp_timesteps`
+            (None: ddim for ddim, even for ddpm, linspace for dpmpp).
+        solver: ddim, ddpm (ancestral), dpmpp (DPM-Solver++(2M), deterministic, of second order).
         eta: 0 (deterministic) to 1, for ddim only.
-        UserError: sampling.steps, sampling.solver, sampling.spacing, sampling.eta.
+        steps_offset: added to the timesteps of the spacing "leading".
+        to_clean: ddim and dpmpp end at clean data; False: at training timestep 0 (Stable Diffusion's DDIM).
+        first_order_below: in fewer steps than that the last one of dpmpp is of first order.
+        UserError: sampling.steps, sampling.solver, sampling.spacing, sampling.steps_offset, sampling.eta.
         """
         choose("sampling.solver", solver, self.solvers)
         if not 0.0 <= eta <= 1.0:
             raise UserError("sampling.eta", eta, "outside 0 to 1", "use 0 for deterministic sampling")
-        kept = spaced_timesteps(len(self.schedule), steps, spacing or ("ddim" if solver == "ddim" else "even"))
-        process = replace(self, schedule=self.schedule.respace(kept))
-        noisy = solver == "ddpm" or eta > 0
+        if eta and solver != "ddim":
+            raise UserError("sampling.eta", eta, f"{solver} has none", "use 0, or the solver ddim")
+        spacing = spacing or {"ddim": "ddim", "ddpm": "even", "dpmpp": "linspace"}[solver]
+        rule = dpmpp_timesteps if solver == "dpmpp" else spaced_timesteps
+        kept = rule(len(self.schedule), steps, spacing, steps_offset)
+        end = 1.0 if to_clean or solver == "ddpm" else float(self.schedule.alpha_bar[0])
+        process = replace(self, schedule=self.schedule.respace(kept, end))
+        noise, backwards = jnp.asarray(noise, jnp.float32), jnp.arange(len(kept))[::-1]
+
+        def predict(x, i):
+            t = jnp.full(x.shape[:1], i)
+            return t, denoise(x, process.timesteps(t))
 
         def step(x, i):
-            t = jnp.full(x.shape[:1], i)
-            out = denoise(x, process.timesteps(t))
-            fresh = _noise(keys, i, x.shape[1:]) if noisy else 0.0
+            t, out = predict(x, i)
+            fresh = _noise(keys, i, x.shape[1:]) if solver == "ddpm" or eta > 0 else 0.0
             if solver == "ddpm":
                 return process.ddpm_step(out, x, t, fresh), None
             return process.ddim_step(out, x, t, fresh, eta), None
 
-        return jax.lax.scan(step, jnp.asarray(noise, jnp.float32), jnp.arange(len(kept))[::-1])[0]
+        def multistep(carry, inputs):
+            (x, x0_before), (i, (of_x, of_x0, of_before)) = carry, inputs
+            t, out = predict(x, i)
+            x0, _ = process.predict(split_range(out, self.learned_range)[0], x, t, self.clip)
+            return (of_x * x + of_x0 * x0 + of_before * x0_before, x0), None
+
+        if solver != "dpmpp":
+            return jax.lax.scan(step, noise, backwards)[0]
+        coefficients = dpmpp_coefficients(process.schedule, first_order_below).T
+        inputs = backwards, tuple(jnp.asarray(coefficients, jnp.float32))
+        return jax.lax.scan(multistep, (noise, jnp.zeros_like(noise)), inputs)[0][0]
 
     def _levels(self, t, x):
         """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) at t, broadcast against x."""

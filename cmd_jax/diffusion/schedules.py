@@ -9,7 +9,7 @@ import numpy as np
 
 from cmd_jax.errors import UserError, choose
 
-SPACINGS = ("even", "ddim")
+SPACINGS = ("even", "ddim", "leading", "trailing", "linspace")
 
 
 def check_count(field: str, value, most: int | None = None) -> int:
@@ -36,19 +36,42 @@ def scaled_linear_betas(steps: int = 1000, start: float = 0.00085, end: float = 
     return np.linspace(start**0.5, end**0.5, check_count("diffusion.timesteps", steps), dtype=np.float64) ** 2
 
 
-def spaced_timesteps(total: int, count: int, spacing: str = "even") -> np.ndarray:
+def cosine_betas(steps: int = 1000) -> np.ndarray:
+    """Betas of a squared-cosine alpha_bar, at most 0.999 (iDDPM): float64 [steps]."""
+    time = np.arange(check_count("diffusion.timesteps", steps) + 1) / steps
+    alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+def spaced_timesteps(total: int, count: int, spacing: str = "even", offset: int = 0) -> np.ndarray:
     """`count` of the timesteps 0..total-1, rising: int64 [count].
 
     even: from 0 to total-1 with a fractional stride, rounded (iDDPM).
     ddim: multiples of an integer stride from 0 (iDDPM's "ddimN"); a count that no integer stride gives takes multiples
     of total/count rounded down, so that any count reaches the noisy end.
+    leading, trailing, linspace are the `timestep_spacing` of diffusers' schedulers:
+    leading: multiples of total // count from 0, plus `offset` (only this rule reads it), however far from the end.
+    trailing: from total-1 down with the stride total / count, rounded; 0 is not reached.
+    linspace: from 0 to total-1 with a fractional stride, each rounded.
     A single step is always the noisiest one: at timestep 0 the model would take pure noise for data.
-    UserError (sampling.steps) unless 1 <= count <= total.
+    UserError: sampling.steps unless 1 <= count <= total, sampling.steps_offset if it leads out of 0..total-1.
     """
     choose("sampling.spacing", spacing, SPACINGS)
     count = check_count("sampling.steps", count, total)
     if count == 1:
         return np.array([total - 1])
+    if spacing == "leading":
+        stride = total // count
+        room = total - 1 - stride * (count - 1)
+        if not 0 <= offset <= room:
+            problem = f"{count} steps of {stride} leave the {total} training steps"
+            raise UserError("sampling.steps_offset", offset, problem, f"use 0 to {room}, or other sampling.steps")
+        return stride * np.arange(count) + offset
+    if spacing == "trailing":
+        # A float range decides where halves round to, as in diffusers; its length may be one too many.
+        return np.round(np.arange(total, 0, -total / count))[:count][::-1].astype(np.int64) - 1
+    if spacing == "linspace":
+        return np.round(np.linspace(0, total - 1, count)).astype(np.int64)
     if spacing == "even":
         # Summed, not multiplied: rounding then falls as in iDDPM's running index.
         return np.round(np.cumsum([0.0] + [(total - 1) / (count - 1)] * (count - 1))).astype(np.int64)
@@ -64,15 +87,20 @@ class Schedule:
 
     betas: variance of the noise that each kept step adds, in (0, 1].
     timesteps: int [steps], the timestep of the original training schedule that the model is told at each kept step.
+    end: alpha_bar before the first step, where sampling ends: 1 is clean data. With less, the first beta may be 0: a
+        step that stays where it is.
     """
 
     betas: np.ndarray
     timesteps: np.ndarray
+    end: float = 1.0
 
     def __post_init__(self):
         if self.betas.ndim != 1 or not len(self.betas) or self.timesteps.shape != self.betas.shape:
             raise ValueError(f"betas {self.betas.shape}, timesteps {self.timesteps.shape}: need equal, 1-D, not empty")
-        if not (np.all(self.betas > 0) and np.all(self.betas <= 1)):
+        positive = self.betas > 0
+        positive[0] |= self.end < 1 and self.betas[0] == 0
+        if not (np.all(positive) and np.all(self.betas <= 1)):
             shown = f"{self.betas.min():g}..{self.betas.max():g}"
             raise UserError("diffusion.betas", shown, "outside (0, 1]", "choose another start or end of the schedule")
 
@@ -82,13 +110,13 @@ class Schedule:
         betas = np.asarray(betas, np.float64)
         return cls(betas, np.arange(len(betas)))
 
-    def respace(self, timesteps) -> "Schedule":
+    def respace(self, timesteps, end: float = 1.0) -> "Schedule":
         """The schedule of a rising subset of this one's indices: same alpha_bar there, original timesteps kept."""
         kept = np.asarray(timesteps)
         if kept.ndim != 1 or not len(kept) or kept[0] < 0 or kept[-1] >= len(self) or np.any(np.diff(kept) <= 0):
             raise ValueError(f"timesteps must rise strictly within 0..{len(self) - 1}: {timesteps}")
         alpha_bar = self.alpha_bar[kept]
-        return Schedule(1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1]), self.timesteps[kept])
+        return Schedule(1.0 - alpha_bar / np.append(end, alpha_bar[:-1]), self.timesteps[kept], end)
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -96,12 +124,12 @@ class Schedule:
     @cached_property
     def alpha_bar(self) -> np.ndarray:
         """Share of the data's variance that is left after each step."""
-        return np.cumprod(1.0 - self.betas)
+        return self.end * np.cumprod(1.0 - self.betas)
 
     @cached_property
     def alpha_bar_previous(self) -> np.ndarray:
-        """alpha_bar one kept step earlier; 1 (clean data) before the first."""
-        return np.append(1.0, self.alpha_bar[:-1])
+        """alpha_bar one kept step earlier; `end` before the first."""
+        return np.append(self.end, self.alpha_bar[:-1])
 
     @cached_property
     def posterior_variance(self) -> np.ndarray:
