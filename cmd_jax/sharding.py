@@ -36,7 +36,7 @@ LOGICAL_AXES = {  # what each name stands for
     "motion": "channels of a motion latent",
     "timestep": "sinusoidal timestep features",
     "classes": "rows of the class table",
-    "token": "rows of a stored position table",
+    "token": "rows of a table of positions or tokens",
     "conv_height": "height of a kernel",
     "conv_width": "width of a kernel",
     "conv_time": "time extent of a kernel",

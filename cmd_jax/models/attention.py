@@ -1,15 +1,36 @@
 """Scaled dot-product attention, and rotary positions."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+WHOLE_TOKENS = 1024  # up to so many queries, or keys, all scores exist at once
+QUERY_BLOCK = 256
+
 
 def attend(query, key, value):
-    """Softmax attention over the token axis: [..., N, heads, head_dim] x3 -> [..., N, heads, head_dim].
+    """Softmax attention over the token axis: query [..., N, heads, head_dim], key and value [..., M, heads, head_dim]
+    -> [..., N, heads, head_dim].
 
-    Logits and softmax are float32 whatever the inputs' dtype.
+    Logits and softmax are float32 whatever the inputs' dtype. Where both N and M exceed WHOLE_TOKENS the queries are
+    taken in blocks, forward and backward, so that memory grows with N + M and not with N * M: 8,192 tokens of 5 heads
+    have 1.3 GB of scores.
     """
+    if min(query.shape[-3], key.shape[-3]) <= WHOLE_TOKENS:
+        return _attend(query, key, value)
+    *outer, tokens, heads, width = query.shape
+    blocks = -(-tokens // QUERY_BLOCK)
+    padding = [(0, 0)] * len(outer) + [(0, blocks * QUERY_BLOCK - tokens), (0, 0), (0, 0)]
+    query = jnp.pad(query, padding).reshape(*outer, blocks, QUERY_BLOCK, heads, width)
+    # Without the checkpoint the backward pass would keep the softmax of every block.
+    block = jax.checkpoint(partial(_attend, key=key, value=value), prevent_cse=False)
+    out = jnp.moveaxis(jax.lax.map(block, jnp.moveaxis(query, -4, 0)), 0, -4)
+    return out.reshape(*outer, blocks * QUERY_BLOCK, heads, width)[..., :tokens, :, :]
+
+
+def _attend(query, key, value):
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("...qhd,...khd->...hqk", query, key, preferred_element_type=jnp.float32) * scale
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)

@@ -1,0 +1,328 @@
+"""How much arithmetic a program is, counted from its jaxpr; nothing is allocated or compiled.
+
+`python -m cmd_jax.flops` prints `table()`: the paper's numbers next to those of this code.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from cmd_jax.diffusion.gaussian import Gaussian
+from cmd_jax.diffusion.guidance import guide
+from cmd_jax.diffusion.schedules import Schedule, linear_betas, scaled_linear_betas
+from cmd_jax.models.autoencoder import Autoencoder, Latents
+from cmd_jax.models.clip import CLIPText
+from cmd_jax.models.dit import SIZES, DiT
+from cmd_jax.models.unet import UNet, init_unet
+from cmd_jax.models.vae import VAE, init_vae
+
+# Where a value comes from; an elementwise result comes from the greatest of its operands.
+CONSTANT, WEIGHT, ACTIVATION = range(3)
+# Primitives that run the one jaxpr in their parameters once, on their own operands.
+CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Multiply-adds (a multiply-add is one) of matrix products and convolutions, by what is multiplied.
+
+    linear: a parameter with anything else. convolution: the same, with a parameter as the kernel.
+    attention: two activations. other: with constants only, or two parameters.
+    """
+
+    linear: int = 0
+    convolution: int = 0
+    attention: int = 0
+    other: int = 0
+
+    @property
+    def layers(self) -> int:
+        """Multiply-adds as papers count them: linear and convolution layers only."""
+        return self.linear + self.convolution
+
+    @property
+    def total(self) -> int:
+        """Floating-point operations: two for each multiply-add of every kind."""
+        return 2 * sum(getattr(self, f.name) for f in fields(self))
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: int) -> "Flops":
+        return Flops(*(getattr(self, f.name) * times for f in fields(self)))
+
+
+def count(fn: Callable, *args, params: tuple[int, ...] = (0,)) -> Flops:
+    """Arithmetic of fn(*args), where args are pytrees of arrays or jax.ShapeDtypeStruct; `params` are the positions of
+    those that hold parameters.
+
+    Counted as the jaxpr says: the body of a scan times its length, of two branches the dearer, mapped axes in full,
+    inserted zeros of transposed convolutions not, padding like any value. A rematerialised block counts once in a
+    forward pass, and in a gradient as often as it runs there. Elementwise work, norms and softmax are left out.
+    A gradient multiplies two activations for each weight, which falls under attention: of gradients read `total`.
+    Arrays that fn closes over are constants. ValueError: products in a loop of unknown length or in a kernel.
+    """
+    closed = jax.make_jaxpr(fn)(*args)
+    origins = [WEIGHT if i in params else ACTIVATION for i, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
+    return _walk(closed, origins)[1]
+
+
+def _walk(jaxpr: Jaxpr | ClosedJaxpr, origins: list[int]) -> tuple[list[int], Flops]:
+    """A jaxpr and the origins of its inputs -> (origins of its outputs, its arithmetic)."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    known = dict.fromkeys(jaxpr.constvars, CONSTANT) | dict(zip(jaxpr.invars, origins, strict=True))
+    origin = lambda v: CONSTANT if isinstance(v, Literal) else known[v]  # noqa: E731
+    total = Flops()
+    for equation in jaxpr.eqns:
+        out, flops = _equation(equation, [origin(v) for v in equation.invars])
+        known.update(zip(equation.outvars, out, strict=True))
+        total += flops
+    return [origin(v) for v in jaxpr.outvars], total
+
+
+def _equation(equation, origins: list[int]) -> tuple[list[int], Flops]:
+    name, options, outputs = equation.primitive.name, equation.params, len(equation.outvars)
+    if name == "dot_general":
+        return _product(origins, _dot_size(equation), "linear")
+    if name == "conv_general_dilated":
+        return _product(origins, _convolution_size(equation), "convolution")
+    if name == "scan":
+        return _scan(options, origins)
+    if name == "cond":
+        return _dearest([_walk(branch, origins[1:]) for branch in options["branches"]])
+    inner = [value for value in options.values() if isinstance(value, (Jaxpr, ClosedJaxpr))]
+    if name in CALLS and len(inner) == 1:
+        return _walk(inner[0], origins)
+    if any(_walk(body, [ACTIVATION] * len(getattr(body, "jaxpr", body).invars))[1].total for body in inner):
+        raise ValueError(f"cannot count the products in a {name}: how often it runs them is not known")
+    # Looked-up rows of a table of parameters are what an embedding layer puts out.
+    looked_up = name == "gather" and origins[0] == WEIGHT
+    return [ACTIVATION if looked_up else max(origins, default=CONSTANT)] * outputs, Flops()
+
+
+def _product(origins: list[int], size: int, layer: str) -> tuple[list[int], Flops]:
+    """A product of `size` multiply-adds with origins (left, right; of a convolution: values, kernel)."""
+    left, right = origins
+    if left == right == ACTIVATION and layer == "linear":
+        return [ACTIVATION], Flops(attention=size)
+    weights = (right,) if layer == "convolution" else origins
+    if WEIGHT in weights and left != right:
+        return [ACTIVATION], Flops(**{layer: size})
+    return [max(origins)], Flops(other=size)
+
+
+def _dot_size(equation) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _convolution_size(equation) -> int:
+    """Kernel entries that meet one output value, times output values; the kernel's input channels are of one group."""
+    options, kernel = equation.params, equation.invars[1].aval.shape
+    _, inputs, *window = options["dimension_numbers"].rhs_spec
+    taps = math.prod(kernel[axis] for axis in (inputs, *window))
+    return math.prod(equation.outvars[0].aval.shape) * taps // math.prod(options["lhs_dilation"])
+
+
+def _scan(options, origins: list[int]) -> tuple[list[int], Flops]:
+    consts, carried = options["num_consts"], options["num_carry"]
+    while True:
+        out, flops = _walk(options["jaxpr"], origins)
+        # What is carried around may come from more than it did at the start.
+        carry = [max(pair) for pair in zip(origins[consts : consts + carried], out, strict=False)]
+        if carry == origins[consts : consts + carried]:
+            return out, flops * options["length"]
+        origins = [*origins[:consts], *carry, *origins[consts + carried :]]
+
+
+def _dearest(branches: list[tuple[list[int], Flops]]) -> tuple[list[int], Flops]:
+    origins = [max(each) for each in zip(*(out for out, _ in branches), strict=True)]
+    return origins, max((flops for _, flops in branches), key=lambda flops: flops.total)
+
+
+class Row(NamedTuple):
+    """A line of `table()`: paper (None where it gives no number), and two counts of ours, in T or B."""
+
+    what: str
+    unit: str
+    paper: float | None
+    layers: float
+    total: float
+
+
+# The text-to-video models of the paper's cost figures: Stable Diffusion 2.1-base and the sizes of appendix B.
+UNET = UNet(
+    in_channels=4,
+    out_channels=4,
+    widths=(320, 640, 1280, 1280),
+    layers=2,
+    down_attention=(True, True, True, False),
+    up_attention=(False, True, True, True),
+    heads=(5, 10, 20, 20),
+    text_width=1024,
+)
+IMAGE_VAE = VAE(channels=3, latent_channels=4, widths=(128, 256, 512, 512), layers=2)
+TEXT = CLIPText(vocabulary=49408, width=1024, depth=23, heads=16, mlp_width=4096, activation="gelu")
+AUTOENCODER = Autoencoder(channels=4, mode="latent")
+DEPTH, WIDTH, HEADS = SIZES["XL"]
+MOTION = DiT(out_channels=16, patch=2, width=WIDTH, depth=DEPTH, heads=HEADS, classes=None, content_patch=8)
+CONTENT_PROCESS = Gaussian(Schedule.from_betas(scaled_linear_betas()))
+MOTION_PROCESS = Gaussian(Schedule.from_betas(linear_betas()), learned_range=True)
+FRAMES, TOKENS = 16, 77
+
+
+def _array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+class Clip(NamedTuple):
+    """What the models see of one 16-frame clip, as shapes."""
+
+    frames: jax.ShapeDtypeStruct  # pixels [T, H, W, 3]
+    video: jax.ShapeDtypeStruct  # VAE latents [1, T, h, w, 4]
+    content: jax.ShapeDtypeStruct  # [1, h, w, 4]
+    motion: jax.ShapeDtypeStruct  # [1, T, (h + w) / 2, 8]
+    text: jax.ShapeDtypeStruct  # [1, 77, 1024]
+    time: jax.ShapeDtypeStruct  # [1]
+
+    @classmethod
+    def of(cls, height: int, width: int) -> "Clip":
+        h, w = height // IMAGE_VAE.factor, width // IMAGE_VAE.factor
+        return cls(
+            _array(FRAMES, height, width, 3),
+            _array(1, FRAMES, h, w, 4),
+            _array(1, h, w, 4),
+            _array(1, FRAMES, (h + w) // AUTOENCODER.patch, AUTOENCODER.motion_channels),
+            _array(1, TOKENS, UNET.text_width),
+            _array(1),
+        )
+
+
+def full_size() -> dict:
+    """Shapes of the parameters of the full-size models."""
+    clip, key, ids = Clip.of(512, 512), jax.random.key(0), _array(1, TOKENS, dtype=jnp.int32)
+    init = lambda module, *args: jax.eval_shape(module.init, key, *args)["params"]  # noqa: E731
+    return {
+        "autoencoder": init(AUTOENCODER, clip.video),
+        "content": jax.eval_shape(lambda key: init_unet(UNET, key), key),
+        "motion": init(MOTION, clip.motion, clip.time, None, clip.content),
+        "vae": jax.eval_shape(lambda key: init_vae(IMAGE_VAE, key), key),
+        "text": init(TEXT, ids),
+    }
+
+
+def _unet(params, x, time, text):
+    return UNET.apply({"params": params}, x, time, text)
+
+
+def _motion(params, x, time, content):
+    return MOTION.apply({"params": params}, x, time, None, content)
+
+
+def _reconstruct(params, video):
+    return AUTOENCODER.apply({"params": params}, video)[0]
+
+
+def _training(forward, params, *inputs) -> tuple[float, float]:
+    """-> (multiply-adds of the layers, forward; operations of forward and backward pass)."""
+
+    def loss(params, *inputs):
+        return jnp.sum(jnp.square(forward(params, *inputs)))
+
+    return count(forward, params, *inputs).layers, count(jax.value_and_grad(loss), params, *inputs).total
+
+
+def sampling(params: dict, height: int, width: int, steps: int, guided: bool) -> Flops:
+    """One latent video [1, 16, h, w, 4] from noise: content, motion, then the autoencoder's decoder.
+
+    guided: each model also answers for the null text.
+    """
+    clip = Clip.of(height, width)
+
+    def draw(process, model, params, noise, condition, null):
+        def denoise(x, time):
+            out = model(params, x, time, condition)
+            if not guided:
+                return out
+            return guide(out, model(params, x, time, null), 7.5, process.learned_range)
+
+        return process.sample(denoise, noise, None, steps=steps)
+
+    def program(params, content, motion, text, null):
+        content = draw(CONTENT_PROCESS, _unet, params["content"], content, text, null)
+        # The text reaches the motion model as one vector, whose linear map is not worth counting.
+        motion = draw(MOTION_PROCESS, _motion, params["motion"], motion, content, content)
+        return AUTOENCODER.apply({"params": params["autoencoder"]}, Latents(content, motion), method="decode")
+
+    return count(program, params, clip.content, clip.motion, clip.text, clip.text)
+
+
+def table() -> list[Row]:
+    """The paper's costs of text-to-video next to ours, for one clip of 16 frames.
+
+    layers: multiply-adds of linear and convolution layers, no guidance, one forward pass: as the paper counts.
+    total: operations, two a multiply-add, attention included; training with its backward pass, sampling with guidance.
+    The encoders and the VAE decoder, which the paper leaves out, have lines of their own: training runs the encoders
+    where their outputs are not cached, sampling the text encoder twice (prompt and null text) and the VAE decoder.
+    The parameters' total includes the frozen VAE and text encoder.
+
+    The paper's 46.8 and 92.1 T differ by 45.3 T for 50 steps (ours: 45.2), and so leave 1.5 T for the autoencoder.
+    Its encoder and decoder together are 1.55 T; sampling runs the decoder only, 0.77 T, and we count what it runs.
+    """
+    params, square, wide = full_size(), Clip.of(512, 512), Clip.of(512, 1024)
+    unet_inputs = square.content, square.time, square.text
+    motion_inputs = square.motion, square.time, square.content
+    training = {
+        "train at 512x512: autoencoder": (0.77, _training(_reconstruct, params["autoencoder"], square.video)),
+        "train at 512x512: content": (0.34, _training(_unet, params["content"], *unet_inputs)),
+        "train at 512x512: motion": (0.14, _training(_motion, params["motion"], *motion_inputs)),
+    }
+    sampled = {}
+    for steps, paper in ((50, 46.8), (100, 92.1)):
+        plain, guided = (sampling(params, 512, 1024, steps, guided) for guided in (False, True))
+        ours = plain.layers, guided.total
+        sampled[f"sample at 512x1024: {steps} + {steps} steps, CMD decoder"] = paper, ours
+
+    def frozen(name, module, x, times=1, **method):
+        flops = count(lambda p, x: module.apply({"params": p}, x, **method), params[name], x) * times
+        return None, (flops.layers, flops.total)
+
+    one_frame, ids = _array(1, *square.frames.shape[1:]), _array(1, TOKENS, dtype=jnp.int32)
+    alone = {
+        "VAE encoder, 16 frames of 512x512": frozen("vae", IMAGE_VAE, one_frame, FRAMES, method="encode"),
+        "CMD encoder at 512x512": frozen("autoencoder", AUTOENCODER, square.video, method="encode"),
+        "text encoder, one prompt": frozen("text", TEXT, ids),
+        "VAE decoder, 16 frames of 512x1024": frozen("vae", IMAGE_VAE, wide.content, FRAMES, method="decode"),
+    }
+    rows = training | sampled | alone
+    cost = [Row(what, "T", paper, *(value / 1e12 for value in ours)) for what, (paper, ours) in rows.items()]
+    sizes = {name: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for name, tree in params.items()}
+    trained = sum(sizes[name] for name in ("autoencoder", "content", "motion"))
+    return [*cost, Row("parameters", "B", 1.6, trained / 1e9, sum(sizes.values()) / 1e9)]
+
+
+def format_table(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| what | paper | ours, multiply-adds as in the paper | ours, all operations |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        paper = "" if row.paper is None else f"{row.paper:g} {row.unit}"
+        lines.append(f"| {row.what} | {paper} | {_digits(row.layers)} {row.unit} | {_digits(row.total)} {row.unit} |")
+    return "\n".join(lines)
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, never in exponent notation."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+if __name__ == "__main__":
+    print(format_table(table()))

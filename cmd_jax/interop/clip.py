@@ -1,0 +1,570 @@
+"""CLIP in the transformers layout: folders in, our modules, parameters and tokenizer out, and weights back."""
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Encoder
+
+from cmd_jax.errors import UserError, choose
+from cmd_jax.interop.torch_layout import find_weights
+from cmd_jax.interop.weights import flatten, read_state_dict, unflatten
+from cmd_jax.models.clip import ACTIVATIONS, CLIP, CLIPText, CLIPVision
+
+log = logging.getLogger(__name__)
+
+# What a config.json means that leaves a field out.
+TOWER = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+TEXT = TOWER | {
+    "model_type": "clip_text_model",
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "eos_token_id": 49407,
+}
+VISION = TOWER | {
+    "model_type": "clip_vision_model",
+    "image_size": 224,
+    "patch_size": 32,
+    "num_channels": 3,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+}
+# Fields that don't change what a trained tower computes: how it was made, or what a text generator would do with it.
+INERT = {
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dropout",
+    "dtype",
+    "id2label",
+    "initializer_factor",
+    "initializer_range",
+    "label2id",
+    "length_penalty",
+    "max_length",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "pad_token_id",
+    "projection_dim",
+    "repetition_penalty",
+    "return_dict",
+    "temperature",
+    "tie_word_embeddings",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "transformers_version",
+    "typical_p",
+    "use_cache",
+}
+LEGACY_END = 2  # an eos_token_id that old files have by mistake; their towers pool at the highest id
+
+# Our names -> torch's. In `blocks` the layers are stacked; torch numbers them.
+LAYERS = {
+    "attention_norm": "layer_norm1",
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "out": "self_attn.out_proj",
+    "mlp_norm": "layer_norm2",
+    "mlp_in": "mlp.fc1",
+    "mlp_out": "mlp.fc2",
+}
+PARTS = {
+    "text": "text_model",
+    "vision": "vision_model",
+    "text_projection": "text_projection",
+    "image_projection": "visual_projection",
+    "logit_scale": "logit_scale",
+    "tokens": "embeddings.token_embedding",
+    "positions": "embeddings.position_embedding.weight",
+    "class_token": "embeddings.class_embedding",
+    "embed": "embeddings.patch_embedding",
+    "pre_norm": "pre_layrnorm",
+    "post_norm": "post_layernorm",
+    "final_norm": "final_layer_norm",
+    "blocks": "encoder.layers.{}",
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "bias": "bias",
+} | LAYERS
+BUFFERS = re.compile(r"(.*\.)?embeddings\.position_ids")  # written by old versions, and always 0, 1, 2, ...
+PREFIX = "text_model."
+
+FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # as safetensors and numpy say
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training images
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+TORCH_FILE = "pytorch_model.bin"
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+SPECIAL = {  # and what they are where a folder doesn't say
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+}
+ONLY = {  # settings of tokenizer_config.json that only have one value here
+    "tokenizer_class": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "do_lower_case": (True,),
+    "padding_side": ("right",),
+    "truncation_side": ("right",),
+}
+LENGTH = 77  # of CLIP's own tokenizer, where a folder doesn't say
+NO_LENGTH = 10**6  # transformers writes 1e30 for "any"
+
+
+def load(path: str | Path, dtype="float32", place: Callable | None = None):
+    """A whole CLIP from its folder (config.json, weights) -> (CLIP, params, Tokenizer or None without its files).
+
+    dtype: of the parameters and of the matrix products; `module.clone` changes the latter.
+    place: init -> tree of ShapeDtypeStructs with shardings, where init(key) makes the module's boxed parameters; for
+    example functools.partial(cmd_jax.state.abstract, mesh=mesh, rules=rules). Tensors are then read straight into their
+    shards, one at a time. Without it parameters are numpy arrays.
+    Raises UserError for files that are missing or damaged, for fields of the config that would change the function and
+    are not supported, and for tensors that are missing, left over or of another shape, by name.
+    """
+    path = Path(path)
+    config = _read_config(path)
+    if config.get("model_type", "clip") != "clip":
+        problem = "not a whole CLIP with a text and a vision tower"
+        raise UserError(f"{path}/config.json: model_type", config["model_type"], problem, "give the folder of one")
+    dtype, where = jnp.dtype(dtype), f"{path}/config.json: "
+    features = _positive(f"{where}projection_dim", config.get("projection_dim", 512))
+    towers = {}
+    for tower in ("text", "vision"):
+        given = config.get(f"{tower}_config_dict")  # where old files have one, it is the one that counts
+        name = f"{tower}_config" if given is None else f"{tower}_config_dict"
+        towers[tower] = config.get(name) or {}
+        if not isinstance(towers[tower], dict):
+            raise UserError(where + name, towers[tower], "not a group of fields", "fetch the file again")
+        towers[tower] = f"{where}{name}.", towers[tower]
+    _check_preprocessor(path)
+    module = CLIP(_text(*towers["text"], dtype), _vision(*towers["vision"], dtype), features)
+    size = module.vision.image_size
+    like = _abstract(module, place, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, size, size, 3)))
+    params = _read_params(path, like, dtype, config)
+    tokenizer = None
+    if any((path / name).is_file() for name in TOKENIZER_FILES[:3]):
+        tokenizer = load_tokenizer(path)
+        check_tokenizer(tokenizer, module.text)
+    return module, params, tokenizer
+
+
+def load_text_encoder(folder: str | Path, dtype="float32", place: Callable | None = None):
+    """The text tower of a `text_encoder` folder (config.json, weights) -> (CLIPText, params).
+
+    dtype, place and errors as of `load`. The weights' names may or may not begin with `text_model.`.
+    """
+    folder, dtype = Path(folder), jnp.dtype(dtype)
+    config = _read_config(folder)
+    module = _text(f"{folder}/config.json: ", config, dtype)
+    like = _abstract(module, place, jnp.zeros((1, 1), jnp.int32))
+    return module, _read_params(folder, like, dtype, config)
+
+
+def text_encoder_state(params: dict) -> dict[str, np.ndarray]:
+    """The parameters of a CLIPText -> {torch name: array}, with the prefix `text_model.` that all versions read."""
+    state = {}
+    for name, value in flatten(params).items():
+        value = np.asarray(value)
+        layers = value if _stacked(name) else [value]
+        for source, layer in zip(_sources(name, PREFIX, value.shape), layers, strict=True):
+            state[source] = layer.transpose(_torch_axes(name, layer.ndim))
+    return state
+
+
+def text_encoder_config(module: CLIPText) -> dict:
+    """The config.json of a `text_encoder` folder, as transformers wants it."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": module.vocabulary,
+        "hidden_size": module.width,
+        "intermediate_size": module.mlp_width,
+        "projection_dim": module.width,
+        "num_hidden_layers": module.depth,
+        "num_attention_heads": module.heads,
+        "max_position_embeddings": module.length,
+        "hidden_act": module.activation,
+        "layer_norm_eps": module.epsilon,
+        "eos_token_id": LEGACY_END if module.end_token is None else module.end_token,
+    }
+
+
+def load_tokenizer(folder: str | Path) -> "Tokenizer":
+    """The tokenizer of a folder; see Tokenizer."""
+    return Tokenizer(folder)
+
+
+def check_tokenizer(tokenizer: "Tokenizer", module: CLIPText):
+    """UserError if texts of the tokenizer are not what the text tower was made for."""
+    remedy = "give the tokenizer that belongs to the text tower"
+    if tokenizer.vocabulary > module.vocabulary:
+        problem = f"the text tower has embeddings for {module.vocabulary} tokens"
+        raise UserError("tokenizer vocabulary", tokenizer.vocabulary, problem, remedy)
+    if tokenizer.max_length > module.length:
+        problem = f"the text tower has {module.length} positions"
+        raise UserError("tokenizer model_max_length", tokenizer.max_length, problem, remedy)
+    if module.end_token not in (None, tokenizer.end):
+        raise UserError("tokenizer eos_token", tokenizer.end, f"the text tower wants {module.end_token}", remedy)
+
+
+def preprocess(frames: np.ndarray, size: int = 224) -> np.ndarray:
+    """Frames as CLIP was trained on: uint8 [N,H,W,3] -> float32 [N,size,size,3], normalised.
+
+    The short side is resized to `size` with Pillow's antialiased bicubic filter, which rounds to uint8, and the centre
+    is cropped.
+    """
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape[1:]:
+        raise UserError("frames", f"{frames.dtype} {frames.shape}", "not uint8 [N,H,W,3]", "convert them")
+    height, width = frames.shape[1:3]
+    short = min(height, width)
+    height, width = int(size * height / short), int(size * width / short)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    crops = np.empty((len(frames), size, size, 3), np.float32)
+    for crop, frame in zip(crops, frames, strict=True):
+        resized = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+        crop[:] = resized[top : top + size, left : left + size]
+    return (crops / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+
+
+# config.json -> modules.
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as e:
+        raise UserError("path", path, f"cannot be read ({e.strerror})", "give a whole folder of weights") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError("path", path, f"not JSON ({e})", "fetch the file again") from e
+    if not isinstance(value, dict):
+        raise UserError("path", path, "holds no fields", "fetch the file again")
+    return value
+
+
+def _read_config(folder: Path) -> dict:
+    if not folder.is_dir():
+        raise UserError("path", folder, "no such folder", "give a folder with config.json and weights")
+    return _read_json(folder / "config.json")
+
+
+def _positive(field: str, value) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(field, value, "not a positive whole number", "set it as the weights were trained")
+    return value
+
+
+def _tower(where: str, config: dict, defaults: dict) -> tuple[dict, dict]:
+    """All fields of a tower, checked, and the fields that both kinds of module share."""
+    for key, value in config.items():
+        if value and key not in defaults and key not in INERT:
+            problem = "not a field whose meaning is known here"
+            raise UserError(where + key, value, problem, "remove it if the text and image features don't depend on it")
+    config = defaults | config
+    choose(f"{where}model_type", config["model_type"], (defaults["model_type"],))
+    sizes = [key for key, value in defaults.items() if type(value) is int and key != "eos_token_id"]
+    sizes = {key: _positive(where + key, config[key]) for key in sizes}
+    if config["hidden_size"] % config["num_attention_heads"]:
+        problem = f"does not divide hidden_size={config['hidden_size']}"
+        raise UserError(f"{where}num_attention_heads", config["num_attention_heads"], problem, "correct one of them")
+    epsilon = config["layer_norm_eps"]
+    if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
+        raise UserError(f"{where}layer_norm_eps", epsilon, "not a small positive number", "1e-05 is CLIP's")
+    return sizes, dict(
+        width=sizes["hidden_size"],
+        depth=sizes["num_hidden_layers"],
+        heads=sizes["num_attention_heads"],
+        mlp_width=sizes["intermediate_size"],
+        activation=choose(f"{where}hidden_act", config["hidden_act"], ACTIVATIONS),
+        epsilon=float(epsilon),
+    )
+
+
+def _text(where: str, config: dict, dtype) -> CLIPText:
+    sizes, fields = _tower(where, config, TEXT)
+    end = config.get("eos_token_id", TEXT["eos_token_id"])
+    if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < sizes["vocab_size"]:
+        problem = f"not one of the {sizes['vocab_size']} ids of vocab_size"
+        raise UserError(f"{where}eos_token_id", end, problem, "set it to the id of the end of text")
+    return CLIPText(
+        vocabulary=sizes["vocab_size"],
+        length=sizes["max_position_embeddings"],
+        end_token=None if end == LEGACY_END else end,
+        dtype=dtype,
+        **fields,
+    )
+
+
+def _vision(where: str, config: dict, dtype) -> CLIPVision:
+    sizes, fields = _tower(where, config, VISION)
+    choose(f"{where}num_channels", sizes["num_channels"], (3,))
+    if sizes["patch_size"] > sizes["image_size"]:
+        problem = f"larger than image_size={sizes['image_size']}"
+        raise UserError(f"{where}patch_size", sizes["patch_size"], problem, "correct one of them")
+    return CLIPVision(image_size=sizes["image_size"], patch=sizes["patch_size"], dtype=dtype, **fields)
+
+
+def _check_preprocessor(folder: Path):
+    """`preprocess` must be what the folder wants."""
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return
+    config = _read_json(path)
+    for key, only in (("image_mean", MEAN), ("image_std", STD), ("resample", int(Image.Resampling.BICUBIC))):
+        if key in config and not np.array_equal(config[key], only):
+            raise UserError(
+                f"{path}: {key}", config[key], f"only CLIP's own, {only}, is known here", "give such a CLIP"
+            )
+
+
+# Weights.
+
+
+def _abstract(module, place: Callable | None, *inputs) -> dict[str, jax.ShapeDtypeStruct]:
+    def init(key):
+        return module.init(key, *inputs)["params"]
+
+    return flatten(place(init) if place else jax.eval_shape(lambda key: nn.unbox(init(key)), jax.random.key(0)))
+
+
+def _torch_name(name: str) -> str:
+    """blocks/query/kernel -> encoder.layers.{}.self_attn.q_proj.weight"""
+    return ".".join(PARTS[part] for part in name.split("/"))
+
+
+def _torch_axes(name: str, ndim: int) -> tuple[int, ...]:
+    """Our axes in torch's order: kernels are [in,out] or [height,width,in,out] here, [out,in,...] there."""
+    if not name.endswith("/kernel"):
+        return tuple(range(ndim))
+    return (1, 0) if ndim == 2 else (3, 2, 0, 1)
+
+
+class _Weights:
+    """The tensors of a weights file but for known buffers: shapes {torch name: shape}, and read(name, index)."""
+
+    def __init__(self, path: Path, files: contextlib.ExitStack):
+        if path.suffix == ".safetensors":
+            file = files.enter_context(safe_open(path, framework="numpy"))
+            tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            facts = {name: (tuple(t.get_shape()), t.get_dtype()) for name, t in tensors.items()}
+        else:
+            tensors = read_state_dict(path)
+            facts = {name: (t.shape, str(t.dtype)) for name, t in tensors.items()}
+        facts = {name: fact for name, fact in facts.items() if not BUFFERS.fullmatch(name)}
+        for name, (_, dtype) in facts.items():
+            choose(f"weights {path}: dtype of {name}", dtype, FLOATS)
+        self.shapes, self._tensors = {name: shape for name, (shape, _) in facts.items()}, tensors
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return np.asarray(self._tensors[name][index])
+
+
+def _read_params(folder: Path, like: dict[str, jax.ShapeDtypeStruct], dtype, config: dict) -> dict:
+    """Parameters of the shapes, and where they have some in the shardings, of `like`."""
+    path = folder / TORCH_FILE
+    if not path.is_file() or any(folder.glob("model*.safetensors")):
+        path = find_weights(folder, "model")
+    try:
+        with contextlib.ExitStack() as files:
+            weights = _Weights(path, files)
+            whole = "logit_scale" in like
+            prefix = PREFIX if not whole and any(name.startswith(PREFIX) for name in weights.shapes) else ""
+            sources = {name: _sources(name, prefix, wanted.shape) for name, wanted in like.items()}
+            expected = {
+                source: tuple(shape[axis] for axis in _torch_axes(name, len(shape)))
+                for name, found in sources.items()
+                for shape in [like[name].shape[1:] if _stacked(name) else like[name].shape]
+                for source in found
+            }
+            _compare(path, weights.shapes, expected, config)
+            return unflatten({name: _read(weights, name, sources[name], w, dtype) for name, w in like.items()})
+    except (SafetensorError, OSError) as e:
+        raise UserError("weights", path, f"damaged or incomplete ({e})", "fetch or write the file again") from e
+
+
+def _stacked(name: str) -> bool:
+    return "blocks" in name.split("/")
+
+
+def _sources(name: str, prefix: str, shape: tuple[int, ...]) -> list[str]:
+    """The torch tensors that make one of our arrays: several where layers are stacked."""
+    pattern = prefix + _torch_name(name)
+    return [pattern.format(i) for i in range(shape[0])] if _stacked(name) else [pattern]
+
+
+def _compare(path: Path, found: dict[str, tuple], expected: dict[str, tuple], config: dict):
+    """UserError that names tensors which are missing, left over or of another shape, and the config's likely fields."""
+
+    def listed(names, shapes):
+        more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+        return ", ".join(f"{name} {shapes[name]}" for name in names[:3]) + more
+
+    remedy = "give the weights that belong to config.json, or correct it"
+    missing, extra = ([n for n in a if n not in b] for a, b in ((expected, found), (found, expected)))
+    layers = " (num_hidden_layers)" if all(".layers." in name for name in missing + extra) else ""
+    if missing and extra:
+        problem = f"lacks {listed(missing, expected)}, and there is no place for {listed(extra, found)}"
+        raise UserError("weights", path, problem, remedy + layers)
+    if missing:
+        raise UserError("weights", path, f"lacks {listed(missing, expected)}", remedy + layers)
+    if extra:
+        raise UserError("weights", path, f"the model has no place for {listed(extra, found)}", remedy + layers)
+    for name, shape in expected.items():
+        if found[name] != shape:
+            wrong = {b for a, b in zip(found[name], shape, strict=False) if a != b}
+            likely = [f"{k}={v}" for k, v in _sizes_of(name, config).items() if v in wrong]
+            remedy += f" (likely {', '.join(likely)})" if likely else ""
+            raise UserError("weights", path, f"{name} has shape {found[name]}, expected {shape}", remedy)
+
+
+def _sizes_of(name: str, config: dict) -> dict[str, int]:
+    """Whole numbers of the config that may give the shape of a tensor: those of its tower, if the config has groups."""
+    own = config.get(f"{name.partition('_')[0]}_config") or {}
+    return {key: value for key, value in (config | own).items() if type(value) is int}
+
+
+def _read(weights: _Weights, name: str, sources: list[str], wanted: jax.ShapeDtypeStruct, dtype):
+    shape = wanted.shape[1:] if _stacked(name) else wanted.shape
+    axes = _torch_axes(name, len(shape))
+
+    def part(index):
+        out = np.empty([len(range(*i.indices(n))) for i, n in zip(index, wanted.shape, strict=True)], dtype)
+        layers, index = (sources[index[0]], index[1:]) if _stacked(name) else (sources, index)
+        for source, layer in zip(layers, out if _stacked(name) else [out], strict=True):
+            layer[...] = weights.read(source, tuple(index[a] for a in axes)).transpose(np.argsort(axes))
+        return out
+
+    if wanted.sharding is None:
+        return part((slice(None),) * len(wanted.shape))
+    return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
+
+
+# Texts.
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding: tokenizer(texts) -> ids int32 [B, max_length].
+
+    A text's ids stand between `start` and `end`, the rest is `pad`; of a text too long the first tokens are kept. It is
+    lower-cased and runs of white space are one blank. Where they differ, special_tokens_map.json goes before
+    tokenizer_config.json. Of special tokens only start and end are recognised in a text: the "!" that SD 2.1 pads with
+    is an exclamation mark there, as it was in OpenCLIP's training; transformers makes a padding token of it.
+
+    start, end, pad: ids. max_length: the folder's model_max_length, or 77. vocabulary: one more than the highest id.
+    Raises UserError for a folder that lacks vocab.json and merges.txt (or tokenizer.json instead of both), for damaged
+    files, and for settings that are not CLIP's.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        self._files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        config, special = (_read_json(folder / name) if name in self._files else {} for name in TOKENIZER_FILES[3:])
+        for key, only in ONLY.items():
+            if config.get(key) is not None:
+                choose(f"{folder}/tokenizer_config.json: {key}", config[key], only)
+        self.max_length = config.get("model_max_length", LENGTH)
+        if isinstance(self.max_length, int | float) and self.max_length > NO_LENGTH:
+            self.max_length = LENGTH
+        if type(self.max_length) is not int or self.max_length < 3:
+            field = f"{folder}/tokenizer_config.json: model_max_length"
+            raise UserError(field, self.max_length, "not a whole number from 3", f"{LENGTH} is CLIP's")
+        try:
+            vocabulary, merges, added = self._read_vocabulary(folder)
+            added += [token["content"] for token in config.get("added_tokens_decoder", {}).values()]
+            if more := [token for token in added if token not in vocabulary]:
+                problem = f"tokens added to the vocabulary are not supported ({', '.join(map(repr, more[:3]))})"
+                raise UserError("tokenizer", folder, problem, "give the tokenizer as it was before")
+            names = [special.get(key) or config.get(key) or name for key, name in SPECIAL.items()]
+            names = [name["content"] if isinstance(name, dict) else name for name in names]
+            if unknown := [name for name in names if name not in vocabulary]:
+                problem = f"its special token {unknown[0]!r} is not in the vocabulary"
+                raise UserError("tokenizer", folder, problem, "fetch the folder again")
+            self.start, self.end, self.pad, _ = (vocabulary[name] for name in names)
+            self.vocabulary = max(vocabulary.values()) + 1
+            start, end, pad, unknown = names
+            bpe = models.BPE(vocabulary, merges, unk_token=unknown, end_of_word_suffix="</w>")
+        except UserError:
+            raise
+        except Exception as e:  # the library raises nothing narrower, and files can be wrong in any way
+            problem = f"damaged ({type(e).__name__}: {str(e)[:200]})"
+            raise UserError("tokenizer", folder, problem, "fetch the folder again") from e
+        self._encoder, self._told = self._build(bpe, start, end, pad), False
+
+    def _read_vocabulary(self, folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], list[str]]:
+        """-> ids of the tokens, pairs to be merged, first ones first, and names of added tokens."""
+        if {"vocab.json", "merges.txt"} <= self._files.keys():
+            lines = self._files["merges.txt"].decode().replace("\r\n", "\n").split("\n")
+            lines = [line for line in lines if line and not line.startswith("#version")]
+            return _read_json(folder / "vocab.json"), [tuple(line.split(" ")) for line in lines], []
+        if "tokenizer.json" not in self._files:
+            missing = ", ".join(name for name in TOKENIZER_FILES[:2] if name not in self._files)
+            raise UserError("tokenizer", folder, f"holds no {missing}", "give a folder with vocab.json and merges.txt")
+        tree = _read_json(folder / "tokenizer.json")
+        model, added = tree["model"], tree.get("added_tokens", [])
+        choose(f"{folder}/tokenizer.json: model.end_of_word_suffix", model.get("end_of_word_suffix"), ("</w>",))
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+        return model["vocab"], merges, [token["content"] for token in added]
+
+    def _build(self, bpe: models.BPE, start: str, end: str, pad: str) -> Encoder:
+        encoder = Encoder(bpe)
+        one_blank = normalizers.Replace(Regex(r"\s+"), " ")
+        encoder.normalizer = normalizers.Sequence([normalizers.NFC(), one_blank, normalizers.Lowercase()])
+        words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+        encoder.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        encoder.post_processor = processors.BertProcessing((end, self.end), (start, self.start))
+        encoder.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in (start, end)])
+        encoder.enable_truncation(self.max_length)
+        encoder.enable_padding(pad_id=self.pad, pad_token=pad, length=self.max_length)
+        return encoder
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Ids of the texts; the first time that texts are cut, one line of log says which.
+
+        UserError for a text that is not valid Unicode: a lone surrogate, as broken bytes of a command line become.
+        """
+        texts = [str(text) for text in texts]
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as e:
+                shown = text.encode(errors="backslashreplace").decode()
+                problem = f"character {e.start + 1} is half of one, not valid Unicode"
+                raise UserError("text", shown, problem, "write it in UTF-8") from None
+        encoded = self._encoder.encode_batch(texts)
+        cut = [i for i, encoding in enumerate(encoded) if encoding.overflowing]
+        if cut and not self._told:
+            self._told = True
+            shown = ", ".join(map(str, cut[:5])) + (", ..." if len(cut) > 5 else "")
+            log.warning(
+                "%d of %d texts are longer than %d tokens and lose their ends (counted from 0: %s); told once",
+                len(cut), len(texts), self.max_length - 2, shown,
+            )  # fmt: skip
+        return np.array([encoding.ids for encoding in encoded], np.int32).reshape(-1, self.max_length)
+
+    def save(self, folder: str | Path):
+        """Write the files it was read from, as they were, to a folder, made if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            (Path(folder) / name).write_bytes(content)

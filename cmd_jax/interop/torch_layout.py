@@ -1,0 +1,178 @@
+"""Tensors of PyTorch weight files as parameters of ours: read into their shards one at a time, and back.
+
+place: init -> tree of ShapeDtypeStructs with shardings, where init(key) makes a module's boxed parameters; for example
+functools.partial(cmd_jax.state.abstract, mesh=mesh, rules=rules).
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from cmd_jax.errors import UserError
+from cmd_jax.interop.weights import flatten, read_state_dict, unflatten
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+NAMES_IN_ERROR = 3
+
+
+class Tensor(NamedTuple):
+    """Where a parameter lies in a torch file.
+
+    order: our dimension i is torch's order[i]. ones: how many dimensions of length 1 torch has after those.
+    part of parts: torch stacks that many parameters of equal shapes along its first dimension.
+    """
+
+    name: str
+    order: tuple[int, ...]
+    ones: int = 0
+    part: int = 0
+    parts: int = 1
+
+    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """Torch's shape, given that of the parameter."""
+        first, *rest = (ours[i] for i in np.argsort(self.order))
+        return (first * self.parts, *rest, *(1,) * self.ones)
+
+    def index(self, ours: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """The part of torch's tensor that holds part `ours` of a parameter of that shape."""
+        (start, stop), *rest = (ours[i].indices(shape[i])[:2] for i in np.argsort(self.order))
+        offset = self.part * shape[self.order.index(0)]
+        return (slice(start + offset, stop + offset), *(slice(*r) for r in rest), *(slice(0, 1),) * self.ones)
+
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        return array.reshape(array.shape[: len(self.order)]).transpose(self.order)
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        array = array.transpose(np.argsort(self.order))
+        return array.reshape(array.shape + (1,) * self.ones)
+
+
+class Weights(NamedTuple):
+    """Open files. shapes: of all tensors, by name. read: (name, slices) -> array in the file's dtype."""
+
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str, tuple[slice, ...]], np.ndarray]
+
+
+def find_weights(folder: Path, stem: str) -> Path:
+    """The weights file of a folder, or the index of several: `stem`.safetensors before a variant, that before .bin."""
+    variants = sorted({*folder.glob(f"{stem}.*.safetensors"), *folder.glob(f"{stem}.safetensors.index.*.json")})
+    plain = [folder / f"{stem}{ending}" for ending in (".safetensors", ".safetensors.index.json", ".bin")]
+    for path in (*plain[:2], *(variants if len(variants) == 1 else ()), plain[2]):
+        if path.is_file():
+            return path
+    if variants:
+        names = ", ".join(path.name for path in variants)
+        raise UserError("weights", folder, f"holds the variants {names}", f"call the wanted one {plain[0].name}")
+    raise UserError("weights", plain[0], "no such file", "fetch the whole folder, or give the right one")
+
+
+@contextlib.contextmanager
+def open_weights(path: Path) -> Iterator[Weights]:
+    """A .safetensors file, the index of several, or a torch file; UserError for what is damaged, also while reading."""
+    try:
+        with contextlib.ExitStack() as stack:
+            yield _open(path, stack)
+    except (SafetensorError, OSError) as e:
+        raise UserError("weights", path, f"damaged or incomplete ({e})", "fetch or write the file again") from e
+
+
+def _open(path: Path, stack: contextlib.ExitStack) -> Weights:
+    if path.suffix == ".bin":
+        tensors = read_state_dict(path)
+        return Weights({name: a.shape for name, a in tensors.items()}, lambda name, index: tensors[name][index])
+    slices = {}
+    for part in _parts(path) if path.suffix == ".json" else [path]:
+        file = stack.enter_context(safe_open(part, framework="numpy"))
+        slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    for name, s in slices.items():
+        if s.get_dtype() not in FLOATS:
+            problem = f"{name} is of dtype {s.get_dtype()}"
+            raise UserError("weights", path, problem, f"give weights in one of {', '.join(FLOATS)}")
+    return Weights({n: tuple(s.get_shape()) for n, s in slices.items()}, lambda name, index: slices[name][index])
+
+
+def _parts(index: Path) -> list[Path]:
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        outside = [name for name in files if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError("weights", index, "not an index of weight files", "fetch the file again") from e
+    if outside:
+        raise UserError("weights", index, f"names {outside[0]}, outside its folder", "fetch the file again")
+    for name in files:
+        if not (index.parent / name).is_file():
+            raise UserError("weights", index.parent / name, f"missing, {index.name} names it", "fetch the whole folder")
+    return [index.parent / name for name in files]
+
+
+def load_params(path: Path, init, tensor_of, dtype="float32", place=None, rename=str, blame=None) -> dict:
+    """The parameters that init(key) would make, from a weights file; numpy arrays, or laid out as `place` says.
+
+    tensor_of: (our path, number of dimensions) -> Tensor. dtype: of the arrays, whatever the file's. rename: name in
+    the file -> name of a Tensor. blame: (names that are missing or left over, names of another shape) -> what may be
+    wrong, or None. Only the parts for devices here are read. UserError for tensors that do not fit, of all three kinds.
+    """
+    like = place(init) if place else jax.eval_shape(lambda key: nn.meta.unbox(init(key)), jax.random.key(0))
+    like = flatten(like)
+    layout = {ours: tensor_of(ours, leaf.ndim) for ours, leaf in like.items()}
+    with open_weights(path) as weights:
+        stored = {rename(name): name for name in weights.shapes}
+        found = {name: weights.shapes[original] for name, original in stored.items()}
+        wanted = {tensor.name: tensor.shape(like[ours].shape) for ours, tensor in layout.items()}
+        _compare(path, found, wanted, blame)
+
+        def read(ours, leaf):
+            tensor = layout[ours]
+
+            def part(index):
+                array = weights.read(stored[tensor.name], tensor.index(index, leaf.shape))
+                return np.ascontiguousarray(tensor.to_ours(array), jnp.dtype(dtype))
+
+            if place is None:
+                return part((slice(None),) * leaf.ndim)
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+        return unflatten({ours: read(ours, leaf) for ours, leaf in like.items()})
+
+
+def _compare(path: Path, found: dict, wanted: dict, blame):
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    misshapen = sorted(name for name in found.keys() & wanted.keys() if found[name] != wanted[name])
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of {len(wanted)} tensors are missing: {_some(missing)}")
+    if extra:
+        problems.append(f"the model has no place for {len(extra)}: {_some(extra)}")
+    if misshapen:
+        shown = [f"{name} {list(found[name])}, expected {list(wanted[name])}" for name in misshapen]
+        problems.append(f"{len(misshapen)} of another shape: {_some(shown)}")
+    if problems:
+        likely = blame and blame([*missing, *extra], misshapen)
+        remedy = "give weights and config.json of one model" + (f" (likely {likely} is wrong)" if likely else "")
+        raise UserError("weights", path, "; ".join(problems), remedy)
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - NAMES_IN_ERROR
+    return ", ".join(names[:NAMES_IN_ERROR]) + (f" and {more} more" if more > 0 else "")
+
+
+def torch_state(params, tensor_of) -> dict[str, np.ndarray]:
+    """Host parameters -> {torch name: array in torch's layout}, in their dtypes."""
+    parts = {}
+    for ours, array in flatten(params).items():
+        tensor = tensor_of(ours, array.ndim)
+        parts.setdefault(tensor.name, {})[tensor.part] = tensor.to_torch(np.asarray(array))
+    return {
+        name: np.concatenate([found[i] for i in sorted(found)]) if len(found) > 1 else found[0]
+        for name, found in sorted(parts.items())
+    }
