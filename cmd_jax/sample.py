@@ -76,7 +76,7 @@ class Sampler:
         choose(f"sampling.{name}_solver", solver or process.solvers[0], process.solvers)
         if self.options.eta and (solver or process.solvers[0]) != "ddim":
             raise UserError("sampling.eta", self.options.eta, f"the {name} solver is not ddim", "set it to 0.0")
-        # The spacing "even" leaves out the least noisy timestep for dpmpp, which steps to clean data from the one before.
+        # With the spacing "even" dpmpp steps to clean data from the timestep before the least noisy one.
         most = None if isinstance(process, Flow) else len(process.schedule) - (solver == "dpmpp")
         check_count(f"sampling.{name}_steps", steps, most)
 
