@@ -188,7 +188,9 @@ def test_weights_in_several_files(tmp_path):
     index, parts = split(folder)
     assert same_as_original(load_unet(folder)[1], "unet")
     parts[1].unlink()
-    assert refusal(load_unet, folder) == (f"weights={parts[1]}: missing, {index.name} names it; fetch the whole folder")
+    line = refusal(load_unet, folder)  # a long path is shown shortened
+    assert line.startswith(f"weights={str(parts[1])[:100]}")
+    assert line.endswith(f": missing, {index.name} names it; fetch the whole folder")
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../x.safetensors"}}))
     assert "names ../x.safetensors, outside its folder" in refusal(load_unet, folder)
     for text in ("{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
