@@ -195,7 +195,8 @@ def test_weights_in_several_files(tmp_path):
     assert "names ../x.safetensors, outside its folder" in refusal(load_unet, folder)
     for text in ("{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
         index.write_text(text)
-        assert refusal(load_unet, folder).startswith(f"weights={index}: not an index of weight files"), text
+        line = refusal(load_unet, folder)
+        assert line.startswith(f"weights={str(index)[:100]}") and ": not an index of weight files" in line, text
 
 
 def test_names_of_attention_as_in_the_published_vaes(tmp_path):
