@@ -418,7 +418,7 @@ def test_devices_that_the_batch_does_not_fit_are_refused_before_anything_is_trai
 
 
 def test_training_survives_kills_and_changing_devices(real, tmp_path, capsys):
-    command = ["verify-resume", f"--config={CONFIG}", f"--workdir={tmp_path}", "--kills=2", "--devices=2,1,2"]
+    command = ["verify-resume", f"--config={CONFIG}", f"--workdir={tmp_path}", "--kills=1", "--devices=2,1"]
     code = main([*command, "--config.train.steps=24", "--config.train.checkpoint_every=4"])
     shown = capsys.readouterr().out
     assert code == 0, shown
@@ -426,11 +426,11 @@ def test_training_survives_kills_and_changing_devices(real, tmp_path, capsys):
     assert report["equal"] and "FAIL" not in shown
     runs = report["runs"]
     assert runs["killed"]["digests"] == runs["whole"]["digests"]
-    assert (len(runs["killed"]["kills"]), runs["killed"]["starts"]) == (2, 3)
+    assert (len(runs["killed"]["kills"]), runs["killed"]["starts"]) == (1, 2)
     ledger = (tmp_path / "verify-resume" / "devices" / "autoencoder" / "ledger.jsonl").read_text().splitlines()
     starts = [json.loads(line) for line in ledger if "start" in json.loads(line)]
-    assert [start["devices"] for start in starts] == [2, 1, 2]
-    assert starts[0]["start"] == 0 and 8 <= starts[1]["start"] < 16 <= starts[2]["start"] < 24
+    assert [start["devices"] for start in starts] == [2, 1]
+    assert starts[0]["start"] == 0 and 12 <= starts[1]["start"] < 24
 
 
 @pytest.mark.slow
