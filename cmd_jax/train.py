@@ -113,7 +113,6 @@ def train(config, workdir: Path) -> dict:
             with contextlib.closing(Metrics(folder, start, writes=is_leader())) as metrics:
                 report = StepLog(config, start, name_of, metrics, flight, console)
                 loop = Loop(config, stage, optimizer, mesh, boxed, plan, facts, checkpoints, report, peers, stop, begun)
-                loop.saved = start  # what is restored, or could be made again from the seed
                 state = loop.run(state, data)
                 with peers.busy():
                     loop.save(state)
@@ -209,6 +208,7 @@ class Loop:
         """state, donated -> the last one. The metrics of a step are looked at when the next one is under way."""
         options, start, pending, update = self.config.train, int(state.step), None, None
         quiet, asked, stopping = self._flag(False), self._flag(True), False
+        self.saved = start  # it was restored, or can be made again from the seed
         self.stop.running = True
         with self.report.progress:
             for step, batch in zip(range(start, options.steps), data, strict=False):
