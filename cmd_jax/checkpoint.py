@@ -8,7 +8,6 @@ Orbax alone restores flipped bits in silence.
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
@@ -32,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from cmd_jax import __version__
 from cmd_jax.config import from_json
 from cmd_jax.errors import UserError
+from cmd_jax.hosts import digest
 from cmd_jax.interop.weights import flatten, read_metadata, read_state_dict, unflatten, write_safetensors
 from cmd_jax.manifest import CutOff, Damaged, sync_folder, verify, write_manifest
 from cmd_jax.report.video import atomic_path
@@ -73,34 +73,6 @@ def read_json(path: Path):
 
 
 # Trees of arrays.
-
-
-def whole(leaf) -> np.ndarray:
-    """One array on every host. Every process must call it where the array is spread over several."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
-        return multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
-
-
-def to_host(tree):
-    """The tree as numpy arrays in process 0, None in the others; every process must call it. One array at a time."""
-    keep = jax.process_index() == 0
-    leaves, treedef = jax.tree.flatten(tree)
-    leaves = [whole if keep else None for whole in map(whole, leaves)]
-    return jax.tree.unflatten(treedef, leaves) if keep else None
-
-
-def digest(tree) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a tree of arrays, however they are laid out.
-
-    Every process must call it where arrays are spread over several; all get the same.
-    """
-    sha = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        array = np.ascontiguousarray(whole(leaf))
-        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        sha.update(array.tobytes())
-    return sha.hexdigest()
 
 
 def check_tree(field: str, found, wanted, remedy: str, config: dict | None = None):

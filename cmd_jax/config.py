@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from cmd_jax import defaults
 from cmd_jax.errors import UserError, choose, nearest
-from cmd_jax.stages import build_autoencoder, build_denoiser, build_process
+from cmd_jax.interop.diffusers import SOURCE
+from cmd_jax.stages import build_autoencoder, build_denoiser, build_process, reads_text
 
 STAGES = ("autoencoder", "content", "motion")
 
@@ -57,7 +58,7 @@ def _run(path: Path, argument: str) -> ConfigDict:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = module.get_config(argument)
-        different = keys(config) ^ keys(defaults.stage(config.stage))
+        different = keys(config) ^ keys(defaults.like(config))
     except UserError:
         raise
     except Exception as e:
@@ -103,7 +104,14 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    return ConfigDict(json.loads(text))
+    """A config that was written by `to_json`; keys that are newer than it have their defaults."""
+
+    def filled(values: dict, default: dict) -> dict:
+        both = {k: filled(v, default[k]) if isinstance(default.get(k), dict) else v for k, v in values.items()}
+        return default | both
+
+    config = ConfigDict(json.loads(text))
+    return ConfigDict(filled(config.to_dict(), defaults.like(config).to_dict()))
 
 
 # Numbers that must be positive, wherever they appear; those that may be zero; and those from zero to one.
@@ -112,13 +120,14 @@ POSITIVE = {
     "motion_channels", "learning_rate", "accumulate", "log_every", "checkpoint_every", "keep", "threads", "prefetch",
     "content_steps", "motion_steps", "num", "motions", "clips", "rotary_base", "fps", "probe_timeout", "videos",
     "shown", "content_patch", "eps", "timesteps", "time_std", "discriminator_channels", "discriminator_layers",
-    "slices", "start_timeout", "peer_timeout",
+    "slices", "start_timeout", "peer_timeout", "vae_frames",
 }  # fmt: skip
 NOT_NEGATIVE = {
     "seed", "warmup_steps", "clip_norm", "l1", "l2", "lpips", "adversarial", "feature_matching", "preview_every",
     "cache_clips", "clip", "guidance", "report_above", "expected", "stall_timeout",
 }  # fmt: skip
 FRACTIONS = {"ema_decay", "label_dropout", "max_bad_fraction", "b1", "b2", "eta"}
+DTYPES = ("float32", "bfloat16")
 SEEDS = 2**32  # jax.random.key takes a seed modulo this
 
 
@@ -128,7 +137,7 @@ def check(config: ConfigDict) -> ConfigDict:
     if config.seed >= SEEDS:
         raise UserError("seed", config.seed, "too large", f"use at most {SEEDS - 1}")
     if "model" in config:
-        choose("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+        choose("model.dtype", config.model.dtype, DTYPES)
         choose("model.remat", config.model.remat, ("none", "full", "dots"))
     if "train" in config:
         divisible("train.batch_size", config.train.batch_size, "train.accumulate", config.train.accumulate)
@@ -141,18 +150,11 @@ def check(config: ConfigDict) -> ConfigDict:
             raise UserError(
                 "optimizer.warmup_steps", warmup, f"not below train.steps={steps}", f"use at most {steps - 1}"
             )
+    _check_pretrained(config)
     # Building a module refuses unknown choices; doing it here spares the user the opening of the data before that.
     if config.stage == "autoencoder":
-        build_autoencoder(config.model)
-        for side in ("height", "width"):
-            divisible(f"data.{side}", config.data[side], "model.patch", config.model.patch)
-        needed = 4 if config.model.position == "rotary" else 1
-        divisible("model.head_dim", config.model.head_dim, "what axial rotary positions need", needed)
-        if config.model.channels != 3:
-            raise UserError("model.channels", config.model.channels, "clips have 3 channels", "use 3")
-        if config.loss.vgg and not config.loss.lpips:
-            raise UserError("loss.lpips", 0.0, "loss.vgg is given but would not be used", "set loss.lpips=4.0")
-    if config.stage in ("content", "motion"):
+        _check_autoencoder(config)
+    if config.stage in ("content", "motion") and not defaults.fine_tunes(config):
         build_denoiser(config, channels=1, classes=1, process=build_process(config.diffusion))
         divisible("model.width", config.model.width, "model.heads", config.model.heads)
         divisible("model.width", config.model.width, "what sin-cos tables need", 4)
@@ -160,6 +162,39 @@ def check(config: ConfigDict) -> ConfigDict:
             problem = "clips pixels, but latents.normalize=True diffuses in other units"
             raise UserError("diffusion.clip", config.diffusion.clip, problem, "set one of the two off")
     return config
+
+
+def _check_pretrained(config: ConfigDict):
+    choose("pretrained.dtype", config.pretrained.dtype, DTYPES)
+    if config.pretrained.path:
+        divisible("data.frames", config.data.frames, "pretrained.vae_frames", config.pretrained.vae_frames)
+    if config.stage in ("content", "motion") and reads_text(config) and not config.pretrained.path:
+        raise UserError("pretrained.path", "", "missing: this stage reads texts", SOURCE)
+
+
+def _check_autoencoder(config: ConfigDict):
+    model, loss = config.model, config.loss
+    build_autoencoder(model)
+    needed = 4 if model.position == "rotary" else 1
+    divisible("model.head_dim", model.head_dim, "what axial rotary positions need", needed)
+    if loss.vgg and not loss.lpips:
+        raise UserError("loss.lpips", 0.0, "loss.vgg is given but would not be used", "set loss.lpips=4.0")
+    if model.mode == "pixel":
+        for side in ("height", "width"):
+            divisible(f"data.{side}", config.data[side], "model.patch", model.patch)
+        if model.channels != 3:
+            raise UserError("model.channels", model.channels, "clips have 3 channels", "use 3, or model.mode=latent")
+        if config.latents.cache_clips:
+            problem = "pixels have no VAE latents to keep"
+            raise UserError("latents.cache_clips", config.latents.cache_clips, problem, "use 0, or model.mode=latent")
+        if config.pretrained.path:
+            problem, remedy = "not used by an autoencoder of pixels", "leave it out, or set model.mode=latent"
+            raise UserError("pretrained.path", config.pretrained.path, problem, remedy)
+    else:
+        if not config.pretrained.path:
+            raise UserError("pretrained.path", "", "missing: model.mode=latent needs its VAE", SOURCE)
+        if loss.lpips:
+            raise UserError("loss.lpips", loss.lpips, "compares pixels, not latents", "set loss.lpips=0.0")
 
 
 def divisible(field: str, size: int, by_field: str, by: int):

@@ -23,8 +23,8 @@ RULES = (  # logical axis of a parameter or activation -> mesh axes
     ("conv_height", ()),
     ("conv_width", ()),
     ("conv_time", ()),
-    ("conv_in", ()),
-    ("conv_out", ()),
+    ("conv_in", ("fsdp",)),
+    ("conv_out", ("tensor",)),
 )
 
 
@@ -39,7 +39,7 @@ def data(**changes) -> ConfigDict:
             clips=20_000,  # shapes: how many
             seed=0,  # shapes: which
             root="",  # folder: where
-            layout="auto",  # folder: "auto", "ucf101", "classes" or "metadata"
+            layout="auto",  # folder: "auto", "ucf101", "classes", "metadata" or "webvid"
             fold=1,  # ucf101: split files 1, 2 or 3
             split="train",
             stride=1,  # folder: take every n-th frame
@@ -68,7 +68,12 @@ def _common(stage: str) -> ConfigDict:
         peer_timeout=60.0,  # a process silent for so long is lost, and the job ends
         stall_timeout=1800.0,  # so long without a finished step is a stall, and the job ends; 0: never
     )
-    return ConfigDict(dict(stage=stage, seed=0, mesh=mesh, processes=processes, rules=RULES))
+    pretrained = dict(
+        path="",  # folder of a Stable Diffusion model; empty: frames are pixels, conditions are classes
+        dtype="float32",  # of its VAE and text encoder
+        vae_frames=1,  # frames of each clip that the VAE takes at once
+    )
+    return ConfigDict(dict(stage=stage, seed=0, mesh=mesh, processes=processes, rules=RULES, pretrained=pretrained))
 
 
 def _training(stage: str) -> ConfigDict:
@@ -125,6 +130,7 @@ def autoencoder() -> ConfigDict:
             discriminator_layers=3,
         )
     )
+    config.latents = ConfigDict(dict(cache_clips=0))  # VAE latents of that many clips, made once; 0: of every batch
     config.optimizer.update(learning_rate=1e-5, b1=0.5, b2=0.9)
     return config
 
@@ -132,7 +138,16 @@ def autoencoder() -> ConfigDict:
 def _denoiser(stage: str) -> ConfigDict:
     config = _training(stage)
     config.model = ConfigDict(
-        dict(patch=2, width=1024, depth=24, heads=16, position="sincos", remat="none", dtype="float32")
+        dict(
+            patch=2,
+            width=1024,
+            depth=24,
+            heads=16,
+            condition="class",  # or "text"
+            position="sincos",
+            remat="none",
+            dtype="float32",
+        )
     )
     config.latents = ConfigDict(
         dict(
@@ -159,14 +174,28 @@ def _denoiser(stage: str) -> ConfigDict:
 
 
 def content() -> ConfigDict:
-    """Stage 2: p(content | class) (paper section 3.2)."""
+    """Stage 2: p(content | class), by a DiT from scratch (paper section 3.2)."""
     config = _denoiser("content")
     config.diffusion.clip = 1.0
     return config
 
 
+def fine_tuned_content() -> ConfigDict:
+    """Stage 2: p(content | text), by the UNet of `pretrained.path`, whose files say what it predicts and how."""
+    config = _denoiser("content")
+    config.model = ConfigDict(dict(remat="none", dtype="float32"))
+    del config.diffusion, config.latents.normalize
+    config.optimizer.clip_norm = 0.0
+    return config
+
+
+def fine_tunes(config) -> bool:
+    """Whether a config is one of `fine_tuned_content`."""
+    return config.stage == "content" and "diffusion" not in config
+
+
 def motion() -> ConfigDict:
-    """Stage 3: p(motion | content, class) (paper section 3.2)."""
+    """Stage 3: p(motion | content, class or text) (paper section 3.2)."""
     config = _denoiser("motion")
     config.model.content_patch = 4
     return config
@@ -180,9 +209,12 @@ def sample() -> ConfigDict:
     config.sampling = ConfigDict(
         dict(
             mode="generate",  # "reconstruct", "vary-motion", "animate"
-            num=8,
+            num=8,  # videos; with prompts: of each
             batch_size=8,
             classes="",  # names or numbers, separated by commas; empty: all in turn
+            prompt="",  # for models conditioned on texts
+            prompts_file="",  # many of them: .txt, .csv, .jsonl or MSR-VTT's .json
+            negative="",  # what guidance leads away from, instead of the empty text
             guidance=4.0,
             content_steps=50,
             content_solver="",  # ddim, ddpm, dpmpp; for flow euler, heun; empty: the first of them
@@ -200,6 +232,11 @@ def sample() -> ConfigDict:
 
 
 def stage(name: str) -> ConfigDict:
-    """The defaults of a stage, locked: setting an undeclared key raises."""
-    config = {"autoencoder": autoencoder, "content": content, "motion": motion, "sample": sample}[name]()
-    return config.lock()
+    """The defaults of a stage, locked: setting an undeclared key raises. "fine_tuned_content" is a content stage."""
+    makers = (autoencoder, content, fine_tuned_content, motion, sample)
+    return {maker.__name__: maker for maker in makers}[name]().lock()
+
+
+def like(config) -> ConfigDict:
+    """The defaults that a config started from."""
+    return stage("fine_tuned_content" if fine_tunes(config) else config.stage)

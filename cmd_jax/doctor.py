@@ -15,14 +15,18 @@ from rich.console import Console
 from rich.table import Table
 
 from cmd_jax.checkpoint import read_json, versions
+from cmd_jax.conditions import Classes, Texts
 from cmd_jax.config import from_json, load
-from cmd_jax.data.layouts import LAYOUTS, check_root, detect
+from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.sources import open_source
-from cmd_jax.errors import UserError, choose
+from cmd_jax.errors import UserError
+from cmd_jax.frames import Pixels, VAELatents
 from cmd_jax.interop.weights import read_metadata
+from cmd_jax.models.vae import init_vae
 from cmd_jax.models.vgg import LPIPS
+from cmd_jax.pretrained import stated, stated_conditions, stated_space
 from cmd_jax.sharding import Placed, batch_ways, check_batch, layout, make_mesh, replicated_report
-from cmd_jax.stages import DIFFUSION_STAGES, AutoencoderStage, FrozenAutoencoder, check_patches
+from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage, reads_text
 from cmd_jax.state import make_optimizer
 
 MIB = 2**20
@@ -99,15 +103,22 @@ def trained(config, others: "Others") -> tuple[dict, int]:
     data, frozen = config.data, {}
     clip_bytes = math.prod((data.frames, data.height, data.width, 3))  # uint8
     if config.stage == "autoencoder":
-        params = jax.eval_shape(AutoencoderStage(config).init, abstract_key())
+        space = others.space(config, {})
+        stage = AutoencoderStage(config, space=space)
+        params, frozen = jax.eval_shape(stage.init, abstract_key()), parameters_of(space)
         if config.loss.vgg:
             images = [jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)] * 2
-            frozen = nn.unbox(jax.eval_shape(LPIPS().init, abstract_key(), *images))
+            frozen["lpips"] = nn.unbox(jax.eval_shape(LPIPS().init, abstract_key(), *images))
+        if config.latents.cache_clips:
+            clip_bytes = 4 * math.prod(stage.video_shape)
     else:
         autoencoder, frozen = others.autoencoder()
-        params = others.denoiser(config, autoencoder, others.classes(config.data))
+        conditions = others.conditions(config, {})
+        params, frozen = others.denoiser(config, autoencoder, conditions, {}), frozen | parameters_of(conditions)
         if config.latents.cache_clips:
-            shapes = (autoencoder.content_shape, autoencoder.motion_shape)
+            shapes = [autoencoder.content_shape, autoencoder.motion_shape]
+            if isinstance(conditions, Texts):
+                shapes.append((conditions.module.length, conditions.module.width))
             clip_bytes = sum(4 * math.prod(shape) for shape in shapes)
     trees = {"params": params, "ema": params}
     trees["opt_state"] = jax.eval_shape(make_optimizer(config.optimizer).init, params)
@@ -117,12 +128,21 @@ def trained(config, others: "Others") -> tuple[dict, int]:
 def sampled(config, others: "Others") -> tuple[dict, int]:
     """What sampling holds, as `trained`."""
     autoencoder, params = others.autoencoder()
-    params = {"autoencoder": params}
-    for name in DIFFUSION_STAGES:
+    for name in ("content", "motion"):
         stage, facts = others.stage(name)
-        classes = len(facts["class_names"]) if facts else others.classes(stage.data)
-        params[name] = others.denoiser(stage, autoencoder, classes)
-    return {"params": params}, 4 * math.prod(autoencoder.video_shape)  # float32 video
+        conditions = others.conditions(stage, facts)
+        params |= parameters_of(conditions) | {name: others.denoiser(stage, autoencoder, conditions, facts)}
+    return {"params": params}, 4 * math.prod(autoencoder.clip_shape)  # float32 video
+
+
+def parameters_of(part: Pixels | VAELatents | Classes | Texts) -> dict:
+    """Boxed abstract parameters of the VAE or text encoder by its name, or {} for what has none."""
+    if isinstance(part, VAELatents):
+        return {"vae": jax.eval_shape(lambda key: init_vae(part.module, key), abstract_key())}
+    if isinstance(part, Texts):
+        ids = jax.ShapeDtypeStruct((1, 1), np.int32)
+        return {"text_encoder": jax.eval_shape(part.module.init, abstract_key(), ids)["params"]}
+    return {}
 
 
 def abstract_key():
@@ -151,7 +171,7 @@ class Others:
         else:
             file, _, argument = self.specification.partition(":")
             values = [word for word in argument.split(",") if "=" in word]
-            data = {key: value for key, value in self.overrides.items() if key.startswith("data.")}
+            data = {k: value for k, value in self.overrides.items() if k.startswith(("data.", "pretrained."))}
             path, facts = f"{file}:{','.join([name, *values])}", {}
             config = load(path, data)
         self.console.print(f"{name}: as in {path}", markup=False)
@@ -172,15 +192,27 @@ class Others:
         return self.workdir and self.workdir / name, False
 
     def autoencoder(self) -> tuple[FrozenAutoencoder, dict]:
-        """-> (the autoencoder without values, its boxed abstract parameters)."""
-        config, _ = self.stage("autoencoder")
-        autoencoder = FrozenAutoencoder(config, {"autoencoder": {}})
+        """-> (the autoencoder without values, its and its VAE's boxed abstract parameters by their names)."""
+        config, facts = self.stage("autoencoder")
+        space = self.space(config, facts)
+        autoencoder = FrozenAutoencoder(config, {"autoencoder": {}}, space)
         video = jax.ShapeDtypeStruct((1, *autoencoder.video_shape), np.float32)
-        return autoencoder, jax.eval_shape(autoencoder.module.init, abstract_key(), video)["params"]
+        params = jax.eval_shape(autoencoder.module.init, abstract_key(), video)["params"]
+        return autoencoder, {"autoencoder": params} | parameters_of(space)
 
-    def denoiser(self, config, autoencoder: FrozenAutoencoder, classes: int) -> dict:
-        check_patches(config, autoencoder)
-        stage = DIFFUSION_STAGES[config.stage](config, autoencoder, classes, statistics={})
+    def space(self, config, facts: dict) -> Pixels | VAELatents:
+        """Of an autoencoder's config, and its facts where it is trained."""
+        return stated_space((facts or stated(config.pretrained)) if config.model.mode == "latent" else {})
+
+    def conditions(self, config, facts: dict) -> Classes | Texts:
+        """Of a denoiser's config, and its facts where it is trained."""
+        if reads_text(config):
+            return stated_conditions(facts or stated(config.pretrained))
+        return Classes(len(facts["class_names"]) if facts else self.classes(config.data))
+
+    def denoiser(self, config, autoencoder: FrozenAutoencoder, conditions: Classes | Texts, facts: dict) -> dict:
+        image_model = (facts or stated(config.pretrained)).get("image_model")
+        stage = diffusion_stage(config, autoencoder, conditions, {}, image_model)
         return jax.eval_shape(stage.init, abstract_key())
 
     def classes(self, data) -> int:
@@ -190,9 +222,7 @@ class Others:
                 return len(open_source(data).class_names)
             if not data.root:  # which would be the present folder
                 raise UserError("data.root", "", "not given", "set it to count them")
-            root, layout = check_root(data.root), choose("data.layout", data.layout, ("auto", *LAYOUTS))
-            _, names = LAYOUTS[detect(root) if layout == "auto" else layout](root, data.fold, data.split, {})
-            return len(names)
+            return len(list_clips(data.root, data.layout, data.fold, data.split).class_names)
         except UserError as error:
             self.console.print(f"classes counted as 0: {error}", markup=False)
             return 0

@@ -16,7 +16,12 @@ EXAMPLES = {
         "train one stage, resuming what is there",
         f"{QUICKSTART}:autoencoder --workdir=runs/shapes",
     ),
-    "sample": ("write videos and a gallery", f"{QUICKSTART}:sample,size=long --workdir=runs/shipped"),
+    "sample": (
+        "write videos and a gallery",
+        f"{QUICKSTART}:sample,size=long --workdir=runs/shipped\n"
+        "         cmd-jax sample --config=configs/webvid_sd21.py:sample --workdir=runs/webvid"
+        ' --config.pretrained.path=DIR --prompt="a sailing boat in the evening sun" --num=4',
+    ),
     "evaluate": ("score reconstructions and generated videos", f"{QUICKSTART}:sample --workdir=runs/shapes"),
     "doctor": ("show how the model lies on the devices, and what is not split", f"{QUICKSTART}:content"),
     "verify-resume": (
@@ -25,9 +30,20 @@ EXAMPLES = {
         " --config.train.checkpoint_every=10 --config.optimizer.warmup_steps=10",
     ),
 }
+CONVERT = "cmd-autoencoder autoencoder.pt autoencoder.safetensors --architecture=autoencoder.json"
 OVERRIDE = "--config.KEY=VALUE sets any value of the config, like --config.seed=1"
 
 
+SAMPLING = {  # flags of `sample` -> what they stand for, and the keys that they set
+    "prompt": ("TEXT", "what to draw", ("sampling.prompt",)),
+    "prompts-file": ("FILE", "many prompts: .txt, .csv, .jsonl, or MSR-VTT's .json", ("sampling.prompts_file",)),
+    "negative": ("TEXT", "what to lead away from", ("sampling.negative",)),
+    "guidance": ("G", "1: none", ("sampling.guidance",)),
+    "steps": ("N", "of both denoisers", ("sampling.content_steps", "sampling.motion_steps")),
+    "solver": ("NAME", "of both denoisers, like ddim or dpmpp", ("sampling.content_solver", "sampling.motion_solver")),
+    "seed": ("N", "of the noise", ("seed",)),
+    "num": ("N", "videos; with prompts: of each", ("sampling.num",)),
+}
 DISTRIBUTED = ("train", "sample", "evaluate")  # what several processes do together
 
 
@@ -38,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError("command", self.prog, message, f"see {self.prog} --help")
 
 
-def build_parser() -> Parser:
+def build_parser(arguments: list[str]) -> Parser:
     parser = Parser(prog="cmd-jax", description="Train and sample CMD video diffusion.")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -66,15 +82,34 @@ def build_parser() -> Parser:
             sub.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
             sub.add_argument("--num-processes", metavar="N", type=int)
             sub.add_argument("--process-id", metavar="I", type=int, help="0 to N-1")
+        if verb == "sample":
+            for flag, (metavar, what, keys) in SAMPLING.items():
+                sub.add_argument(f"--{flag}", metavar=metavar, help=f"{what} (config.{', config.'.join(keys)})")
         if verb == "verify-resume":
             sub.add_argument("--kills", metavar="N", type=int, default=5, help="SIGKILLs, about half of them in a save")
             sub.add_argument("--devices", metavar="N,N,...", help="device counts to train on in turn; default: all")
+    add_convert(verbs, "convert" in arguments)
     return parser
+
+
+def add_convert(verbs, asked: bool):
+    """The verb that takes files, not a config. Its module, which loads JAX, is imported only if it is `asked` for."""
+    what = "convert files of weights, PyTorch's to ours and back"
+    epilog = f"example: cmd-jax convert {CONVERT}"
+    sub = verbs.add_parser(
+        "convert", help=what, description=what, epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
+    if asked:
+        from cmd_jax.convert import add_flags
+
+        add_flags(sub)
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """Known flags, and the `--config.key=value` overrides."""
-    known, rest = build_parser().parse_known_args(arguments)
+    known, rest = build_parser(arguments).parse_known_args(arguments)
     overrides = {}
     for flag in rest:
         name, equals, value = flag.partition("=")
@@ -84,9 +119,18 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
                 flags += ["--distributed=auto", "--coordinator=HOST:PORT", "--num-processes=N", "--process-id=I"]
             if known.verb == "verify-resume":
                 flags += ["--kills=N", "--devices=N,N"]
+            if known.verb == "sample":
+                flags += [f"--{name}={metavar}" for name, (metavar, _, _) in SAMPLING.items()]
             raise UserError("flag", flag, f"not a flag of {known.verb}", f"did you mean {nearest(flag, flags)[0]}")
         overrides[name.removeprefix("--config.")] = value
-    for flag in ("config",) if known.verb == "doctor" else ("config", "workdir"):
+    for flag, (_, _, keys) in SAMPLING.items() if known.verb == "sample" else ():
+        value = getattr(known, flag.replace("-", "_"))
+        if value is not None:
+            if twice := overrides.keys() & set(keys):
+                raise UserError(f"--{flag}", value, f"--config.{min(twice)} is given too", "give one of the two")
+            overrides |= dict.fromkeys(keys, value)
+    needed = {"doctor": ("config",), "convert": ()}.get(known.verb, ("config", "workdir"))
+    for flag in needed:
         if not getattr(known, flag):
             raise UserError(f"--{flag}", "", "missing", f"see cmd-jax {known.verb} --help")
     return known, overrides
@@ -94,7 +138,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 def run(flags, overrides: dict[str, str]) -> int:
     """Do what the verb says -> exit code. Modules are imported here, since they start JAX."""
-    verb, workdir = flags.verb, Path(flags.workdir).expanduser().absolute() if flags.workdir else None
+    verb = flags.verb
+    if verb == "convert":
+        from cmd_jax.convert import convert
+
+        return convert(flags)
+    workdir = Path(flags.workdir).expanduser().absolute() if flags.workdir else None
     if verb == "doctor":
         from cmd_jax.doctor import doctor
 

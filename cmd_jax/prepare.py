@@ -6,27 +6,34 @@ import hashlib
 import json
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from cmd_jax.checkpoint import Trained, digest, load_trained, read_json, versions, write_json
-from cmd_jax.config import to_json
+from cmd_jax import defaults
+from cmd_jax.checkpoint import Trained, load_trained, read_json, versions, write_json
+from cmd_jax.conditions import Classes
+from cmd_jax.config import divisible, from_json, to_json
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.sources import STATISTICS_CLIPS, channel_statistics, encode_clips, latent_reader, open_source
 from cmd_jax.distributed import agree, is_leader, leader_first, of_leader
 from cmd_jax.errors import UserError
+from cmd_jax.frames import Pixels, VAELatents
+from cmd_jax.hosts import digest
 from cmd_jax.interop.weights import read_state_dict
 from cmd_jax.models.vgg import lpips_params
+from cmd_jax.pretrained import check_same, describe, image_model, load_space, load_texts, stated_space
 from cmd_jax.report.video import atomic_path
 from cmd_jax.sharding import partitioning
-from cmd_jax.stages import DIFFUSION_STAGES, AutoencoderStage, FrozenAutoencoder, check_patches
+from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage, reads_text
 from cmd_jax.state import abstract
 
 # What may change between the runs of one stage folder, and what too where the learning rate does not depend on it.
 RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")
 RESUMABLE += ("data.prefetch", "data.root", "data.probe_timeout", "mesh.", "processes.", "rules", "latents.autoencoder")
+RESUMABLE += ("pretrained.path",)
 RESUMABLE_CONSTANT = ("train.steps", "optimizer.steps")
 
 log = logging.getLogger(__name__)
@@ -78,7 +85,7 @@ def lock_folder(folder: Path):
 def check_same_run(folder: Path, config):
     """UserError for the first key that a resumed run may not change."""
     free = RESUMABLE + (RESUMABLE_CONSTANT if config.optimizer.decay == "constant" else ())
-    texts = (folder / "config.json").read_text(), to_json(config)
+    texts = to_json(from_json((folder / "config.json").read_text())), to_json(config)
     old, new = (flatten_dict(json.loads(text), sep=".") for text in texts)
     # train.* first: optimizer.steps follows train.steps, which is what the user knows.
     for key in sorted(old.keys() | new.keys(), key=lambda key: (not key.startswith("train."), key)):
@@ -101,53 +108,115 @@ def prepare(config, workdir: Path, mesh, console, resuming: bool):
     if source.bad and is_leader():
         write_json(folder / "bad_files.json", source.bad)
     earlier = read_json(folder / "facts.json") if resuming and (folder / "facts.json").exists() else {}
-    if earlier.get("fingerprint", facts["fingerprint"]) != facts["fingerprint"]:
-        raise UserError(
-            "data", config.data.root or config.data.source, "the dataset changed since this run was started",
-            "restore it, or start anew in another --workdir",
-        )  # fmt: skip
-
-    if config.stage == "autoencoder":
-        lpips = lpips_params(read_state_dict(config.loss.vgg)) if config.loss.vgg else None
-        if config.loss.lpips and lpips is None:
-            console.print(
-                "LPIPS is left out of the loss: loss.vgg is empty; give a file of VGG16-LPIPS weights (the state dict "
-                "of the PyPI package lpips), or set loss.lpips=0.0", soft_wrap=True,
-            )  # fmt: skip
-        stage, read, clips = AutoencoderStage(config, lpips), video_reader(source), len(source)
-    else:
-        trained, autoencoder = open_autoencoder(config, workdir, mesh, console)
-        # `digest` is that of the training, which rounded weights keep too; the latents depend on the very numbers.
-        facts |= {"autoencoder": trained.facts["digest"], "autoencoder_params": digest(trained.params)}
-        if earlier.get("autoencoder_params", facts["autoencoder_params"]) != facts["autoencoder_params"]:
-            raise UserError(
-                "latents.autoencoder", config.latents.autoencoder or workdir / "autoencoder",
-                "is not the one this run was started with", "restore it, or start anew in another --workdir",
-            )  # fmt: skip
-        count, normalized = config.latents.cache_clips, config.latents.normalize
-        if count and count < len(source):
-            raise UserError(
-                "latents.cache_clips", count, f"fewer than the {len(source)} clips of the data",
-                "use at least that many, or 0 to encode every batch anew",
-            )  # fmt: skip
-        if count or normalized:
-            latents = encoded_clips(config, workdir, source, autoencoder, facts, count, mesh, console)
-        else:  # only the numbers of channels are needed
-            latents = {"content": np.zeros(autoencoder.content_shape), "motion": np.zeros(autoencoder.motion_shape)}
-        facts["statistics"] = earlier.get("statistics") or channel_statistics(latents, normalized)
-        stage = DIFFUSION_STAGES[config.stage](config, autoencoder, len(source.class_names), facts["statistics"])
-        read, clips = (latent_reader(latents), count) if count else (video_reader(source), len(source))
-        if source.texts and not source.class_names:
-            console.print("the texts of the manifest are not used: without labels the model is trained unconditionally")
+    check_unchanged(
+        "fingerprint", facts, earlier, "data", config.data.root or config.data.source,
+        "the dataset changed since this run was started",
+    )  # fmt: skip
+    prepare_stage = prepare_autoencoder if config.stage == "autoencoder" else prepare_denoiser
+    stage, read, clips = prepare_stage(config, workdir, source, mesh, console, facts, earlier)
     if is_leader():
         write_json(folder / "facts.json", facts)
     return stage, read, clips, lambda i: source.name(i % len(source)), facts
 
 
+def check_unchanged(name: str, facts: dict, earlier: dict, field: str, value, problem: str):
+    """A resumed run must be of the facts it began with."""
+    if name in earlier and earlier[name] != facts[name]:
+        raise UserError(field, value, problem, "restore it, or start anew in another --workdir")
+
+
+def add_part(part: str, config, facts: dict, earlier: dict):
+    """Keep in the facts which part of the pretrained model is used."""
+    facts[part] = describe(config.pretrained, part)
+    problem = f"its {part} is not the one this run was started with"
+    check_unchanged(part, facts, earlier, "pretrained.path", config.pretrained.path, problem)
+
+
+def prepare_autoencoder(config, workdir: Path, source, mesh, console, facts: dict, earlier: dict):
+    """-> (stage, read, clips); adds to the facts."""
+    lpips, space = lpips_params(read_state_dict(config.loss.vgg)) if config.loss.vgg else None, Pixels()
+    if config.loss.lpips and lpips is None:
+        console.print(
+            "LPIPS is left out of the loss: loss.vgg is empty; give a file of VGG16-LPIPS weights (the state dict "
+            "of the PyPI package lpips), or set loss.lpips=0.0", soft_wrap=True,
+        )  # fmt: skip
+    if config.model.mode == "latent":
+        add_part("vae", config, facts, earlier)
+        space = load_space(config.pretrained, partial(abstract, mesh=mesh, rules=config.rules))
+        check_latents(config, space)
+    stage, read = AutoencoderStage(config, lpips, space), video_reader(source)
+    if not config.latents.cache_clips:
+        return stage, read, len(source)
+    encode = lambda params, batch: {"frames": space.encode(params, batch["video"])}  # noqa: E731
+    latents = encoded_clips(config, workdir, source, (read, encode, space.params), facts, mesh, console)
+    return stage, latent_reader(latents), config.latents.cache_clips
+
+
+def check_latents(config, space):
+    """An autoencoder of the latents of this VAE must fit them, and the data must fit both."""
+    if config.model.channels != space.channels:
+        problem = f"the latents of the VAE have {space.channels}"
+        raise UserError("model.channels", config.model.channels, problem, f"use {space.channels}")
+    step = space.factor * config.model.patch
+    for side in ("height", "width"):
+        divisible(f"data.{side}", config.data[side], f"{space.factor} of the VAE x model.patch", step)
+
+
+def prepare_denoiser(config, workdir: Path, source, mesh, console, facts: dict, earlier: dict):
+    """-> (stage, read, clips); adds to the facts."""
+    trained, autoencoder = open_autoencoder(config, workdir, mesh, console)
+    # `digest` is that of the training, which rounded weights keep too; the latents depend on the very numbers.
+    facts |= {"autoencoder": trained.facts["digest"], "autoencoder_params": digest(trained.params)}
+    check_unchanged(
+        "autoencoder_params", facts, earlier, "latents.autoencoder",
+        config.latents.autoencoder or workdir / "autoencoder", "is not the one this run was started with",
+    )  # fmt: skip
+    if "vae" in trained.facts:
+        facts["vae"] = trained.facts["vae"]
+    conditions, tokenizer = Classes(len(source.class_names)), None
+    if reads_text(config):
+        if source.texts is None:
+            remedy = "give clips with texts, data.layout metadata or webvid"
+            raise UserError("data", config.data.root or config.data.source, "has no captions to train on", remedy)
+        add_part("text_encoder", config, facts, earlier)
+        conditions, tokenizer = load_texts(config.pretrained, partial(abstract, mesh=mesh, rules=config.rules))
+    elif config.pretrained.path and "vae" not in facts:
+        problem = "not used by a stage of pixels and classes"
+        raise UserError("pretrained.path", config.pretrained.path, problem, "leave it out")
+    elif source.texts and not source.class_names:
+        console.print("the texts of the manifest are not used: without labels the model is trained unconditionally")
+    if defaults.fine_tunes(config):
+        facts["image_model"] = image_model(config.pretrained)
+
+    count, normalized = config.latents.cache_clips, config.latents.get("normalize", False)
+    read = video_reader(source, tokenizer)
+    params = {"autoencoder": autoencoder.params, "conditions": conditions.params}
+
+    def encode(params, batch):
+        content, motion = autoencoder.encode(params["autoencoder"], batch)
+        out = {"content": content, "motion": motion, "label": batch["label"]}
+        if tokenizer and count:
+            out |= {"ids": batch["ids"], "states": conditions.states(params["conditions"], batch["ids"])}
+        return out
+
+    if count or normalized:
+        latents = encoded_clips(config, workdir, source, (read, encode, params), facts, mesh, console)
+    else:  # only the numbers of channels are needed
+        latents = {"content": np.zeros(autoencoder.content_shape), "motion": np.zeros(autoencoder.motion_shape)}
+    facts["statistics"] = earlier.get("statistics") or channel_statistics(latents, normalized)
+    stage = diffusion_stage(config, autoencoder, conditions, facts["statistics"], facts.get("image_model"))
+    return (stage, latent_reader(latents), count) if count else (stage, read, len(source))
+
+
 def open_autoencoder(config, workdir: Path, mesh, console) -> tuple[Trained, FrozenAutoencoder]:
     """The autoencoder that a diffusion stage is trained on, laid out on the mesh; it must fit the config."""
-    path, rules = Path(config.latents.autoencoder or workdir / "autoencoder"), config.rules
-    trained = load_trained(path, "autoencoder", lambda config, _: abstract(AutoencoderStage(config).init, mesh, rules))
+    path = Path(config.latents.autoencoder or workdir / "autoencoder")
+    place = partial(abstract, mesh=mesh, rules=config.rules)
+
+    def place_autoencoder(autoencoder_config, facts):
+        return place(AutoencoderStage(autoencoder_config, space=stated_space(facts)).init)
+
+    trained = load_trained(path, "autoencoder", place_autoencoder)
     if path.is_dir() and not (path / "summary.json").exists():
         console.print(f"the autoencoder in {path} is not trained to its end; this stage will belong to it as it is now")
     for side in ("frames", "height", "width"):
@@ -156,27 +225,41 @@ def open_autoencoder(config, workdir: Path, mesh, console) -> tuple[Trained, Fro
                 f"data.{side}", config.data[side], f"the autoencoder was trained at {trained.config.data[side]}",
                 "use that, or train an autoencoder for this shape",
             )  # fmt: skip
-    autoencoder = FrozenAutoencoder(trained.config, trained.params)
-    check_patches(config, autoencoder)
-    return trained, autoencoder
+    return trained, FrozenAutoencoder(trained.config, trained.params, open_space(config, trained.facts, place))
 
 
-def encoded_clips(config, workdir: Path, source, autoencoder, facts, count: int, mesh, console) -> dict:
-    """Latents by the frozen autoencoder: of `count` clips to train on, or with 0 of some, all over the data.
+def open_space(config, facts: dict, place) -> Pixels | VAELatents:
+    """The space of frames of a trained autoencoder, by the VAE of `pretrained.path` where it has one."""
+    if "vae" not in facts:
+        return Pixels()
+    check_same(config.pretrained, "vae", facts, "autoencoder")
+    return load_space(config.pretrained, place)
 
-    Both diffusion stages share the file that remembers them. It is named after all that its bits depend on.
+
+def encoded_clips(config, workdir: Path, source, encoding, facts, mesh, console) -> dict:
+    """What `encoding` makes of the first latents.cache_clips clips, or with 0 of some, all over the data.
+
+    encoding: (read, encode, params) as of `encode_clips`. Both diffusion stages share the file that remembers the
+    outcome. It is named after all that its bits depend on.
     """
+    count, batch_size = config.latents.cache_clips, config.train.batch_size
+    if count and count < len(source):
+        raise UserError(
+            "latents.cache_clips", count, f"fewer than the {len(source)} clips of the data",
+            "use at least that many, or 0 to encode every batch anew",
+        )  # fmt: skip
     spread = np.linspace(0, len(source), STATISTICS_CLIPS, endpoint=False).astype(int)
     indices = np.arange(count) % len(source) if count else spread
-    batch_size = config.train.batch_size
-    what = [facts["autoencoder_params"], facts["fingerprint"], count, config.seed, batch_size, mesh.size, versions()]
+    parts = ("autoencoder_params", "vae", "text_encoder", "fingerprint")
+    what = [{part: facts.get(part) for part in parts}, config.pretrained.dtype, count, config.seed]
+    what += [batch_size, mesh.size, versions()]
     path = workdir / f"latents-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}.npz"
     if of_leader(path.exists()):
         with np.load(path) as file:
             return dict(file)
     started = time.perf_counter()
     with partitioning(mesh, config.rules):
-        latents = encode_clips(source, autoencoder, indices, batch_size, mesh, config.seed)
+        latents = encode_clips(*encoding, indices, batch_size, mesh, config.seed)
     if is_leader():
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **latents)

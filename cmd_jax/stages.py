@@ -3,23 +3,32 @@
 A stage is all that the training loop knows:
     name; frozen (arrays the loss reads but never changes);
     init(key) -> parameters, boxed with their logical axes;
+    pretrained(place) -> parameters to start from instead, or None;
     loss(params, frozen, batch, key) -> (scalar, metrics);
     preview(params, frozen, batch, key) -> {name: videos [N, T, H, W, 3] or images [N, H, W, 3] in [-1, 1]}.
-A batch holds "video" uint8 [B, T, H, W, 3] or, encoded before, "content" and "motion"; "label" int32 [B]; and, in
+A batch holds "video" uint8 [B, T, H, W, 3] or, encoded before, "frames" (for the autoencoder) or "content" and
+"motion"; what the condition is made of, "label" int32 [B] or "ids" int32 [B, L] and perhaps "states" [B, L, E]; and, in
 training, "id" int32 [B], which no loss reads.
 """
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cmd_jax import defaults
+from cmd_jax.conditions import Classes, Texts, drop
 from cmd_jax.diffusion.flow import Flow
 from cmd_jax.diffusion.gaussian import PREDICTIONS, Gaussian
 from cmd_jax.diffusion.guidance import guide
 from cmd_jax.diffusion.schedules import Schedule, linear_betas, scaled_linear_betas
 from cmd_jax.errors import UserError, choose
+from cmd_jax.frames import Pixels, VAELatents
+from cmd_jax.interop.diffusers import load_unet
+from cmd_jax.interop.schedulers import SOLVERS, from_scheduler_config
+from cmd_jax.interop.sd_config import unet_from_config
 from cmd_jax.models.autoencoder import CONTENTS, MODES, POSITIONS, Autoencoder, Latents
 from cmd_jax.models.discriminator import (
     PatchDiscriminator,
@@ -27,16 +36,12 @@ from cmd_jax.models.discriminator import (
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
+from cmd_jax.models.dit import CONDITIONS, DiT
 from cmd_jax.models.dit import POSITIONS as DIT_POSITIONS
-from cmd_jax.models.dit import DiT
+from cmd_jax.models.unet import init_unet
 from cmd_jax.models.vgg import LPIPS
 
 PREVIEW_STEPS = 25
-
-
-def pixels(video):
-    """uint8 [0, 255] -> float32 [-1, 1]."""
-    return video.astype(jnp.float32) / 127.5 - 1.0
 
 
 def build_autoencoder(model) -> Autoencoder:
@@ -60,12 +65,18 @@ def build_process(config) -> Gaussian | Flow:
     return Gaussian(Schedule.from_betas(betas), config.prediction, config.learned_range, config.clip or None)
 
 
-def build_denoiser(config, channels: int, classes: int, process) -> DiT:
+def build_denoiser(config, channels: int, classes: int | None, process) -> DiT:
     """The DiT of a content or motion config."""
     choose("model.position", config.model.position, DIT_POSITIONS)
+    choose("model.condition", config.model.condition, CONDITIONS)
     out_channels = channels * (2 if process.learned_range else 1)
     model = {**config.model.to_dict(), "dtype": jnp.dtype(config.model.dtype)}
     return DiT(out_channels=out_channels, classes=classes, **model)
+
+
+def reads_text(config) -> bool:
+    """Whether a content or motion config is conditioned on texts."""
+    return defaults.fine_tunes(config) or config.model.condition == "text"
 
 
 def normalize(x, statistics):
@@ -81,12 +92,13 @@ class AutoencoderStage:
 
     name = "autoencoder"
 
-    def __init__(self, config, lpips_params=None):
-        self.loss_weights = config.loss
+    def __init__(self, config, lpips_params=None, space: Pixels | VAELatents | None = None):
+        self.loss_weights, self.space, self.mode = config.loss, space or Pixels(), config.model.mode
         self.module = build_autoencoder(config.model)
-        data = config.data
-        self.video_shape = (1, data.frames, data.height, data.width, config.model.channels)
+        self.video_shape = (1, *frames_shape(config, self.space))
         self.frozen = {} if lpips_params is None else {"lpips": lpips_params}
+        if self.space.params:
+            self.frozen["vae"] = self.space.params
         self.discriminators = {}
         if config.loss.adversarial:
             sizes = {"base_channels": config.loss.discriminator_channels, "layers": config.loss.discriminator_layers}
@@ -99,8 +111,15 @@ class AutoencoderStage:
             params[name] = module.init(jax.random.fold_in(key, len(params)), self._view(name, video, 0))["params"]
         return params
 
+    def pretrained(self, place):
+        return None
+
+    def frames(self, frozen, batch):
+        """The clips of a batch as the autoencoder sees them, encoded here unless the batch brings them so."""
+        return batch["frames"] if "frames" in batch else self.space.encode(frozen.get("vae"), batch["video"])
+
     def loss(self, params, frozen, batch, key):
-        video, weights = pixels(batch["video"]), self.loss_weights
+        video, weights = self.frames(frozen, batch), self.loss_weights
         frame = jax.random.randint(key, video.shape[:1], 0, video.shape[1])
         reconstruction, latents = self.module.apply({"params": params["autoencoder"]}, video)
         mse = jnp.mean(jnp.square(reconstruction - video), axis=(1, 2, 3, 4))
@@ -113,8 +132,10 @@ class AutoencoderStage:
         if self.discriminators:
             adversarial, added = self._adversarial(params, video, reconstruction, frame)
             total, terms = total + adversarial, terms | added
-        psnr = jnp.mean(10 * jnp.log10(4.0 / jnp.maximum(mse, 1e-10)))
-        return total, {**terms, "psnr": psnr, "motion_saturated": jnp.mean(jnp.abs(latents.motion) > 0.99)}
+        # Pixels span 2; latents have no range, so that their own variance stands for it.
+        name, power = ("psnr", 4.0) if self.mode == "pixel" else ("snr", jnp.var(video, axis=(1, 2, 3, 4)))
+        decibels = jnp.mean(10 * jnp.log10(power / jnp.maximum(mse, 1e-10)))
+        return total, {**terms, name: decibels, "motion_saturated": jnp.mean(jnp.abs(latents.motion) > 0.99)}
 
     def _view(self, name, video, frame):
         """What a discriminator sees: one frame of each clip [B, H, W, C], or the clip."""
@@ -138,144 +159,230 @@ class AutoencoderStage:
         return weights.adversarial * generator + discriminator, {"generator": generator, "discriminator": discriminator}
 
     def preview(self, params, frozen, batch, key):
-        video = pixels(batch["video"])
+        video = self.frames(frozen, batch)
         reconstruction, latents = self.module.apply({"params": params["autoencoder"]}, video)
         weights = self.module.apply({"params": params["autoencoder"]}, video, method="content_weights")
+        if self.mode == "latent":
+            weights = jnp.repeat(weights.mean(axis=-1, keepdims=True), 3, axis=-1)
         # Black where a frame gives nothing, grey for the mean's share, white from twice that.
         weights = jnp.clip(weights * video.shape[1] - 1, -1, 1)
+        show = partial(self.space.decode, frozen.get("vae"))
         return {
-            "clips": video,
-            "reconstructions": reconstruction,
-            "content": latents.content,
+            "clips": show(video),
+            "reconstructions": show(reconstruction),
+            "content": self.space.decode_image(frozen.get("vae"), latents.content),
             "content_weights": weights,
         }
 
 
-class FrozenAutoencoder:
-    """Stage 1 as the later stages see it: a module and its EMA parameters."""
+def frames_shape(config, space: Pixels | VAELatents) -> tuple[int, int, int, int]:
+    """[T, h, w, C] of clips as an autoencoder config's model sees them in `space`."""
+    data = config.data
+    return data.frames, data.height // space.factor, data.width // space.factor, space.channels
 
-    def __init__(self, config, params):
-        self.module, self.params = build_autoencoder(config.model), params["autoencoder"]
+
+class FrozenAutoencoder:
+    """Stage 1 as the later stages see it: a module and its EMA parameters, and the space of its frames.
+
+    params: {"autoencoder", "vae"}, what encode and decode take.
+    """
+
+    def __init__(self, config, params, space: Pixels | VAELatents | None = None):
+        self.module, self.space = build_autoencoder(config.model), space or Pixels()
+        self.params = {"autoencoder": params["autoencoder"], "vae": self.space.params}
         self.config, data, model = config, config.data, config.model
-        self.video_shape = (data.frames, data.height, data.width, model.channels)
-        self.content_shape = (data.height, data.width, model.channels)
-        self.motion_shape = (data.frames, (data.height + data.width) // model.patch, model.motion_channels)
+        self.clip_shape = (data.frames, data.height, data.width, 3)
+        self.video_shape = frames_shape(config, self.space)
+        self.content_shape = self.video_shape[1:]
+        cells = sum(self.content_shape[:2]) // model.patch
+        self.motion_shape = (data.frames, cells, model.motion_channels)
 
     def encode(self, params, batch) -> Latents:
         """Latents of a batch, computed here unless the batch brings them."""
         if "content" in batch:
             return Latents(batch["content"], batch["motion"])
-        return self.module.apply({"params": params}, pixels(batch["video"]), method="encode")
+        frames = self.space.encode(params["vae"], batch["video"])
+        return self.module.apply({"params": params["autoencoder"]}, frames, method="encode")
 
     def decode(self, params, latents: Latents):
-        return self.module.apply({"params": params}, latents, method="decode")
+        """-> video [B, T, H, W, 3]."""
+        frames = self.module.apply({"params": params["autoencoder"]}, latents, method="decode")
+        return self.space.decode(params["vae"], frames)
+
+    def show(self, params, content):
+        """Content frames [B, h, w, C] as images [B, H, W, 3]."""
+        return self.space.decode_image(params["vae"], content)
+
+    def content_of(self, params, image):
+        """An image [B, H, W, 3] as a content frame [B, h, w, C]."""
+        return self.space.encode_image(params["vae"], image)
 
 
 class DiffusionStage:
-    """What content and motion training share: draw t and noise, drop labels, denoise (paper section 3.2)."""
+    """What content and motion training share: draw t and noise, drop conditions, denoise (paper section 3.2)."""
 
     name: str
     shape: tuple[int, ...]  # of what is diffused, without the batch
 
-    def __init__(self, config, autoencoder: FrozenAutoencoder, classes: int, statistics):
-        self.autoencoder, self.classes = autoencoder, classes
-        self.process = build_process(config.diffusion)
+    def __init__(self, config, autoencoder: FrozenAutoencoder, conditions: Classes | Texts, statistics):
+        self.autoencoder, self.conditions = autoencoder, conditions
         self.label_dropout = config.guidance.label_dropout
-        self.module = build_denoiser(config, self.shape[-1], classes, self.process)
+        self.build(config)
         constants = {
             name: {k: np.asarray(v, np.float32) for k, v in values.items()} for name, values in statistics.items()
         }
-        self.frozen = {"autoencoder": autoencoder.params, "statistics": constants}
+        self.frozen = {"autoencoder": autoencoder.params, "conditions": conditions.params, "statistics": constants}
+
+    def build(self, config):
+        """Set process, solvers and module."""
+        self.process = build_process(config.diffusion)
+        self.solvers = self.process.solvers
+        classes = self.conditions.count if isinstance(self.conditions, Classes) else None
+        self.module = build_denoiser(config, self.shape[-1], classes, self.process)
 
     def split(self, latents: Latents, statistics) -> tuple[jax.Array, jax.Array | None]:
         """Latents -> (what this stage diffuses, what it is conditioned on), in the denoiser's units."""
         raise NotImplementedError
 
-    def denoiser(self, params, label, condition):
-        """(x, timesteps) -> prediction."""
-
-        def denoise(x, timesteps):
-            return self.module.apply({"params": params}, x, timesteps, label, condition)
-
-        return denoise
-
-    def guided_denoiser(self, params, label, condition, guidance):
-        """Like `denoiser`, extrapolated away from the null class by `guidance`; None means unguided."""
-        if guidance is None:
-            return self.denoiser(params, label, condition)
-
-        def denoise(x, timesteps):
-            # Both labels ride on a new outermost axis, so that the batch axis keeps its layout on the mesh.
-            labels = jnp.stack([label, jnp.full_like(label, self.classes)])
-            one = lambda y: self.module.apply({"params": params}, x, timesteps, y, condition)  # noqa: E731
-            conditional, null = jax.vmap(one)(labels)
-            return guide(conditional, null, guidance, self.process.learned_range)
-
-        return denoise
-
     def init(self, key):
         x, content = jnp.zeros((1, *self.shape)), jnp.zeros((1, *self.autoencoder.content_shape))
-        return self.module.init(key, x, jnp.zeros(1), jnp.zeros(1, jnp.int32), content)["params"]
+        label = jnp.zeros(1, jnp.int32)
+        if isinstance(self.conditions, Texts):
+            label = jnp.zeros((1, self.conditions.module.width))
+        return self.module.init(key, x, jnp.zeros(1), label, content)["params"]
+
+    def pretrained(self, place):
+        return None
+
+    def apply(self, params, x, timesteps, condition, content):
+        """One evaluation of the denoiser; condition and content as of `denoiser`."""
+        label = condition.pooled if isinstance(self.conditions, Texts) else condition
+        return self.module.apply({"params": params}, x, timesteps, label, content)
+
+    def denoiser(self, params, condition, content):
+        """(x, timesteps) -> prediction, given a class or text and a content frame, or None for none of that."""
+        return lambda x, timesteps: self.apply(params, x, timesteps, condition, content)
+
+    def guided_denoiser(self, params, condition, content, guidance, null):
+        """Like `denoiser`, extrapolated away from the `null` condition by `guidance`; None means unguided."""
+        if guidance is None:
+            return self.denoiser(params, condition, content)
+        # Both ride on a new outermost axis, so that the batch axis keeps its layout on the mesh.
+        conditions = jax.tree.map(lambda *both: jnp.stack(both), condition, null)
+
+        def denoise(x, timesteps):
+            one = lambda c: self.apply(params, x, timesteps, c, content)  # noqa: E731
+            conditional, unconditional = jax.vmap(one)(conditions)
+            return guide(conditional, unconditional, guidance, self.process.learned_range)
+
+        return denoise
 
     def loss(self, params, frozen, batch, key):
         keys = dict(zip(("noise", "label"), jax.random.split(key), strict=True))
         latents = jax.lax.stop_gradient(self.autoencoder.encode(frozen["autoencoder"], batch))
-        x0, condition = self.split(latents, frozen["statistics"])
-        dropped = jax.random.bernoulli(keys["label"], self.label_dropout, batch["label"].shape)
-        label = jnp.where(dropped, self.classes, batch["label"])
+        x0, content = self.split(latents, frozen["statistics"])
+        dropped = jax.random.bernoulli(keys["label"], self.label_dropout, (len(x0),))
+        null = self.conditions.null(frozen["conditions"], len(x0))
+        condition = jax.lax.stop_gradient(drop(self.conditions.of(frozen["conditions"], batch), null, dropped))
         t, noise = self.process.draw(keys["noise"], x0)
-        losses, metrics = self.process.loss(self.denoiser(params, label, condition), x0, t, noise)
+        losses, metrics = self.process.loss(self.denoiser(params, condition, content), x0, t, noise)
         return losses.mean(), jax.tree.map(jnp.mean, metrics)
 
-    def sample(self, params, statistics, label, content, keys, *, guidance, steps, solver, **options):
+    def solver(self, name: str) -> tuple:
+        """A solver, by default the process's first -> (process, keyword arguments of its `sample`)."""
+        if isinstance(self.process, Flow):
+            return self.process, {"solver": name or "euler"}
+        # iDDPM's spacing, which starts at the noisiest timestep.
+        return self.process, {"solver": name or "ddim", "spacing": "even"}
+
+    def content_features(self, params, content):
+        """What the denoiser needs of content frames at every step, computed once; here the frames themselves."""
+        return content
+
+    def sample(self, params, statistics, condition, content, keys, *, steps, solver, guidance=None, null=None, **more):
         """Reverse process for each key: -> content frames [B, H, W, C] or motion latents, in their own units."""
-        condition = None if content is None else normalize(content, statistics["content"])
-        denoise = self.guided_denoiser(params, label, condition, guidance)
+        features = self.content_features(params, None if content is None else normalize(content, statistics["content"]))
+        denoise = self.guided_denoiser(params, condition, features, guidance, null)
         noise_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         noise = jax.vmap(lambda key: jax.random.normal(key, self.shape))(noise_keys)
-        if isinstance(self.process, Flow):
-            x = self.process.sample(denoise, noise, step_keys, steps=steps, solver=solver or "euler")
-        else:
-            options = {"spacing": "even", **options}  # iDDPM's rule, which starts at the noisiest timestep
-            x = self.process.sample(denoise, noise, step_keys, steps=steps, solver=solver or "ddim", **options)
+        process, options = self.solver(solver)
+        x = process.sample(denoise, noise, step_keys, steps=steps, **{**options, **more})
         return denormalize(x, statistics[self.name])
 
     def _sample_batch(self, params, frozen, batch, key, content):
-        keys = jax.random.split(key, batch["label"].shape[0])
-        return self.sample(
-            params, frozen["statistics"], batch["label"], content, keys,
-            guidance=None, steps=PREVIEW_STEPS, solver="",
-        )  # fmt: skip
+        keys = jax.random.split(key, len(next(iter(batch.values()))))
+        condition = self.conditions.of(frozen["conditions"], batch)
+        most = PREVIEW_STEPS if isinstance(self.process, Flow) else len(self.process.schedule)
+        steps = min(PREVIEW_STEPS, most)
+        return self.sample(params, frozen["statistics"], condition, content, keys, steps=steps, solver="")
 
 
 class ContentStage(DiffusionStage):
-    """p(content | class)."""
+    """p(content | class), drawn by a DiT from scratch."""
 
     name = "content"
 
-    def __init__(self, config, autoencoder, classes, statistics):
-        self.shape = autoencoder.content_shape
-        super().__init__(config, autoencoder, classes, statistics)
+    @property
+    def shape(self):
+        return self.autoencoder.content_shape
 
     def split(self, latents, statistics):
         return normalize(latents.content, statistics["content"]), None
 
     def preview(self, params, frozen, batch, key):
         latents = self.autoencoder.encode(frozen["autoencoder"], batch)
-        return {"content": latents.content, "samples": self._sample_batch(params, frozen, batch, key, None)}
+        show = partial(self.autoencoder.show, frozen["autoencoder"])
+        return {"content": show(latents.content), "samples": show(self._sample_batch(params, frozen, batch, key, None))}
+
+
+class FineTunedContentStage(ContentStage):
+    """p(content | text), drawn by the UNet of a pretrained image model, which gets no new parameters.
+
+    image_model: what its folder says, {"unet": config.json, "scheduler": scheduler_config.json}.
+    """
+
+    def __init__(self, config, autoencoder, conditions, statistics, image_model: dict):
+        self.image_model = image_model
+        super().__init__(config, autoencoder, conditions, statistics)
+
+    def build(self, config):
+        self.folder, self.solvers = config.pretrained.path, SOLVERS
+        self.process, _ = from_scheduler_config(self.image_model["scheduler"])
+        unet = unet_from_config(self.image_model["unet"], "float32")
+        self.module = unet.clone(dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
+        step = unet.factor * self.autoencoder.space.factor
+        for side, size in zip(("height", "width"), self.autoencoder.clip_shape[1:3], strict=True):
+            if size % step:
+                problem = f"the VAE and the UNet halve it until 1/{step} is left"
+                raise UserError(f"data.{side}", size, problem, f"use a multiple of {step}")
+
+    def init(self, key):
+        return init_unet(self.module, key)
+
+    def pretrained(self, place):
+        return load_unet(Path(self.folder) / "unet", "float32", place)[1]
+
+    def apply(self, params, x, timesteps, condition, content):
+        return self.module.apply({"params": params}, x, timesteps, condition.states)
+
+    def solver(self, name):
+        return from_scheduler_config(self.image_model["scheduler"], name)
 
 
 class MotionStage(DiffusionStage):
-    """p(motion | content, class). The class enters with the timestep, the content frame as extra tokens."""
+    """p(motion | content, class or text). The condition enters with the timestep, the content frame as extra tokens."""
 
     name = "motion"
 
-    def __init__(self, config, autoencoder, classes, statistics):
-        self.shape = autoencoder.motion_shape
-        super().__init__(config, autoencoder, classes, statistics)
+    @property
+    def shape(self):
+        return self.autoencoder.motion_shape
 
     def split(self, latents, statistics):
         return normalize(latents.motion, statistics["motion"]), normalize(latents.content, statistics["content"])
+
+    def content_features(self, params, content):
+        return self.module.apply({"params": params}, content, method="content_tokens")
 
     def preview(self, params, frozen, batch, key):
         latents = self.autoencoder.encode(frozen["autoencoder"], batch)
@@ -284,19 +391,26 @@ class MotionStage(DiffusionStage):
         return {"reconstructions": decode(latents), "samples": decode(Latents(latents.content, motion))}
 
 
-DIFFUSION_STAGES = {"content": ContentStage, "motion": MotionStage}
+def diffusion_stage(config, autoencoder, conditions, statistics, image_model=None) -> DiffusionStage:
+    """The stage of a content or motion config; image_model as of FineTunedContentStage, where it is one."""
+    if defaults.fine_tunes(config):
+        return FineTunedContentStage(config, autoencoder, conditions, statistics, image_model)
+    check_patches(config, autoencoder)
+    return {"content": ContentStage, "motion": MotionStage}[config.stage](config, autoencoder, conditions, statistics)
 
 
 def check_patches(config, autoencoder: FrozenAutoencoder):
-    """The grids that the denoiser cuts into patches must be multiples of them."""
+    """The grids that a DiT cuts into patches must be multiples of them."""
     patch, (height, width, _) = config.model.patch, autoencoder.content_shape
     frames, cells, _ = autoencoder.motion_shape
+    of = "" if autoencoder.space.factor == 1 else f" / {autoencoder.space.factor} of the VAE"
+    rows, columns = ("data.height" + of, height), ("data.width" + of, width)
     if config.stage == "content":
-        sides = [("data.height", height, "patch", patch), ("data.width", width, "patch", patch)]
+        sides = [(*rows, "patch", patch), (*columns, "patch", patch)]
     else:
         extra = config.model.content_patch
         sides = [("data.frames", frames, "patch", patch), ("h+w", cells, "patch", patch)]
-        sides += [("data.height", height, "content_patch", extra), ("data.width", width, "content_patch", extra)]
+        sides += [(*rows, "content_patch", extra), (*columns, "content_patch", extra)]
     for field, size, by, p in sides:
         if size % p:
             raise UserError(field, size, f"not a multiple of {config.stage} model.{by}={p}", f"change model.{by}")

@@ -45,16 +45,25 @@ def make_optimizer(config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam) if config.clip_norm else adam
 
 
-def init_state(stage, optimizer, seed: int, mesh, rules) -> TrainState:
-    """A fresh state, born sharded: no device ever holds more than its part of a split parameter."""
+def init_state(stage, optimizer, seed: int, mesh, rules, pretrained=None) -> TrainState:
+    """A fresh state, born sharded: no device ever holds more than its part of a split parameter.
+
+    pretrained: parameters to start from, laid out by the rules; None: random ones.
+    """
 
     def boxed(key):
         params = stage.init(key)
         return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
+    def make(key, pretrained):
+        state = nn.unbox(boxed(key))
+        if pretrained is None:
+            return state
+        return state.replace(params=pretrained, ema=jax.tree.map(jnp.copy, pretrained))
+
     key = jax.random.key(seed)
     shardings = shardings_of(jax.eval_shape(boxed, key), mesh, rules)
-    return jax.jit(lambda key: nn.unbox(boxed(key)), out_shardings=shardings)(key)
+    return jax.jit(make, out_shardings=shardings)(key, pretrained)
 
 
 def _split(batch, count: int, index):

@@ -13,12 +13,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from cmd_jax.checkpoint import Checkpoints, Trained, digest, export, read_json, to_host, versions, write_json
+from cmd_jax.checkpoint import Checkpoints, Trained, export, read_json, versions, write_json
 from cmd_jax.config import to_json
 from cmd_jax.data.pipeline import BatchPlan, batches
 from cmd_jax.distributed import is_leader, leave, of_leader, run_id
 from cmd_jax.errors import UserError
 from cmd_jax.flight import FlightRecord, explain
+from cmd_jax.hosts import digest, to_host
 from cmd_jax.peers import Peers
 from cmd_jax.prepare import claimed, prepare
 from cmd_jax.report.training import PREVIEW_CLIPS, Metrics, StepLog
@@ -34,7 +35,7 @@ from cmd_jax.sharding import (
     replicated,
     replicated_report,
 )
-from cmd_jax.state import init_state, make_optimizer, train_step
+from cmd_jax.state import abstract, init_state, make_optimizer, train_step
 
 STOPPED_EARLY = "stopped by a signal before the first step; nothing to save"
 
@@ -94,8 +95,11 @@ def train(config, workdir: Path) -> dict:
         for line in replicated_report(layout(boxed, mesh, config.rules), config.mesh.report_above):
             console.print(line, soft_wrap=True)
         with contextlib.closing(Checkpoints(folder, config.train.keep)) as checkpoints:
-            state = init_state(stage, optimizer, config.seed, mesh, config.rules)
-            if checkpoints.latest() is not None:
+            fresh = checkpoints.latest() is None
+            given = stage.pretrained(partial(abstract, mesh=mesh, rules=config.rules)) if fresh else None
+            state = init_state(stage, optimizer, config.seed, mesh, config.rules, given)
+            del given
+            if not fresh:
                 state, earlier = checkpoints.restore(state)
                 check_continues(earlier, position(config, int(state.step), facts), console)
                 console.print(f"resuming {config.stage} at step {int(state.step)} of {config.train.steps}")

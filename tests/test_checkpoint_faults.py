@@ -21,8 +21,9 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cmd_jax import checkpoint as checkpointing
-from cmd_jax.checkpoint import Checkpoints, digest, to_host
+from cmd_jax.checkpoint import Checkpoints
 from cmd_jax.errors import UserError
+from cmd_jax.hosts import digest, to_host
 from cmd_jax.manifest import digest_of, verify, write_manifest
 from cmd_jax.state import TrainState
 

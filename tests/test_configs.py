@@ -7,9 +7,21 @@ import flax.linen as nn
 import jax
 import pytest
 
+from cmd_jax.conditions import Classes
 from cmd_jax.config import load
+from cmd_jax.frames import VAELatents
 from cmd_jax.models.dit import SIZES
-from cmd_jax.stages import AutoencoderStage, ContentStage, FrozenAutoencoder, MotionStage, build_process, check_patches
+from cmd_jax.models.vae import VAE
+from cmd_jax.pretrained import image_model, load_space, load_texts
+from cmd_jax.stages import (
+    AutoencoderStage,
+    ContentStage,
+    FrozenAutoencoder,
+    MotionStage,
+    build_process,
+    check_patches,
+    diffusion_stage,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("autoencoder", "content", "motion", "sample")
@@ -17,6 +29,12 @@ FILES = {
     "quickstart": ("", "size=small", "size=long"),
     "folder": ("",),
     "ucf101": ("", "size=paper", "size=appendix", "size=reference", "size=S", "size=B"),
+    "webvid_sd15": ("", "size=tiny"),
+    "webvid_sd21": ("", "size=tiny"),
+}
+PIPELINES = Path(__file__).parent / "fixtures"
+GIVEN = {  # what the user must give
+    f"webvid_sd{version}": {"pretrained.path": str(PIPELINES / f"tiny-sd{version}")} for version in (15, 21)
 }
 SPECIFICATIONS = [
     f"{file}.py:{stage}{',' * bool(size)}{size}" for file, sizes in FILES.items() for size in sizes for stage in STAGES
@@ -33,7 +51,7 @@ def test_every_file_is_tested():
 
 @pytest.mark.parametrize("specification", SPECIFICATIONS)
 def test_a_config_loads_and_is_locked(specification):
-    config = load(f"{CONFIGS}/{specification}", {})
+    config = load(f"{CONFIGS}/{specification}", GIVEN.get(specification.partition(".")[0], {}))
     assert config.stage == specification.partition(":")[2].split(",")[0]
     for node in (config, config.data, config.sampling if config.stage == "sample" else config.model):
         with pytest.raises((KeyError, AttributeError)):
@@ -45,11 +63,56 @@ def test_a_config_loads_and_is_locked(specification):
 
 @pytest.mark.parametrize("file", FILES)
 def test_the_stages_of_a_file_fit_each_other(file):
-    configs = {stage: load(f"{CONFIGS}/{file}.py:{stage}", {}) for stage in STAGES}
-    assert len({(c.data.source, c.data.frames, c.data.height, c.data.width) for c in configs.values()}) == 1
-    autoencoder = FrozenAutoencoder(configs["autoencoder"], {"autoencoder": {}})
-    for stage in ("content", "motion"):
-        check_patches(configs[stage], autoencoder)
+    for size in ("", ",size=tiny") if file in GIVEN else ("",):
+        configs = {stage: load(f"{CONFIGS}/{file}.py:{stage}{size}", GIVEN.get(file, {})) for stage in STAGES}
+        assert len({(c.data.source, c.data.frames, c.data.height, c.data.width) for c in configs.values()}) == 1
+        autoencoder, conditions, models = autoencoder_of(configs["autoencoder"]), Classes(2), [None, None]
+        if file in GIVEN:
+            conditions, _ = load_texts(configs["motion"].pretrained, None)
+            models = [image_model(configs["content"].pretrained), None]
+        for stage, model in zip(("content", "motion"), models, strict=True):
+            stage = diffusion_stage(configs[stage], autoencoder, conditions, {}, model)
+            assert jax.eval_shape(stage.init, jax.random.key(0))
+
+
+def autoencoder_of(config):
+    """The frozen autoencoder of a config, without parameters."""
+    space = load_space(config.pretrained, None) if config.pretrained.path else None
+    return FrozenAutoencoder(config, {"autoencoder": {}}, space)
+
+
+@pytest.mark.parametrize("version, width, cells, content_patch", [(15, 512, 64, 4), (21, 1024, 96, 8)])
+def test_the_papers_text_to_video(version, width, cells, content_patch):
+    """Latents of 1/8, K=8, D=384; XL/2 motion with content patches of 4 and 8; batch 256, 3 epochs of 10.7M clips."""
+    file = f"webvid_sd{version}"
+    configs = {stage: load(f"{CONFIGS}/{file}.py:{stage}", GIVEN[file]) for stage in STAGES}
+    autoencoder, content, motion, sample = configs.values()
+    for config in configs.values():
+        assert (config.data.frames, config.data.height, config.data.width) == (16, 512, width)
+        assert config.data.layout == "webvid" or config is sample
+    model = autoencoder.model
+    assert (model.mode, model.channels, model.patch, model.width, model.motion_channels) == ("latent", 4, 2, 384, 8)
+    assert (model.depth, model.heads, model.head_dim) == (8, 8, 48)
+    assert autoencoder.loss.to_dict()["l2"] == 1 and autoencoder.loss.l1 == autoencoder.loss.lpips == 0
+    assert rates(autoencoder) == (1e-5, 0.5, 0.9, 24)
+    published = VAELatents(VAE(3, 4, (128, 256, 512, 512), 2))
+    frozen = FrozenAutoencoder(autoencoder, {"autoencoder": {}}, published)
+    assert (frozen.content_shape, frozen.motion_shape) == ((64, width // 8, 4), (16, cells, 8))
+    for config in (content, motion):
+        assert rates(config) == (1e-4, 0.9, 0.999, 256) and config.train.ema_decay == 0.999
+        assert config.train.steps == 3 * 10_700_000 // 256 and config.guidance.label_dropout == 0.1
+    size = motion.model.depth, motion.model.width, motion.model.heads
+    assert size == SIZES["XL"] == (28, 1152, 16) and motion.model.condition == "text"
+    assert (motion.model.patch, motion.model.content_patch) == (2, content_patch)
+    assert motion.optimizer.clip_norm == 1.0 and motion.diffusion.learned_range
+    check_patches(motion, frozen)
+    options = sample.sampling
+    assert (options.guidance, options.content_steps, options.motion_steps, options.eta) == (7.5, 50, 100, 0.0)
+
+
+def rates(config):
+    optimizer = config.optimizer
+    return optimizer.learning_rate, optimizer.b1, optimizer.b2, config.train.batch_size
 
 
 def test_the_papers_autoencoder():
@@ -136,7 +199,7 @@ def test_the_denoisers_have_the_parameters_of_their_formula(size):
     published = {"S": 33e6, "B": 130e6, "L": 458e6, "XL": 675e6}  # DiT-*/2 on 4 channels with 1000 classes
     for kind, channels, extra in ((ContentStage, 3, 0), (MotionStage, 8, 4)):
         config = ucf101(kind.name, size)
-        parameters = count(kind(config, autoencoder, 101, unit).init)
+        parameters = count(kind(config, autoencoder, Classes(101), unit).init)
         depth, width = config.model.depth, config.model.width
         assert parameters == dit_size(depth, width, 2, channels, 101, extra)
         name = next(n for n, s in SIZES.items() if s == (depth, width, config.model.heads))

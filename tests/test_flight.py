@@ -18,6 +18,7 @@ import pytest
 import tiny
 
 from cmd_jax import defaults
+from cmd_jax.conditions import Classes
 from cmd_jax.flight import FlightRecord, explain, nonfinite
 from cmd_jax.sharding import make_mesh, partitioning
 from cmd_jax.stages import ContentStage, FrozenAutoencoder
@@ -47,7 +48,7 @@ def content():
     config.model.update(patch=4, width=16, depth=DEPTH, heads=2)
     config.diffusion.update(kind="flow", learned_range=False, clip=0.0)
     statistics = {"content": {"mean": np.zeros(3), "std": np.ones(3)}}
-    stage = ContentStage(config, FrozenAutoencoder(autoencoder, {"autoencoder": {}}), CLASSES, statistics)
+    stage = ContentStage(config, FrozenAutoencoder(autoencoder, {"autoencoder": {}}), Classes(CLASSES), statistics)
     boxed, rng = jax.eval_shape(stage.init, KEY), np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), nn.unbox(boxed))
     batch = {

@@ -20,6 +20,7 @@ from cmd_jax.data.pipeline import to_global
 from cmd_jax.data.shapes import CLASS_NAMES, ShapesSource
 from cmd_jax.errors import UserError
 from cmd_jax.main import main
+from cmd_jax.report import samples as writing
 from cmd_jax.sharding import BATCH_AXES, partitioning
 
 pytestmark = pytest.mark.xdist_group("tiny")
@@ -114,7 +115,8 @@ def test_generating_is_one_program_with_both_samplers_inside(monkeypatch):
         program = jax.make_jaxpr(sampler._generate)(*arguments)
     scans = [e.params["length"] for e in program.eqns if e.primitive.name == "scan"]
     assert scans[:2] == [3, 4]  # steps of content and motion; what follows are blocks of the decoder
-    assert [v.aval.shape for v in program.jaxpr.outvars] == [(1, 16, 24, 3), (1, 4, 10, 4), (1, 4, 16, 24, 3)]
+    content, image, motion, video = (v.aval.shape for v in program.jaxpr.outvars)
+    assert (content, motion, video) == ((1, 16, 24, 3), (1, 4, 10, 4), (1, 4, 16, 24, 3)) and image == content
 
 
 def test_results_are_laid_out_over_the_batch_axes(sampler):
@@ -166,7 +168,9 @@ def test_eta_is_refused_where_the_solver_has_none():
 
 
 def make(sampler, **changes):
-    return sampling.make_samples(sampler, config_of(**changes), tiny.trained())
+    """-> (what was drawn, the classes that its captions name, the captions)"""
+    out, captions = sampling.make_samples(sampler, config_of(**changes), tiny.trained())
+    return out, np.array([CLASS_NAMES.index(caption.split(",")[0]) for caption in captions]), captions
 
 
 def test_generate_takes_classes_in_turn(sampler, drawn):
@@ -210,9 +214,9 @@ def test_animate_an_image_of_another_shape(sampler, tmp_path):
 
 def test_animate_the_content_frames_of_clips(sampler):
     out, labels, _ = make(sampler, mode="animate", num=3)
-    clips, own, _ = sampling.read_clips(config_of(), tiny.trained(), 3)
-    assert np.array_equal(out["content"], sampler.reconstruct({"video": clips})["content"])
-    assert np.array_equal(labels, own)
+    clips = sampling.read_clips(config_of(), tiny.trained(), 3)
+    assert np.array_equal(out["content"], sampler.reconstruct({"video": clips.videos})["content"])
+    assert np.array_equal(labels, clips.labels)
     assert make(sampler, mode="animate", num=3, classes="9")[1].tolist() == [9, 9, 9]
     config = config_of(mode="animate", num=5, data__clips=2)
     assert sampling.make_samples(sampler, config, tiny.trained())[0]["video"].shape[0] == 2
@@ -232,6 +236,12 @@ def test_classes_by_name_and_number():
         sampling.choose_labels("cta", names, 1)
     with pytest.raises(UserError, match="without classes"):
         sampling.choose_labels("cat", (), 1)
+
+
+def test_models_of_classes_take_no_texts():
+    for changes in ({"prompt": "a"}, {"negative": "a"}, {"prompts_file": "a.txt"}):
+        with pytest.raises(UserError, match="=a.*: the model was trained on classes, not on texts; name sampling.cl"):
+            build(**changes)
 
 
 # The verbs.
@@ -310,7 +320,7 @@ def test_a_failure_while_writing_leaves_no_folder(workdir, monkeypatch, capsys):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "index.html")
 
-    monkeypatch.setattr(sampling, "write_gallery", fail)
+    monkeypatch.setattr(writing, "write_gallery", fail)
     assert command("sample", workdir, num=1) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("file=index.html: No space left on device; free space ")
@@ -382,7 +392,7 @@ def real_clips(labels):
     """Clips of the dataset itself, larger than the tiny stages make them so that the oracle can read them."""
     source = ShapesSource(clips=48 * 3, split="test")
     clips = np.stack([source.clip(label + 48 * (i % 3))[0] for i, label in enumerate(labels)])
-    return {"video": clips / np.float32(127.5) - 1, "content": clips[:, 0] / np.float32(127.5) - 1}
+    return {"video": clips / np.float32(127.5) - 1, "image": clips[:, 0] / np.float32(127.5) - 1}
 
 
 def test_evaluate_scores_real_clips_right(workdir, sampler, monkeypatch, capsys):

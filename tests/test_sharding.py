@@ -429,8 +429,9 @@ def check_presets():
     """States of the three stages, born in the shards that `layout` foretells; kernels of blocks in eighths."""
     import tiny
 
+    from cmd_jax.conditions import Classes
     from cmd_jax.sharding import partitioning
-    from cmd_jax.stages import DIFFUSION_STAGES, AutoencoderStage, FrozenAutoencoder
+    from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
     from cmd_jax.state import TrainState, init_state, make_optimizer
 
     autoencoder = FrozenAutoencoder(tiny.config_of("autoencoder"), {"autoencoder": {}})
@@ -440,7 +441,7 @@ def check_presets():
         if name == "autoencoder":
             stage = AutoencoderStage(config)
         else:
-            stage = DIFFUSION_STAGES[name](config, autoencoder, 7, {})
+            stage = diffusion_stage(config, autoencoder, Classes(7), {})
         params = jax.eval_shape(stage.init, jax.random.key(0))
         opt_state = jax.eval_shape(optimizer.init, params)
         tree = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, params, opt_state)

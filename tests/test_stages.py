@@ -9,8 +9,10 @@ import pytest
 from fixtures.formula import state_dict
 
 from cmd_jax import defaults
+from cmd_jax.conditions import Classes
 from cmd_jax.data.sources import channel_statistics
 from cmd_jax.errors import UserError
+from cmd_jax.frames import pixels
 from cmd_jax.models.autoencoder import Latents
 from cmd_jax.models.vgg import LPIPS, lpips_params
 from cmd_jax.stages import (
@@ -23,7 +25,6 @@ from cmd_jax.stages import (
     check_patches,
     denormalize,
     normalize,
-    pixels,
 )
 
 B, T, H, W, C, K, CLASSES = 3, 4, 8, 16, 3, 5, 7
@@ -96,8 +97,8 @@ def statistics(latents):
 def stages(autoencoder, statistics):
     """Content with a Gaussian process and a learned range, motion with flow matching."""
     return {
-        "content": ContentStage(denoiser_config("content", "gaussian"), autoencoder, CLASSES, statistics),
-        "motion": MotionStage(denoiser_config("motion", "flow"), autoencoder, CLASSES, statistics),
+        "content": ContentStage(denoiser_config("content", "gaussian"), autoencoder, Classes(CLASSES), statistics),
+        "motion": MotionStage(denoiser_config("motion", "flow"), autoencoder, Classes(CLASSES), statistics),
     }
 
 
@@ -261,7 +262,8 @@ def test_a_gradient_reaches_every_parameter_and_nothing_frozen(stages, gradients
     rows = np.abs(ours["label"]["embedding"]).max(axis=1)
     assert {row for row in range(CLASSES + 1) if rows[row] > 0} == used
     assert all(np.abs(leaf).max() == 0 for leaf in names(frozen["autoencoder"]).values())
-    assert set(stage.frozen) == {"autoencoder", "statistics"} and stage.frozen["autoencoder"] is autoencoder.params
+    assert set(stage.frozen) == {"autoencoder", "conditions", "statistics"}
+    assert stage.frozen["autoencoder"] is autoencoder.params and not stage.frozen["conditions"]
     assert not {"encoder", "decoder", "autoencoder"} & set(params)
 
 
@@ -293,7 +295,7 @@ def test_guidance_spans_from_the_null_class_over_the_condition(stages, latents, 
             denoise(x, times)
             for denoise in (
                 stage.denoiser(params, label, condition),
-                stage.guided_denoiser(params, label, condition, guidance),
+                stage.guided_denoiser(params, label, condition, guidance, jnp.full(B, CLASSES)),
             )
         ]
 
@@ -354,7 +356,7 @@ def oracle(process, x0):
 @pytest.mark.parametrize("solver", ["", "other"])
 def test_sampling_with_an_oracle_recovers_the_latents(autoencoder, statistics, latents, name, solver):
     kind = "gaussian" if name == "content" else "flow"
-    stage = PATHS[name](denoiser_config(name, kind), autoencoder, CLASSES, statistics)
+    stage = PATHS[name](denoiser_config(name, kind), autoencoder, Classes(CLASSES), statistics)
     constants = stage.frozen["statistics"]
     x0, condition = stage.split(latents, constants)
     given = []
@@ -363,7 +365,7 @@ def test_sampling_with_an_oracle_recovers_the_latents(autoencoder, statistics, l
         given.append((label, condition))
         return oracle(stage.process, x0)
 
-    stage.denoiser = denoiser
+    stage.denoiser, stage.content_features = denoiser, lambda _, content: content
     content = latents.content if name == "motion" else None
     solver = solver and {"content": "ddpm", "motion": "heun"}[name]
     keys = jax.random.split(KEY, B)
@@ -381,7 +383,7 @@ def test_sampling_with_an_oracle_recovers_the_latents(autoencoder, statistics, l
 
 def test_clipping_holds_pixel_content_within_its_range(autoencoder, latents):
     unit = channel_statistics(latents._asdict(), measured=False)
-    stage = ContentStage(denoiser_config("content", "gaussian", clip=1.0), autoencoder, CLASSES, unit)
+    stage = ContentStage(denoiser_config("content", "gaussian", clip=1.0), autoencoder, Classes(CLASSES), unit)
     stage.denoiser = lambda *_: oracle(stage.process, jnp.full((B, H, W, C), 5.0))
     keys = jax.random.split(KEY, B)
     found = stage.sample(
@@ -394,7 +396,7 @@ def test_clipping_holds_pixel_content_within_its_range(autoencoder, latents):
 def test_unknown_solvers_are_answered_with_those_of_the_process(stages, latents, name, solvers):
     stage = stages[name]
     content = latents.content if name == "motion" else None
-    arguments = (None, stage.frozen["statistics"], BATCH["label"], content, jax.random.split(KEY, B))
+    arguments = (awake(stage), stage.frozen["statistics"], BATCH["label"], content, jax.random.split(KEY, B))
     with pytest.raises(UserError) as error:
         stage.sample(*arguments, guidance=None, steps=2, solver="rk45")
     assert str(error.value) == f"sampling.solver=rk45: not one of the choices; use one of {solvers}"

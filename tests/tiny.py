@@ -1,4 +1,7 @@
-"""CMD at toy size (4x16x24, H != W), for the end-to-end tests. `tiny.py:STAGE[,kind=gaussian]` is a config file too."""
+"""CMD at toy size, for the end-to-end tests. `tiny.py:STAGE[,kind=flow|gaussian|text]` is a config file too.
+
+Classes at 4x16x24; or, of kind text, captions at 4x16x32, whose frames are latents of tests/fixtures/tiny-sd21. H != W.
+"""
 
 import contextlib
 import functools
@@ -12,18 +15,22 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from cmd_jax import defaults
 from cmd_jax.checkpoint import Trained, export, load_trained
+from cmd_jax.conditions import Classes
 from cmd_jax.config import check, override, parse_argument
 from cmd_jax.stages import FrozenAutoencoder, MotionStage
 from cmd_jax.train import train
 
 CONFIG_FILE = str(Path(__file__).resolve())
 STEPS = 6
+PIPELINE = Path(__file__).resolve().parent / "fixtures" / "tiny-sd21"
 
 
 def get_config(argument: str = ""):
     stage, values = parse_argument(argument, kind="flow")
-    config = defaults.stage(stage)
-    config.data.update(frames=4, height=16, width=24, clips=48)
+    text = values["kind"] == "text"
+    config = defaults.stage("fine_tuned_content" if text and stage == "content" else stage)
+    config.data.update(frames=4, height=16, width=32 if text else 24, clips=48)
+    config.pretrained.path = str(PIPELINE) if text else ""
     if stage == "sample":
         config.sampling.update(num=3, batch_size=2, guidance=2.0, content_steps=3, motion_steps=4, motions=2)
         config.evaluation.update(videos=3, clips=3, shown=2)
@@ -33,8 +40,15 @@ def get_config(argument: str = ""):
     if stage == "autoencoder":
         config.model.update(patch=4, width=16, depth=1, heads=2, head_dim=8, motion_channels=4)
         config.optimizer.decay = "cosine"
+        if text:
+            config.model.update(mode="latent", channels=4, patch=2)
+            config.loss.update(l1=0.0, l2=1.0, lpips=0.0)
+        return config
+    if text and stage == "content":
         return config
     config.model.update(patch=4 if stage == "content" else 2, width=16, depth=1, heads=2)
+    if text:
+        config.model.condition = "text"
     if values["kind"] == "flow":
         config.latents.update(normalize=True, cache_clips=48)
         config.diffusion.update(kind="flow", learned_range=False, clip=0.0)
@@ -101,7 +115,7 @@ def gaussian_weights() -> Path:
 
     config = config_of("motion,kind=gaussian", **changes)
     stage = MotionStage(
-        config, FrozenAutoencoder(autoencoder.config, autoencoder.params), 48, content.facts["statistics"]
+        config, FrozenAutoencoder(autoencoder.config, autoencoder.params), Classes(48), content.facts["statistics"]
     )
     shapes = nn.unbox(jax.eval_shape(stage.init, jax.random.key(0)))
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Clips from a folder of video files: UCF-101's layout, class folders, or a manifest with texts (paper section 4.1)."""
+"""Clips from a folder of video files: UCF-101's layout, class folders, or lists with texts (paper section 4.1)."""
 
 import hashlib
 import json
@@ -13,8 +13,9 @@ import numpy as np
 
 from cmd_jax.data import probe as probing
 from cmd_jax.data import video
-from cmd_jax.data.layouts import LAYOUTS, check_root, detect, stat_inside
-from cmd_jax.errors import UserError, choose
+from cmd_jax.data.layouts import list_clips
+from cmd_jax.data.roots import check_root, stat_inside
+from cmd_jax.errors import UserError
 
 CACHE_FORMAT = 1
 NAMED_IN_WARNING = 10
@@ -28,15 +29,17 @@ class FolderSource:
 
     layout: "ucf101" (class folders, and inside the root or beside it `ucfTrainTestlist/` with `trainlist0N.txt`,
     `testlist0N.txt` for N = `fold`, and perhaps `classInd.txt`), "classes" (the top folder is the class; videos that
-    lie directly in the root have none), "metadata" (`metadata.csv` or `.jsonl` with file_name, text and perhaps label)
-    or "auto".
-    split: "train", "test" or "all"; only ucf101 has a test part.
+    lie directly in the root have none), "metadata" (`metadata.csv` or `.jsonl` with file_name, text and perhaps label),
+    "webvid" (WebVid's CSV files in the root, and mp4 files `page_dir/videoid.mp4` below it or below `videos/` in it;
+    see `cmd_jax.data.webvid`) or "auto".
+    split: "train", "test" or "all"; only ucf101 and webvid have a test part.
 
     Every file is decoded once here, in child processes (`cmd_jax.data.probe`), for `probe_timeout` seconds at most;
     `cache` is a JSON file that remembers the outcome by relative name, size and modification time. Unusable files are
     logged, kept in `bad` (name -> reason) and skipped.
 
-    class_names: sorted, or in classInd's order; () without labels. texts: one per clip, None without a manifest.
+    class_names: sorted, or in classInd's order; () without labels. texts: one per clip in metadata and webvid, or None.
+    absent: how many rows of WebVid's lists name a file that is not there, which is no fault; 0 in other layouts.
     fingerprint: SHA-256 over class names and each usable clip's name, size, length, label and text.
 
     Raises UserError (data.root, data.layout, data.fold, data.split...) on a root, list or manifest that cannot be what
@@ -60,8 +63,6 @@ class FolderSource:
         cache: str | os.PathLike | None = None,
         probe_command: Sequence[str] = probing.COMMAND,
     ):
-        choose("data.layout", layout, ("auto", *LAYOUTS))
-        choose("data.split", split, ("train", "test", "all"))
         if not 0 <= max_bad_fraction <= 1:
             raise UserError("data.max_bad_fraction", max_bad_fraction, "not a fraction", "give a number from 0 to 1")
         if not probe_timeout > 0:
@@ -71,11 +72,8 @@ class FolderSource:
         self.root = check_root(root)
         self.frames, self.height, self.width, self.stride = frames, height, width, stride
         self.random_start = random_start
-        self.bad: dict[str, str] = {}
 
-        entries, self.class_names = LAYOUTS[layout if layout != "auto" else detect(self.root)](
-            self.root, fold, split, self.bad
-        )
+        entries, self.class_names, self.bad, self.absent = list_clips(self.root, layout, fold, split)
         stats = {}
         for entry in entries:
             try:

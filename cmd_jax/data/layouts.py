@@ -1,37 +1,26 @@
-"""What a folder of clips holds, and what its clips are called: UCF-101 lists, class folders, manifests."""
+"""What a folder of clips holds, and what its clips are called: UCF-101 lists, class folders, manifests, WebVid."""
 
 import collections
-import csv
-import json
 import os
 import re
-import stat
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
 
-from cmd_jax.data import video
-from cmd_jax.errors import UserError, nearest
+from cmd_jax.data import video, webvid
+from cmd_jax.data.roots import Entry, Listing, check_root, inside
+from cmd_jax.data.tables import csv_columns, csv_rows, json_rows, lines
+from cmd_jax.errors import UserError, choose, nearest
 
 LISTS = "ucfTrainTestlist"
 MANIFESTS = ("metadata.csv", "metadata.jsonl")
+MANIFEST_HEADER = "file_name,text[,label]"
 
 
-class Entry(NamedTuple):
-    """One clip as its layout lists it; `name` is relative to the root."""
-
-    name: str
-    label: str | None = None
-    text: str | None = None
-
-
-def check_root(root) -> str:
-    if not root:
-        raise UserError("data.root", root, "missing", "give the folder that holds your videos")
-    path = os.path.realpath(os.path.expanduser(root))
-    if not os.path.isdir(path):
-        missing = "is not a folder" if os.path.exists(path) else "no such folder"
-        raise UserError("data.root", root, missing, "give the folder that holds your videos")
-    return path
+def list_clips(root: str, layout: str, fold: int, split: str) -> Listing:
+    """The clips of a folder; the layout "auto" goes by what it shows. No video is opened."""
+    root = check_root(root)
+    choose("data.layout", layout, ("auto", *LAYOUTS))
+    choose("data.split", split, ("train", "test", "all"))
+    return LAYOUTS[detect(root) if layout == "auto" else layout](root, fold, split)
 
 
 def _lists_of(root: str) -> str | None:
@@ -42,31 +31,29 @@ def _lists_of(root: str) -> str | None:
 
 def detect(root: str) -> str:
     """The layout that the folder shows."""
-    manifests = [name for name in MANIFESTS if os.path.exists(os.path.join(root, name))]
-    if manifests and os.path.isdir(os.path.join(root, LISTS)):
-        raise UserError(
-            "data.layout",
-            "auto",
-            f"{root} holds both {manifests[0]} and {LISTS}",
-            "set data.layout to metadata or ucf101",
-        )
-    if manifests:
-        return "metadata"
+    shown = {
+        "metadata": [name for name in MANIFESTS if os.path.exists(os.path.join(root, name))],
+        "ucf101": [LISTS] if os.path.isdir(os.path.join(root, LISTS)) else [],
+        "webvid": webvid.lists_in(root),
+    }
+    shown = {layout: names[0] for layout, names in shown.items() if names}
+    if len(shown) > 1:
+        problem = f"{root} holds both {' and '.join(shown.values())}"
+        raise UserError("data.layout", "auto", problem, f"set data.layout to {' or '.join(shown)}")
+    if shown:
+        return next(iter(shown))
     lists = _lists_of(root)
     if lists is None:
         return "classes"
     # Lists beside the root may belong to another data set: they count if they name a folder that is here.
-    named = {line.partition("/")[0] for path in Path(lists).glob("*list*.txt") for _, line in _lines(str(path))}
-    return (
-        "ucf101"
-        if os.path.dirname(lists) == root or any(os.path.isdir(os.path.join(root, c)) for c in named)
-        else "classes"
-    )
+    paths = Path(lists).glob("*list*.txt")
+    named = {line.partition("/")[0] for path in paths for _, line in lines(str(path), "data.root")}
+    return "ucf101" if any(os.path.isdir(os.path.join(root, name)) for name in named) else "classes"
 
 
-def _read_classes(root: str, fold: int, split: str, bad: dict[str, str]) -> tuple[list[Entry], tuple[str, ...]]:
+def _read_classes(root: str, fold: int, split: str) -> Listing:
     _refuse_test(split, "a plain folder of videos")
-    names = []
+    names, bad = [], {}
     for folder, folders, files in os.walk(
         root, onerror=lambda e: bad.update({os.path.relpath(e.filename, root): "cannot be listed"})
     ):
@@ -87,10 +74,10 @@ def _read_classes(root: str, fold: int, split: str, bad: dict[str, str]) -> tupl
             "give the folder that holds your videos",
         )
     entries = [Entry(name, name.split("/")[0] if "/" in name else None) for name in sorted(names)]
-    return entries, tuple(sorted({entry.label for entry in entries} - {None}))
+    return Listing(entries, tuple(sorted({entry.label for entry in entries} - {None})), bad)
 
 
-def _read_ucf101(root: str, fold: int, split: str, bad: dict[str, str]) -> tuple[list[Entry], tuple[str, ...]]:
+def _read_ucf101(root: str, fold: int, split: str) -> Listing:
     lists = _lists_of(root)
     if lists is None:
         raise UserError(
@@ -112,8 +99,8 @@ def _read_ucf101(root: str, fold: int, split: str, bad: dict[str, str]) -> tuple
                 raise UserError("data.fold", fold, f"no file {path}", f"use one of {', '.join(map(str, folds))}")
             raise UserError("data.split", split, f"no file {path}", "put the file there, or use another data.split")
         parts[part] = []
-        for line, content in _lines(path):
-            name = _inside(root, re.sub(r"\s+\d+$", "", content), f"{path} line {line}")
+        for line, content in lines(path, "data.root"):
+            name = inside(root, re.sub(r"\s+\d+$", "", content), f"{path} line {line}")
             if "/" not in name:
                 raise UserError(
                     "data.root", f"{path} line {line}", f"{name!r} names no class folder", "write Class/video.avi"
@@ -131,8 +118,8 @@ def _read_ucf101(root: str, fold: int, split: str, bad: dict[str, str]) -> tuple
 
     index = os.path.join(lists, "classInd.txt")
     if not os.path.exists(index):
-        return entries, tuple(sorted({entry.label for rows in parts.values() for entry in rows}))
-    numbered = [re.fullmatch(r"(\d+)\s+(.+)", content) for _, content in _lines(index)]
+        return Listing(entries, tuple(sorted({entry.label for rows in parts.values() for entry in rows})), {})
+    numbered = [re.fullmatch(r"(\d+)\s+(.+)", content) for _, content in lines(index, "data.root")]
     if None in numbered or sorted(int(m[1]) for m in numbered) != list(range(1, len(numbered) + 1)):
         raise UserError(
             "data.root", index, "its lines are not '1 FirstClass', '2 SecondClass', ...", "restore the file"
@@ -142,10 +129,10 @@ def _read_ucf101(root: str, fold: int, split: str, bad: dict[str, str]) -> tuple
         if entry.label not in class_names:
             known = f"use for example {nearest(entry.label, class_names)[0]}" if class_names else "restore the file"
             raise UserError("data.root", index, f"it lacks the class {entry.label} of {entry.name}", known)
-    return entries, class_names
+    return Listing(entries, class_names, {})
 
 
-def _read_metadata(root: str, fold: int, split: str, bad: dict[str, str]) -> tuple[list[Entry], tuple[str, ...]]:
+def _read_metadata(root: str, fold: int, split: str) -> Listing:
     _refuse_test(split, "a folder with a manifest")
     paths = [path for path in (os.path.join(root, name) for name in MANIFESTS) if os.path.exists(path)]
     if not paths:
@@ -156,80 +143,39 @@ def _read_metadata(root: str, fold: int, split: str, bad: dict[str, str]) -> tup
         raise UserError("data.root", root, f"holds both {' and '.join(MANIFESTS)}", "keep one of them")
     path = paths[0]
     entries = []
-    for line, row in (_csv_rows if path.endswith(".csv") else _json_rows)(path):
-        where = f"{path} line {line}"
-        for column in ("file_name", "text"):
-            if not isinstance(row.get(column), str):
-                raise UserError(
-                    "data.root",
-                    where,
-                    f"no {column}" if row.get(column) is None else f"{column} is no string",
-                    "complete the row",
-                )
-        label = row.get("label")
-        if not (label is None or isinstance(label, str) or type(label) is int):
-            raise UserError("data.root", where, f"label {label!r} is neither a string nor an integer", "mend the row")
-        label = None if label is None else str(label).strip() or None
-        entries.append(Entry(_inside(root, row["file_name"], where), label, row["text"]))
+    for line, name, text, label in (_csv_manifest if path.endswith(".csv") else _json_manifest)(path):
+        entries.append(Entry(inside(root, name, f"{path} line {line}"), label, text))
     if not entries:
         raise UserError("data.root", path, "it has no rows", "write one row a video: file_name, text and perhaps label")
     _refuse_duplicates(path, entries)
     labels = {entry.label for entry in entries} - {None}
-    return entries, tuple(
-        sorted(labels, key=int if all(re.fullmatch(r"\d{1,18}", label) for label in labels) else None)
-    )
+    numbers = all(re.fullmatch(r"\d{1,18}", label) for label in labels)
+    return Listing(entries, tuple(sorted(labels, key=int if numbers else None)), {})
 
 
-LAYOUTS = {"ucf101": _read_ucf101, "classes": _read_classes, "metadata": _read_metadata}
+def _csv_manifest(path: str):
+    """(line number, file name, text, label or None) of each row."""
+    labelled = "label" in csv_columns(path, "data.root", MANIFEST_HEADER)
+    columns = ("file_name", "text", "label") if labelled else ("file_name", "text")
+    for line, (name, text, *label) in csv_rows(path, "data.root", columns, MANIFEST_HEADER):
+        yield line, name, text, "".join(label).strip() or None
 
 
-def _csv_rows(path: str):
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            columns = [(name or "").strip() for name in reader.fieldnames or ()]
-            if not columns:
-                raise UserError(
-                    "data.root", path, "it is empty", "write a header file_name,text[,label] and one row a video"
-                )
-            for column in ("file_name", "text"):
-                if columns.count(column) != 1:
-                    problem = f"its columns are {', '.join(columns)}, where {column} is needed once"
-                    raise UserError("data.root", path, problem, "name the columns file_name,text[,label]")
-            reader.fieldnames = columns
-            for row in reader:
-                if None in row or None in row.values():
-                    problem = f"more or fewer fields than the {len(columns)} columns"
-                    raise UserError(
-                        "data.root", f"{path} line {reader.line_num}", problem, "put texts with commas in double quotes"
-                    )
-                yield reader.line_num, row
-        except csv.Error as error:
-            raise UserError("data.root", f"{path} after line {reader.line_num}", str(error), "mend the row") from error
-        except UnicodeDecodeError as error:
-            raise UserError("data.root", path, f"not UTF-8 text ({error})", "save the file as UTF-8") from error
+def _json_manifest(path: str):
+    """As `_csv_manifest`."""
+    for line, row in json_rows(path, "data.root"):
+        where = f"{path} line {line}"
+        for column in ("file_name", "text"):
+            if not isinstance(row.get(column), str):
+                problem = f"no {column}" if row.get(column) is None else f"{column} is no string"
+                raise UserError("data.root", where, problem, "complete the row")
+        label = row.get("label")
+        if not (label is None or isinstance(label, str) or type(label) is int):
+            raise UserError("data.root", where, f"label {label!r} is neither a string nor an integer", "mend the row")
+        yield line, row["file_name"], row["text"], None if label is None else str(label).strip() or None
 
 
-def _json_rows(path: str):
-    for line, content in _lines(path):
-        try:
-            row = json.loads(content)
-        except ValueError as error:
-            raise UserError(
-                "data.root", f"{path} line {line}", f"not JSON ({error})", "write one JSON object a line"
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError("data.root", f"{path} line {line}", "not a JSON object", "write one JSON object a line")
-        yield line, row
-
-
-def _lines(path: str) -> list[tuple[int, str]]:
-    """(line number, stripped line) of a text file's lines that are not blank."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return [(number, line.strip()) for number, line in enumerate(file, 1) if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError("data.root", path, f"not UTF-8 text ({error})", "save the file as UTF-8") from error
+LAYOUTS = {"ucf101": _read_ucf101, "classes": _read_classes, "metadata": _read_metadata, "webvid": webvid.read}
 
 
 def _refuse_test(split: str, what: str):
@@ -247,37 +193,3 @@ def _refuse_duplicates(path: str, entries: list[Entry]):
     if twice:
         shown = ", ".join(twice[:3]) + (f" and {len(twice) - 3} more" if len(twice) > 3 else "")
         raise UserError("data.root", path, f"names files more than once: {shown}", "keep one row a file")
-
-
-def _inside(root: str, name: str, where: str) -> str:
-    """The normal form of a name that a list or manifest gives; refused if it could reach outside the root."""
-    parts = PurePosixPath(name.strip()).parts
-    if not parts or "\0" in name:
-        raise UserError("data.root", where, f"{name!r} is no file name", "mend the row")
-    if ".." in parts or parts[0].startswith("/"):
-        raise UserError(
-            "data.root", where, f"{name!r} leaves the data root", "use names relative to the root, without .."
-        )
-    if not _is_inside(root, os.path.join(root, *parts)):
-        raise UserError(
-            "data.root", where, f"{name!r} is a symbolic link that leaves the data root", "copy the file into the root"
-        )
-    return "/".join(parts)
-
-
-def _is_inside(root: str, path: str) -> bool:
-    return os.path.commonpath([root, os.path.realpath(path)]) == root
-
-
-def stat_inside(root: str, name: str) -> os.stat_result:
-    """Raises ValueError with the reason where the name is no file of this root."""
-    path = os.path.join(root, name)
-    if not _is_inside(root, path):
-        raise ValueError("is a symbolic link that leaves the data root")
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise ValueError(f"is missing ({error.strerror})") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("is not a regular file")
-    return status

@@ -1,6 +1,7 @@
 """The `shapes` dataset: one coloured shape moving over a dark plain background; generated, no files needed."""
 
 import hashlib
+import itertools
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ SHAPES = ("circle", "square", "triangle")
 COLORS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (50, 90, 240), "yellow": (240, 220, 40)}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # steps in (x, y), y grows downwards
 CLASS_NAMES = tuple(f"{color} {shape} moving {way}" for shape in SHAPES for color in COLORS for way in DIRECTIONS)
+CAPTIONS = tuple(f"a {name}" for name in CLASS_NAMES)
 
 VERSION = 1  # raise it whenever the same parameters draw other pixels
 SPLITS = ("train", "test")
@@ -44,7 +46,7 @@ class ShapesSource:
     """`clips` generated clips of 48 classes, fixed by (seed, split, index); class label = index % 48.
 
     frames >= 2, height and width >= 16 (independent). The two splits draw from separate streams. UserError on values
-    outside. `texts` (None) and `bad` (empty) are there because folder sources have them.
+    outside. texts: each clip's caption, "a red circle moving left". `bad` (empty) is there for folder sources have it.
     """
 
     def __init__(
@@ -62,7 +64,8 @@ class ShapesSource:
         choose("data.split", split, SPLITS)
         self.clips, self.frames, self.height, self.width = int(clips), int(frames), int(height), int(width)
         self.seed, self.split = int(seed), split
-        self.class_names, self.texts, self.bad = list(CLASS_NAMES), None, {}
+        self.class_names, self.bad = list(CLASS_NAMES), {}
+        self.texts = tuple(itertools.islice(itertools.cycle(CAPTIONS), self.clips))
         parameters = [VERSION, self.clips, self.frames, self.height, self.width, self.seed, split]
         self.fingerprint = hashlib.sha256(json.dumps(["shapes", *parameters]).encode()).hexdigest()
 

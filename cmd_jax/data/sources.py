@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from cmd_jax.data.folder import FolderSource
-from cmd_jax.data.pipeline import local_rows, to_global, video_reader
+from cmd_jax.data.pipeline import local_rows, to_global
 from cmd_jax.data.shapes import ShapesSource
 from cmd_jax.errors import choose
 from cmd_jax.sharding import replicated
@@ -33,29 +33,24 @@ def open_source(data, cache: Path | None = None):
     )
 
 
-def encode_clips(source, autoencoder, indices, batch_size: int, mesh, seed: int) -> dict:
-    """Latents of the clips at `indices` [N] on every host; each position draws a random start of its own.
+def encode_clips(read, encode, params, indices, batch_size: int, mesh, seed: int) -> dict:
+    """encode(params, batch) of the clips at `indices` [N] on every host: {name: [N, ...]}.
 
-    Returns {"content" [N, H, W, C], "motion" [N, T, h+w, K], "label" [N]}.
+    read: as `video_reader` makes it. Each position draws a random start of its own.
     """
-    read, rows, count = video_reader(source), local_rows(batch_size, mesh), len(indices)
-
-    def encode(params, batch):
-        content, motion = autoencoder.encode(params, batch)
-        return {"content": content, "motion": motion, "label": batch["label"]}
-
+    rows, count = local_rows(batch_size, mesh), len(indices)
     encode, parts = jax.jit(encode, out_shardings=replicated(mesh)), []
     for start in range(0, count, batch_size):
         examples = {
             row: read(int(indices[(start + row) % count]), np.random.default_rng((seed, 2, start + row)))
             for row in rows
         }
-        parts.append(jax.tree.map(np.asarray, encode(autoencoder.params, to_global(examples, batch_size, mesh))))
+        parts.append(jax.tree.map(np.asarray, encode(params, to_global(examples, batch_size, mesh))))
     return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
 
 
 def latent_reader(latents: dict) -> Callable[[int, np.random.Generator], dict]:
-    """Examples of an encoded source: index -> {"content", "motion", "label"}."""
+    """Examples of an encoded source: index -> {name: values[index]}."""
     return lambda index, rng: {name: values[index] for name, values in latents.items()}
 
 

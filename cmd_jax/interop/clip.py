@@ -182,6 +182,11 @@ def load_text_encoder(folder: str | Path, dtype="float32", place: Callable | Non
     return module, _read_params(folder, like, dtype, config)
 
 
+def text_from_config(config: dict, dtype="float32") -> CLIPText:
+    """What a text_encoder/config.json describes."""
+    return _text("text_encoder/config.json: ", config, jnp.dtype(dtype))
+
+
 def text_encoder_state(params: dict) -> dict[str, np.ndarray]:
     """The parameters of a CLIPText -> {torch name: array}, with the prefix `text_model.` that all versions read."""
     state = {}

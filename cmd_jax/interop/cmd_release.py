@@ -1,14 +1,17 @@
-"""Weights of the CMD reference and of facebook's DiT: torch names and layouts in, our modules and parameters out."""
+"""Weights of the CMD reference and of facebook's DiT: torch names and layouts in, our modules and parameters out, and
+back."""
 
 import math
 import re
+from functools import partial
 
-import jax
 import numpy as np
 
 from cmd_jax.errors import UserError, choose, nearest
+from cmd_jax.interop.state_dicts import Reader, Tensor, layer, shapes, to_params, to_state_dict
+from cmd_jax.interop.weights import flatten, unflatten
 from cmd_jax.models.autoencoder import MODES, Autoencoder
-from cmd_jax.models.dit import TIMESTEP_FEATURES, DiT, sincos_table
+from cmd_jax.models.dit import SIZES, TIMESTEP_FEATURES, DiT, sincos_table
 
 MOTION_ORDERS = ("as_stored", "rows_first")
 IGNORED_KEYS = ("model", "std", "seed", "frames", "image_size")  # no weight depends on them
@@ -16,6 +19,23 @@ AUTOENCODER_KEYS = ("hidden_dim", "patch_size", "channels", "motion_channels", "
 DIT_KEYS = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "heads")
 CONTENT_KEYS = ("content_size", "content_channels", "content_patch_size")
 OPTIONAL_KEYS = {"learn_sigma": True, "num_classes": None}
+TABLES = {"pos_embed": "positions", "content_pos_embed": "content_positions"}  # torch name -> ours
+
+DIT_SIZES = {key: ("x_embedder.proj.weight", i) for i, key in enumerate(("hidden_size", "in_channels", "patch_size"))}
+CONTENT_SIZES = {key: ("keyframe_embedder.proj.weight", i) for i, key in enumerate(CONTENT_KEYS) if i}
+TOLD = {  # sizes that a tensor's dimension tells
+    "autoencoder": {
+        **{key: ("to_output.1.weight", i) for i, key in enumerate(("hidden_dim", "channels", "patch_size"))},
+        "motion_channels": ("pre_xt.weight", 0),
+    },
+    "content_dit": DIT_SIZES,
+    "motion_dit": DIT_SIZES | CONTENT_SIZES,
+}
+
+# Layouts of torch's weights -> ours: a linear map, a 1x1 convolution, and convolutions with kernel = stride.
+LINEAR, POINTWISE = "o i -> i o", "o i 1 1 -> i o"
+PATCHES, UNPATCHES = "o c p q -> (p q c) o", "i c p q -> i (p q c)"
+ATTENTION = ("query", "key", "value")
 
 
 def load(kind: str, config: dict, state_dict: dict[str, np.ndarray]):
@@ -38,59 +58,68 @@ def load(kind: str, config: dict, state_dict: dict[str, np.ndarray]):
     Raises UserError for a bad config, and for a tensor that is missing, left over or of another shape: it names the
     tensor, its shapes and the config field that is likely wrong.
     """
-    loaders = {"autoencoder": _autoencoder, "motion_dit": _motion_dit, "content_dit": _content_dit}
-    choose("kind", kind, loaders)
+    module, tensors, tables = _described(kind, config)
+    read = Reader(kind, config, state_dict)
+    params = {table.path: table.read(read) for table in tables} | to_params(tensors, read)
+    read.refuse_rest()
+    return module, unflatten(params)
+
+
+def state_dict(kind: str, config: dict, params, tables: tuple[str, ...] = tuple(TABLES)) -> dict[str, np.ndarray]:
+    """The torch weights that `load` would read as these params, in their dtypes; kind and config as there.
+
+    tables: names of the position tables that the state dict is to hold.
+    """
+    _, tensors, all_tables = _described(kind, config)
+    flat = flatten(params)
+    stored = {t.name: t.to_torch(flat[t.path]) for t in all_tables if t.name in tables}
+    return stored | to_state_dict(tensors, flat)
+
+
+def model(kind: str, config: dict):
+    """-> (module, its parameters as a tree of ShapeDtypeStructs); kind and config as for `load`."""
+    module, tensors, tables = _described(kind, config)
+    return module, unflatten(shapes(tensors) | shapes(table.tensor for table in tables))
+
+
+def complete(kind: str, given: dict, state_dict: dict[str, np.ndarray]) -> dict:
+    """A config for `load`: what is given, and what the tensors tell of the rest.
+
+    Not told: an autoencoder's heads and mode; the heads of a DiT of none of the usual SIZES; the grid of a denoiser,
+    except for the side of a content DiT's square that has a stored table.
+    """
+
+    def size(name: str, dim: int) -> int | None:
+        shape = state_dict[name].shape if name in state_dict else ()
+        return shape[dim] if dim < len(shape) else None
+
+    told = {key: size(*place) for key, place in TOLD[kind].items()}
+    blocks = [re.match(r"(?:encoder\.layers|blocks)\.(\d{1,4})\.", name) for name in state_dict]
+    told["depth"] = max((int(block[1]) + 1 for block in blocks if block), default=None)
+    config = {key: value for key, value in told.items() if value is not None} | given
+    if kind == "autoencoder":
+        inner, heads = (size("encoder.layers.0.0.fn.qkv.weight", 0) or 0) // 3, config.get("heads")
+        return {"head_dim": inner // heads} | config if type(heads) is int and heads > 0 else config
+    known = {(depth, width): {"heads": heads} for depth, width, heads in SIZES.values()}
+    config = known.get((config.get("depth"), config.get("hidden_size")), {}) | config
+    if rows := size("y_embedder.embedding_table.weight", 0):
+        config.setdefault("num_classes", rows - 1)
+    patch, channels, values = told["patch_size"], told["in_channels"], size("final_layer.linear.bias", 0)
+    if patch and channels and values:
+        config.setdefault("learn_sigma", values == 2 * patch**2 * channels)
+    side = math.isqrt(size("pos_embed", 1) or 0)
+    if kind == "content_dit" and patch and side and side**2 == size("pos_embed", 1):
+        config.setdefault("input_size", [side * patch] * 2)
+    return config
+
+
+def _described(kind: str, config: dict):
+    """-> (module, [Tensor], [Table])."""
+    describe = {"autoencoder": _autoencoder, "motion_dit": _motion_dit, "content_dit": _content_dit}
+    choose("kind", kind, describe)
     if "model" in config:
         choose("config.model", config["model"], (kind,))
-    reader = _Reader(kind, config, state_dict)
-    module, params = loaders[kind](config, reader)
-    reader.refuse_rest()
-    return module, params
-
-
-class _Reader:
-    """Hands out tensors as float32, each checked against the shape that the config implies."""
-
-    def __init__(self, kind: str, config: dict, state_dict: dict[str, np.ndarray]):
-        self.kind, self.config, self.names, self.rest = kind, config, tuple(state_dict), dict(state_dict)
-
-    def __contains__(self, name):
-        return name in self.rest
-
-    def __call__(self, name: str, *dims: tuple[str, int]) -> np.ndarray:
-        """The tensor with one (config field, size) for each of its dimensions; field "kind" for a fixed size."""
-        expected = tuple(size for _, size in dims)
-        if name not in self.rest:
-            raise self._error(self._field(name), f"the weights lack {name} {expected}")
-        value = self.rest.pop(name)
-        if value.shape != expected:
-            pairs = zip(expected, value.shape, strict=False)
-            wrong = [i for i, (e, n) in enumerate(pairs) if e != n] if value.ndim == len(dims) else []
-            fields = [dims[i][0] for i in wrong] or ["kind"]
-            raise self._error(fields[0], f"{name} has shape {tuple(value.shape)}, expected {expected}")
-        return np.asarray(value, np.float32)
-
-    def refuse_rest(self):
-        if self.rest:
-            name, *others = self.rest
-            more = f" and {len(others)} more tensors" if others else ""
-            shown = f"{name} {tuple(self.rest[name].shape)}{more}"
-            raise self._error(self._field(name), f"the model has no place for {shown}")
-
-    def _field(self, name):
-        """The config field that decides whether there is such a tensor."""
-        if name.startswith("y_embedder."):
-            return "num_classes"
-        block = re.match(r"(?:(?:en|de)coder\.layers|blocks)\.(\d+)\.", name)
-        if block is None:
-            return "kind"
-        present = any(n.startswith(block[0]) for n in self.names)
-        return "kind" if present and int(block[1]) < self.config["depth"] else "depth"
-
-    def _error(self, field, problem):
-        if field == "kind":
-            return UserError("kind", self.kind, problem, "give the whole weights of such a model, or the right kind")
-        return UserError(f"config.{field}", self.config.get(field), problem, f"set {field} as the weights were trained")
+    return describe[kind](config)
 
 
 def _check(config: dict, required: tuple[str, ...], optional: tuple[str, ...] = ()):
@@ -121,85 +150,51 @@ def _grid(config: dict, size: str, patch: str) -> tuple[int, int]:
     return sides[0] // config[patch], sides[1] // config[patch]
 
 
-def _linear(read, name, outputs, inputs) -> dict:
-    weight, bias = read(f"{name}.weight", outputs, inputs), read(f"{name}.bias", outputs)
-    return {"kernel": weight.T, "bias": bias}
-
-
-def _pointwise(read, name, outputs, inputs) -> dict:
-    """A 1x1 convolution."""
-    one = ("kind", 1)
-    weight, bias = read(f"{name}.weight", outputs, inputs, one, one), read(f"{name}.bias", outputs)
-    return {"kernel": weight[:, :, 0, 0].T, "bias": bias}
-
-
-def _patch_conv(read, name, outputs, inputs, patch) -> dict:
-    """A convolution with kernel = stride -> matrix [p*p*C, D]."""
-    weight, bias = read(f"{name}.weight", outputs, inputs, patch, patch), read(f"{name}.bias", outputs)
-    return {"kernel": weight.transpose(2, 3, 1, 0).reshape(-1, outputs[1]), "bias": bias}
-
-
-def _unpatch_conv(read, name, inputs, outputs, patch) -> dict:
-    """A transposed convolution with kernel = stride, [in,out,p,p] -> matrix [D, p*p*C]."""
-    weight, bias = read(f"{name}.weight", inputs, outputs, patch, patch), read(f"{name}.bias", outputs)
-    return {"kernel": weight.transpose(0, 2, 3, 1).reshape(inputs[1], -1), "bias": bias}
-
-
-def _split(layer: dict, parts: int) -> list[dict]:
-    """The layers that torch stores as one, stacked along their outputs."""
-    kernels, biases = (np.split(layer[part], parts, axis=-1) for part in ("kernel", "bias"))
-    return [{"kernel": kernel, "bias": bias} for kernel, bias in zip(kernels, biases, strict=True)]
-
-
-def _attention(read, name, width, inner) -> dict:
-    query, key, value = _split(_linear(read, f"{name}.qkv", (inner[0], 3 * inner[1]), width), 3)
-    return {"query": query, "key": key, "value": value, "out": _linear(read, f"{name}.proj", width, inner)}
-
-
-def _stack(blocks: list[dict]) -> dict:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
-
-
-def _autoencoder(config: dict, read: _Reader):
+def _autoencoder(config: dict):
     _check(config, AUTOENCODER_KEYS)
     width, channels, patch, motion = (
         (key, config[key]) for key in ("hidden_dim", "channels", "patch_size", "motion_channels")
     )
-    inner = ("head_dim", config["heads"] * config["head_dim"])
-    values = ("patch_size", patch[1] ** 2 * channels[1])
-
-    def block(name):
-        norms = [
-            {"scale": read(f"{name}.{i}.norm.weight", width), "bias": read(f"{name}.{i}.norm.bias", width)}
-            for i in range(3)
-        ]
-        hidden = ("kind", 4 * width[1])
-        value, gate = _split(_linear(read, f"{name}.2.fn.net.0", ("kind", 8 * width[1]), width), 2)
-        return {
-            "time_norm": norms[0],
-            "time": _attention(read, f"{name}.0.fn", width, inner),
-            "space_norm": norms[1],
-            "space": _attention(read, f"{name}.1.fn", width, inner),
-            "mlp_norm": norms[2],
-            "mlp": {"value": value, "gate": gate, "out": _linear(read, f"{name}.2.fn.net.3", width, hidden)},
-        }
+    inner = config["heads"] * config["head_dim"]
+    values, one = ("patch_size", patch[1] ** 2 * channels[1]), ("kind", 1)
 
     def blocks(side):
-        return {"blocks": _stack([block(f"{side}.layers.{i}") for i in range(config["depth"])])}
+        def names(part):
+            return f"{side}.layers.{{}}.{part}"
+
+        def norm(part, path):
+            roles = (("weight", "scale"), ("bias", "bias"))
+            return [Tensor(names(f"{part}.{r}"), (width,), (f"{path}/{s}",), "o -> o", depth) for r, s in roles]
+
+        def linear(part, path, parts, *dims):
+            return layer(names(part), tuple(f"{path}/{p}" for p in parts), LINEAR, dims, layers=depth)
+
+        depth, tensors = config["depth"], []
+        for i, path in enumerate((f"{side}/blocks/time", f"{side}/blocks/space")):
+            tensors += norm(f"{i}.norm", f"{path}_norm")
+            tensors += linear(f"{i}.fn.qkv", path, ATTENTION, ("head_dim", 3 * inner), width)
+            tensors += linear(f"{i}.fn.proj", path, ("out",), width, ("head_dim", inner))
+        path = f"{side}/blocks/mlp"
+        tensors += norm("2.norm", f"{path}_norm")
+        tensors += linear("2.fn.net.0", path, ("value", "gate"), ("kind", 8 * width[1]), width)
+        return tensors + linear("2.fn.net.3", path, ("out",), width, ("kind", 4 * width[1]))
+
+    def one_layer(name, path, pattern, *dims, **more):
+        return layer(name, (path,), pattern, dims, **more)
 
     # The transposed convolutions come first: their shapes tell width, channels and patch apart.
-    params = {
-        "to_video": _unpatch_conv(read, "to_output.1", width, channels, patch),
-        "content_logits": _unpatch_conv(read, "to_logit.1", width, channels, patch),
-        "embed_video": _linear(read, "encoder.to_patch_embedding", width, values),
-        "encoder": blocks("encoder"),
-        "rows_to_motion": _pointwise(read, "pre_yt", motion, width),
-        "columns_to_motion": _pointwise(read, "pre_xt", motion, width),
-        "embed_content": _linear(read, "to_patch_embedding_xy", width, values),
-        "embed_rows": _pointwise(read, "post_yt", width, motion),
-        "embed_columns": _pointwise(read, "post_xt", width, motion),
-        "decoder": blocks("decoder"),
-    }
+    tensors = [
+        *one_layer("to_output.1", "to_video", UNPATCHES, width, channels, patch, patch, bias=channels),
+        *one_layer("to_logit.1", "content_logits", UNPATCHES, width, channels, patch, patch, bias=channels),
+        *one_layer("encoder.to_patch_embedding", "embed_video", LINEAR, width, values),
+        *blocks("encoder"),
+        *one_layer("pre_yt", "rows_to_motion", POINTWISE, motion, width, one, one),
+        *one_layer("pre_xt", "columns_to_motion", POINTWISE, motion, width, one, one),
+        *one_layer("to_patch_embedding_xy", "embed_content", LINEAR, width, values),
+        *one_layer("post_yt", "embed_rows", POINTWISE, width, motion, one, one),
+        *one_layer("post_xt", "embed_columns", POINTWISE, width, motion, one, one),
+        *blocks("decoder"),
+    ]
     module = Autoencoder(
         channels=channels[1],
         patch=patch[1],
@@ -211,46 +206,60 @@ def _autoencoder(config: dict, read: _Reader):
         mode=config["mode"],
         position="none",
     )
-    return module, params
+    return module, tensors, []
 
 
-def _content_dit(config: dict, read: _Reader):
+class Table:
+    """A position table, which a state dict need not hold: [1, tokens, D] in torch, [tokens, D] in ours.
+
+    make() -> the table [tokens, D] where there is none. halves: (columns, rows) of patches along the grid's second axis
+    as torch has them, where ours has the rows first; or None.
+    """
+
+    def __init__(self, name: str, config: dict, size: str, grid: tuple[int, int], make, halves=None):
+        if config["hidden_size"] % 4:
+            raise UserError("config.hidden_size", config["hidden_size"], "not divisible by 4", "give a multiple of 4")
+        dims = (("kind", 1), (size, math.prod(grid)), ("hidden_size", config["hidden_size"]))
+        self.name, self.path, self.grid, self.make, self.halves = name, TABLES[name], grid, make, halves
+        self.tensor = Tensor(name, dims, (self.path,), "1 n d -> n d")
+
+    def read(self, read: Reader) -> np.ndarray:
+        table = self.tensor.to_ours(read(self.name, *self.tensor.dims)) if self.name in read else self.make()
+        return self._turn(table, self.halves[0]) if self.halves else table
+
+    def to_torch(self, table: np.ndarray) -> np.ndarray:
+        return self.tensor.to_torch(self._turn(table, self.halves[1]) if self.halves else table)
+
+    def _turn(self, table, first: int):
+        """Exchange the first half of the grid's second axis, of that many patches, and the other one."""
+        table = np.asarray(table).reshape(*self.grid, -1)
+        return np.concatenate([table[:, first:], table[:, :first]], axis=1).reshape(math.prod(self.grid), -1)
+
+
+def _content_dit(config: dict):
     _check(config, DIT_KEYS, tuple(OPTIONAL_KEYS))
     grid = _grid(config, "input_size", "patch_size")
-    positions = _stored_table(config, read, "pos_embed", "input_size", grid)
-    if positions is None:
-        positions = sincos_table(*grid, config["hidden_size"])
-    return _dit(config, read, {"positions": positions})
+    table = Table("pos_embed", config, "input_size", grid, partial(sincos_table, *grid, config["hidden_size"]))
+    return *_dit(config), [table]
 
 
-def _motion_dit(config: dict, read: _Reader):
+def _motion_dit(config: dict):
     _check(config, (*DIT_KEYS, *CONTENT_KEYS), (*OPTIONAL_KEYS, "motion_order"))
     order = choose("config.motion_order", config.get("motion_order", "as_stored"), MOTION_ORDERS)
-    width, patch = ("hidden_size", config["hidden_size"]), ("content_patch_size", config["content_patch_size"])
-
-    def table(name, size, grid):
-        stored = _stored_table(config, read, name, size, grid)
-        return _square_table(config, name, size, grid) if stored is None else stored
-
     grid, content_grid = _grid(config, "input_size", "patch_size"), _grid(config, "content_size", "content_patch_size")
-    positions = table("pos_embed", "input_size", grid)
-    params = {
-        "positions": _swap_halves(positions, grid, content_grid, config) if order == "rows_first" else positions,
-        "content_positions": table("content_pos_embed", "content_size", content_grid),
-        "embed_content": _patch_conv(
-            read, "keyframe_embedder.proj", width, ("content_channels", config["content_channels"]), patch
-        ),
-    }
-    return _dit(config, read, params, content_patch=patch[1])
-
-
-def _stored_table(config: dict, read: _Reader, name: str, size: str, grid: tuple[int, int]):
-    """The table that the weights hold, [tokens, D], or None."""
-    if config["hidden_size"] % 4:
-        raise UserError("config.hidden_size", config["hidden_size"], "not divisible by 4", "give a multiple of 4")
-    if name not in read:
-        return None
-    return read(name, ("kind", 1), (size, math.prod(grid)), ("hidden_size", config["hidden_size"]))[0]
+    halves = _halves(grid, content_grid, config) if order == "rows_first" else None
+    tables = [
+        Table(name, config, size, cells, partial(_square_table, config, name, size, cells), turned)
+        for name, size, cells, turned in (
+            ("pos_embed", "input_size", grid, halves),
+            ("content_pos_embed", "content_size", content_grid, None),
+        )
+    ]
+    width, patch = ("hidden_size", config["hidden_size"]), ("content_patch_size", config["content_patch_size"])
+    dims = (width, ("content_channels", config["content_channels"]), patch, patch)
+    embed = layer("keyframe_embedder.proj", ("embed_content",), PATCHES, dims)
+    module, tensors = _dit(config, content_patch=patch[1])
+    return module, [*embed, *tensors], tables
 
 
 def _square_table(config: dict, name: str, size: str, grid: tuple[int, int]) -> np.ndarray:
@@ -268,19 +277,18 @@ def _square_table(config: dict, name: str, size: str, grid: tuple[int, int]) -> 
     return sincos_table(side, side, config["hidden_size"])
 
 
-def _swap_halves(table, grid: tuple[int, int], content_grid: tuple[int, int], config: dict) -> np.ndarray:
-    """Positions of (columns, rows) -> those of (rows, columns), [tokens, D]."""
+def _halves(grid: tuple[int, int], content_grid: tuple[int, int], config: dict) -> tuple[int, int]:
+    """How many of the patches along h+w are columns, and how many are rows."""
     height, width = content_grid
     columns, rest = divmod(grid[1] * width, height + width)
     if rest:
         problem = f"{grid[1]} patches along h+w don't divide as content_size={config['content_size']} does"
         raise UserError("config.motion_order", "rows_first", problem, "use as_stored, or correct the sizes")
-    table = table.reshape(*grid, -1)
-    return np.concatenate([table[:, columns:], table[:, :columns]], axis=1).reshape(math.prod(grid), -1)
+    return columns, grid[1] - columns
 
 
-def _dit(config: dict, read: _Reader, params: dict, content_patch: int = 0):
-    """The trunk that both denoisers share; `params` holds what comes before it."""
+def _dit(config: dict, content_patch: int = 0):
+    """The trunk that both denoisers share -> (module, [Tensor])."""
     config = OPTIONAL_KEYS | config
     width, channels, patch = ((key, config[key]) for key in ("hidden_size", "in_channels", "patch_size"))
     classes, learn_sigma = config["num_classes"], config["learn_sigma"]
@@ -290,28 +298,30 @@ def _dit(config: dict, read: _Reader, params: dict, content_patch: int = 0):
         raise UserError("config.heads", config["heads"], problem, "set heads as the weights were trained")
     out_channels = channels[1] * (2 if learn_sigma else 1)
 
-    def block(name):
-        hidden = ("kind", 4 * width[1])
-        return {
-            **_attention(read, f"{name}.attn", width, width),
-            "mlp_in": _linear(read, f"{name}.mlp.fc1", hidden, width),
-            "mlp_out": _linear(read, f"{name}.mlp.fc2", width, hidden),
-            "modulation": _linear(read, f"{name}.adaLN_modulation.1", ("kind", 6 * width[1]), width),
-        }
+    def linear(name, paths, outputs, inputs, layers=0):
+        return layer(name, paths, LINEAR, (outputs, inputs), layers=layers)
 
-    params = params | {
-        "embed": _patch_conv(read, "x_embedder.proj", width, channels, patch),
-        "time_in": _linear(read, "t_embedder.mlp.0", width, ("kind", TIMESTEP_FEATURES)),
-        "time_out": _linear(read, "t_embedder.mlp.2", width, width),
-        "blocks": _stack([block(f"blocks.{i}") for i in range(config["depth"])]),
-        "final_modulation": _linear(read, "final_layer.adaLN_modulation.1", ("kind", 2 * width[1]), width),
-        "final": _linear(read, "final_layer.linear", ("learn_sigma", patch[1] ** 2 * out_channels), width),
-    }
+    def wide(times):
+        return "kind", times * width[1]
+
+    block, projections = partial(linear, layers=config["depth"]), tuple(f"blocks/{part}" for part in ATTENTION)
+    tensors = [
+        *layer("x_embedder.proj", ("embed",), PATCHES, (width, channels, patch, patch)),
+        *linear("t_embedder.mlp.0", ("time_in",), width, ("kind", TIMESTEP_FEATURES)),
+        *linear("t_embedder.mlp.2", ("time_out",), width, width),
+        *block("blocks.{}.attn.qkv", projections, ("hidden_size", 3 * width[1]), width),
+        *block("blocks.{}.attn.proj", ("blocks/out",), width, width),
+        *block("blocks.{}.mlp.fc1", ("blocks/mlp_in",), wide(4), width),
+        *block("blocks.{}.mlp.fc2", ("blocks/mlp_out",), width, wide(4)),
+        *block("blocks.{}.adaLN_modulation.1", ("blocks/modulation",), wide(6), width),
+        *linear("final_layer.adaLN_modulation.1", ("final_modulation",), wide(2), width),
+        *linear("final_layer.linear", ("final",), ("learn_sigma", patch[1] ** 2 * out_channels), width),
+    ]
     if classes is not None:
         if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
             raise UserError("config.num_classes", classes, "not a number of classes", "give a whole number, or None")
-        table = read("y_embedder.embedding_table.weight", ("num_classes", classes + 1), width)
-        params["label"] = {"embedding": table}
+        dims = ("num_classes", classes + 1), width
+        tensors.append(Tensor("y_embedder.embedding_table.weight", dims, ("label/embedding",), "n d -> n d"))
     module = DiT(
         out_channels=out_channels,
         patch=patch[1],
@@ -322,4 +332,4 @@ def _dit(config: dict, read: _Reader, params: dict, content_patch: int = 0):
         content_patch=content_patch,
         position="table",
     )
-    return module, params
+    return module, tensors

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from cmd_jax.checkpoint import to_host
 from cmd_jax.errors import UserError
+from cmd_jax.hosts import to_host
 from cmd_jax.interop import sd_config
 from cmd_jax.interop.clip import Tokenizer, check_tokenizer, load_text_encoder, load_tokenizer, text_encoder_state
 from cmd_jax.interop.sd_weights import (

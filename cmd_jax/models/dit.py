@@ -14,6 +14,7 @@ from cmd_jax.models.layers import dense, layer_norm, patchify, scanned
 NORM_EPSILON = 1e-6
 TIMESTEP_FEATURES = 256
 POSITIONS = ("sincos", "table")
+CONDITIONS = ("class", "text")
 SIZES = {  # depth, width, heads
     "S": (12, 384, 6),
     "B": (12, 768, 12),
@@ -77,11 +78,13 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """Denoiser of a 2-D grid: a content frame [B, H, W, C], or a motion latent [B, T, h+w, K].
 
-    (x [B, R, S, C], timesteps [B] in [0, 1000], label [B] in 0..classes, content) -> float32
-    [B, R, S, out_channels].
-    Label `classes` is the null class of guidance; classes=None makes a model without label, classes=0 one with the null
-    class only. content_patch > 0 asks for a content frame [B, H, W, C'], whose patches join as extra tokens with an
-    embedding and a position table of their own; only the grid's own tokens are read out (paper section 3.2).
+    (x [B, R, S, C], timesteps [B] in [0, 1000], label, content) -> float32 [B, R, S, out_channels].
+    condition: "class", label int32 [B] in 0..classes, of which `classes` is the null class of guidance; classes=None
+    makes a model without label, classes=0 one with the null class only. Or "text": label is the mean-pooled features
+    [B, E] of a text, which a linear map takes to the model's width (paper section 3.2).
+    content_patch > 0 asks for a content frame [B, H, W, C'], whose patches join as extra tokens with an embedding and a
+    position table of their own; only the grid's own tokens are read out (paper section 3.2). Instead of the frame its
+    tokens [B, N, D] may be given, as `content_tokens` makes them.
     position: "sincos" tables of the real rectangular grid, or "table": tables stored with the parameters.
     """
 
@@ -91,25 +94,37 @@ class DiT(nn.Module):
     depth: int
     heads: int
     classes: int | None
+    condition: str = "class"
     content_patch: int = 0
     position: str = "sincos"
     remat: str = "none"
     dtype: jnp.dtype = jnp.float32
 
-    def _embed_patches(self, x, patch, name, table_name):
-        tokens = dense(self.width, ("patch", "embed"), dtype=self.dtype, name=name)(patchify(x, patch))
+    def setup(self):
+        self.embed = dense(self.width, ("patch", "embed"), dtype=self.dtype)
+        if self.content_patch:
+            self.embed_content = dense(self.width, ("patch", "embed"), dtype=self.dtype)
+
+    def _tokens(self, x, patch, layer, table_name):
+        tokens = layer(patchify(x, patch))
         table = sincos_table(tokens.shape[1], tokens.shape[2], self.width)
-        if self.position == "table":
+        if self.position == "table" and self.is_initializing():
             init = nn.with_logical_partitioning(lambda *_: jnp.asarray(table), ("token", "embed"))
             table = self.param(table_name, init, table.shape, jnp.float32)
+        elif self.position == "table":
+            table = self.get_variable("params", table_name)
         return rearrange(tokens, "b r s d -> b (r s) d") + jnp.asarray(table, self.dtype)
+
+    def content_tokens(self, content):
+        """Content frame [B, H, W, C'] -> its tokens [B, N, D], the same at every timestep."""
+        return self._tokens(content, self.content_patch, self.embed_content, "content_positions")
 
     @nn.compact
     def __call__(self, x, timesteps, label=None, content=None):
         rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
-        tokens = self._embed_patches(x, self.patch, "embed", "positions")
+        tokens = self._tokens(x, self.patch, self.embed, "positions")
         if self.content_patch:
-            extra = self._embed_patches(content, self.content_patch, "embed_content", "content_positions")
+            extra = content if content.ndim == 3 else self.content_tokens(content)
             tokens = jnp.concatenate([tokens, extra], axis=1)
 
         small = nn.initializers.normal(0.02)
@@ -118,7 +133,10 @@ class DiT(nn.Module):
         condition = dense(self.width, ("embed", "embed_out"), init=small, dtype=self.dtype, name="time_out")(
             jax.nn.silu(condition)
         )
-        if self.classes is not None:
+        if self.condition == "text":
+            project = dense(self.width, ("embed", "embed_out"), init=small, dtype=self.dtype, name="text")
+            condition = condition + project(label)
+        elif self.classes is not None:
             table = nn.Embed(
                 self.classes + 1,
                 self.width,

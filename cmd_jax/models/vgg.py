@@ -1,9 +1,12 @@
 """LPIPS on VGG16 (Zhang et al. 2018): a perceptual loss of the autoencoder, and a score of reconstructions."""
 
+from collections.abc import Iterable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from cmd_jax.errors import UserError
 
@@ -11,6 +14,8 @@ from cmd_jax.errors import UserError
 BLOCKS = ((64, (0, 2)), (128, (5, 7)), (256, (10, 12, 14)), (512, (17, 19, 21)), (512, (24, 26, 28)))
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
+# Tensors of the lpips package's own state dicts that hold nothing of their own.
+REPEATED = ("scaling_layer.shift", "scaling_layer.scale", *(f"lins.{k}.model.1.weight" for k in range(len(BLOCKS))))
 KERNEL_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")
 
 
@@ -79,38 +84,63 @@ def _unit(x):
     return x / (jnp.sqrt(jnp.maximum(square, 1e-20)) + 1e-10)
 
 
-def lpips_params(state_dict: dict[str, np.ndarray]) -> dict:
-    """Parameters of `LPIPS` from torch weights named `net.slice{K}.{I}.weight|bias` (OIHW) and `lin{K}.model.1.weight`.
-
-    Raises UserError that names the tensors that are missing, left over or of another shape.
-    """
-    shapes, places = {}, {}
-    inputs = 3
+def _places() -> dict[str, tuple]:
+    """{torch name: (its shape, path of our parameter)}."""
+    places, inputs = {}, 3
     for k, (channels, indices) in enumerate(BLOCKS):
         for i, index in enumerate(indices, start=1):
             name, conv = f"net.slice{k + 1}.{index}", f"conv{k + 1}_{i}"
-            shapes[f"{name}.weight"], places[f"{name}.weight"] = (channels, inputs, 3, 3), ("vgg", conv, "kernel")
-            shapes[f"{name}.bias"], places[f"{name}.bias"] = (channels,), ("vgg", conv, "bias")
+            places[f"{name}.weight"] = (channels, inputs, 3, 3), ("vgg", conv, "kernel")
+            places[f"{name}.bias"] = (channels,), ("vgg", conv, "bias")
             inputs = channels
-        name = f"lin{k}.model.1.weight"
-        shapes[name], places[name] = (1, channels, 1, 1), (f"tap{k + 1}",)
+        places[f"lin{k}.model.1.weight"] = (1, channels, 1, 1), (f"tap{k + 1}",)
+    return places
+
+
+def _copies(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the lpips package's own state dicts repeat: constants, and the taps under a second name."""
+    constants = {"shift": SHIFT, "scale": SCALE}
+    copies = {f"scaling_layer.{n}": np.array(v, np.float32).reshape(1, 3, 1, 1) for n, v in constants.items()}
+    return copies | {f"lins.{k}.model.1.weight": state_dict[f"lin{k}.model.1.weight"] for k in range(len(BLOCKS))}
+
+
+def lpips_params(state_dict: dict[str, np.ndarray]) -> dict:
+    """Parameters of `LPIPS` from torch weights named `net.slice{K}.{I}.weight|bias` (OIHW) and `lin{K}.model.1.weight`.
+
+    What the lpips package repeats in its state dicts, as REPEATED lists it, may be there and is compared.
+    Raises UserError that names the tensors that are missing, left over, of another shape or not what they repeat.
+    """
+    places = _places()
 
     def refuse(names, problem):
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise UserError("lpips", shown, problem, "give the state dict of LPIPS with a VGG16 trunk")
 
-    if missing := sorted(shapes.keys() - state_dict.keys()):
+    if missing := sorted(places.keys() - state_dict.keys()):
         refuse(missing, "missing from the weights")
-    if extra := sorted(state_dict.keys() - shapes.keys()):
+    if extra := sorted(state_dict.keys() - places.keys() - set(REPEATED)):
         refuse(extra, "not a tensor of LPIPS on VGG16")
-    if wrong := [f"{n} {state_dict[n].shape}, expected {s}" for n, s in shapes.items() if state_dict[n].shape != s]:
+    expected = {name: shape for name, (shape, _) in places.items()}
+    if wrong := [f"{n} {state_dict[n].shape}, expected {s}" for n, s in expected.items() if state_dict[n].shape != s]:
         refuse(wrong, "of another shape")
+    copies = {name: copy for name, copy in _copies(state_dict).items() if name in state_dict}
+    # A file in half precision holds rounded constants.
+    if other := [n for n, c in copies.items() if not np.allclose(state_dict[n].astype(np.float32), c, rtol=1e-2)]:
+        refuse(other, "not what LPIPS on VGG16 repeats there")
 
-    params = {"vgg": {}}
-    for name, place in places.items():
+    params = {}
+    for name, (_, path) in places.items():
         value = np.asarray(state_dict[name], np.float32)
-        if len(place) == 1:
-            params[place[0]] = value.reshape(-1)
-        else:
-            params["vgg"].setdefault(place[1], {})[place[2]] = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
-    return params
+        ours = value.reshape(-1) if len(path) == 1 else value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+        params[path] = ours
+    return traverse_util.unflatten_dict(params)
+
+
+def lpips_state(params, repeated: Iterable[str] = ()) -> dict[str, np.ndarray]:
+    """The torch weights that `lpips_params` would read as these, in their dtypes, and the named ones of REPEATED."""
+    flat, state = traverse_util.flatten_dict(params), {}
+    for name, (shape, path) in _places().items():
+        value = np.asarray(flat[path])
+        state[name] = (value.transpose(3, 2, 0, 1) if value.ndim == 4 else value).reshape(shape)
+    copies = _copies(state)
+    return state | {name: copies[name].astype(state["lin0.model.1.weight"].dtype) for name in repeated}

@@ -16,7 +16,7 @@ def object_mask(video):
 
 def test_classes_are_the_48_combinations_and_balanced():
     source = ShapesSource(clips=200)
-    assert len(source) == 200 and source.texts is None and source.bad == {}
+    assert len(source) == 200 and source.bad == {}
     assert len(set(source.class_names)) == 48 and "red circle moving left" in source.class_names
     labels = [source.clip(i, None)[1] for i in range(37, 37 + 96)]
     assert (np.bincount(labels, minlength=48) == 2).all()
@@ -58,6 +58,13 @@ def test_colors_are_pure_inside_and_shapes_have_their_outlines():
         assert low <= fill <= high, (shape, fill)
         if shape == "triangle":
             assert mask[top + 2].sum() < mask[bottom - 2].sum()  # it points up
+
+
+def test_captions_are_the_class_names_as_texts():
+    source = ShapesSource(clips=100)
+    assert len(source.texts) == 100 and source.texts[0] == "a red circle moving left"
+    assert all(source.texts[i] == "a " + CLASS_NAMES[source.clip(i, None)[1]] for i in (0, 17, 48, 99))
+    assert len(ShapesSource(clips=48).texts) == 48 and len(ShapesSource(clips=1).texts) == 1
 
 
 def test_edges_are_antialiased_and_clips_vary():

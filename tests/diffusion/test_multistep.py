@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
+from cmd_jax.conditions import Classes
 from cmd_jax.diffusion.gaussian import PREDICTIONS, Gaussian
 from cmd_jax.diffusion.multistep import dpmpp_coefficients, dpmpp_timesteps
 from cmd_jax.diffusion.schedules import (
@@ -157,7 +158,7 @@ def test_class_conditional_models_run_it(name):
     autoencoder = FrozenAutoencoder(tiny.config_of("autoencoder"), {"autoencoder": None})
     statistics = {k: {"mean": 0.0, "std": 1.0} for k in ("content", "motion")}
     stage = {"content": ContentStage, "motion": MotionStage}[name](
-        tiny.config_of(f"{name},kind=gaussian"), autoencoder, 5, statistics
+        tiny.config_of(f"{name},kind=gaussian"), autoencoder, Classes(5), statistics
     )
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
@@ -167,9 +168,11 @@ def test_class_conditional_models_run_it(name):
     @jax.jit
     def sample(label, content, keys):
         given = content if name == "motion" else None
+        null = jnp.full_like(label, 5)
         return stage.sample(
-            params, stage.frozen["statistics"], label, given, keys, guidance=3.0, steps=5, solver="dpmpp", eta=0.0
-        )
+            params, stage.frozen["statistics"], label, given, keys,
+            guidance=3.0, null=null, steps=5, solver="dpmpp", eta=0.0,
+        )  # fmt: skip
 
     labels, keys = jnp.array([0, 4, 2]), jax.random.split(jax.random.key(1), 3)
     whole = sample(labels, content, keys)

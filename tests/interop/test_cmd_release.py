@@ -9,7 +9,8 @@ import pytest
 from fixtures.formula import draw, state_dict
 
 from cmd_jax.errors import UserError
-from cmd_jax.interop.cmd_release import load
+from cmd_jax.interop.cmd_release import complete, load, model
+from cmd_jax.interop.cmd_release import state_dict as torch_weights
 from cmd_jax.models.autoencoder import Latents
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -372,6 +373,59 @@ def test_the_parameters_are_those_that_the_module_asks_for(kind, config, shapes)
     asked = jax.eval_shape(lambda: nn.meta.unbox(module.init(jax.random.key(0), *inputs)["params"]))
     described = jax.tree.map(lambda a: (a.shape, np.dtype(a.dtype)), asked)
     assert described == jax.tree.map(lambda a: (a.shape, a.dtype), params)
+
+
+# And back.
+
+
+@pytest.mark.parametrize(
+    "kind, config, shapes",
+    [
+        ("autoencoder", AUTOENCODER, autoencoder_shapes),
+        ("content_dit", CONTENT_DIT, dit_shapes),
+        ("motion_dit", MOTION_DIT, dit_shapes),
+        ("motion_dit", MOTION_DIT | {"motion_order": "rows_first", "num_classes": 2}, dit_shapes),
+    ],
+)
+def test_what_was_loaded_is_written_again_bit_for_bit(kind, config, shapes):
+    sd = weights(shapes(config), seed=17)
+    if kind != "autoencoder":
+        sd["pos_embed"] = draw("pos_embed", (1, 6 if kind == "content_dit" else 10, 24), 17)
+    if kind == "motion_dit":
+        sd["content_pos_embed"] = draw("content_pos_embed", (1, 6, 24), 17)
+    module, params = load(kind, config, sd)
+    same, expected = model(kind, config)
+    assert same == module
+    expected = jax.tree.map(lambda a: (a.shape, np.dtype(a.dtype)), expected)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), params) == expected
+    back = torch_weights(kind, config, params)
+    assert {n: v.shape for n, v in back.items()} == {n: v.shape for n, v in sd.items()}
+    assert all(np.array_equal(back[n], sd[n]) for n in sd)
+    assert not torch_weights(kind, config, params, tables=()).keys() & {"pos_embed", "content_pos_embed"}
+
+
+@pytest.mark.parametrize(
+    "kind, config, given",
+    [
+        ("autoencoder", AUTOENCODER, ("heads", "mode")),
+        ("content_dit", CONTENT_DIT, ("heads", "input_size")),
+        ("content_dit", CONTENT_DIT | {"num_classes": None, "learn_sigma": False}, ("heads", "input_size")),
+        ("motion_dit", MOTION_DIT, ("heads", "input_size", "content_size")),
+    ],
+)
+def test_tensors_tell_the_rest_of_a_config(kind, config, given):
+    sd = weights(autoencoder_shapes(config) if kind == "autoencoder" else dit_shapes(config), seed=18)
+    told = complete(kind, {key: config[key] for key in given}, sd)
+    assert told == {key: value for key, value in config.items() if value is not None}
+    assert complete(kind, {"depth": 77}, sd)["depth"] == 77  # what is given counts
+    assert complete(kind, {}, {}) == {}
+
+
+def test_the_tensors_of_a_published_dit_tell_everything():
+    large = {"hidden_size": 1152, "depth": 28, "heads": 16, "input_size": [32, 32], "patch_size": 2, "in_channels": 4}
+    large |= {"num_classes": 1000, "learn_sigma": True}
+    sd = {name: np.broadcast_to(np.float32(0), shape) for name, shape in dit_shapes(large).items()}
+    assert complete("content_dit", {}, sd | {"pos_embed": np.broadcast_to(np.float32(0), (1, 256, 1152))}) == large
 
 
 # Errors.

@@ -1,0 +1,124 @@
+"""WebVid's layout: CSV files in the root list mp4 files `page_dir/videoid.mp4`, of which many may be absent."""
+
+import logging
+import os
+
+from cmd_jax.data.roots import Entry, Listing, inside, names_in, normal, some
+from cmd_jax.data.tables import csv_rows
+from cmd_jax.errors import UserError
+
+HEADER = "videoid,contentUrl,duration,page_dir,name"
+COLUMNS = ("videoid", "page_dir", "name")  # those that are read
+PARTS = {"train": "train", "test": "val"}  # split -> what the names of its lists hold
+
+log = logging.getLogger(__name__)
+
+
+def read(root: str, fold: int, split: str) -> Listing:
+    """The videos of the split's lists that are there; their texts are the column `name`.
+
+    The lists are all CSV files directly in the root whose names hold "train" (split train) or "val" (test) in any case,
+    or either ("all"). Rows that repeat another, text and all, count once.
+    """
+    paths, videos = [os.path.join(root, name) for name in _lists_of(root, split)], Videos(root)
+    texts: dict[str, str] = {}  # by name
+    rows, absent, example = 0, 0, ""
+    for path in paths:
+        for line, (video_id, page, text) in csv_rows(path, "data.root", COLUMNS, HEADER):
+            rows, where = rows + 1, f"{path} line {line}"
+            name = videos.find(page, video_id.strip(), where)
+            if name is None:
+                absent, example = absent + 1, example or f"{page.strip()}/{video_id.strip()}.mp4"
+            elif texts.setdefault(name, text) != text:
+                raise UserError("data.root", where, f"{name} has another text in an earlier row", "keep one row a file")
+    read = ", ".join(map(os.path.basename, paths))
+    if not rows:
+        raise UserError("data.root", root, f"no rows in {read}", f"write one row a video: {HEADER}")
+    if not texts:
+        problem = f"none of the {rows} videos of {read} is there, neither {example} nor videos/{example}"
+        if videos.bad:
+            problem += f" ({some([f'{name} {reason}' for name, reason in videos.bad.items()])})"
+        raise UserError("data.root", root, problem, f"put them there; the folder holds {some(names_in(root))}")
+    repeated = rows - absent - len(texts)
+    more = f"; {repeated} rows repeat another" if repeated else ""
+    log.info("%s: %d videos are there, %d rows name one that is absent%s", read, len(texts), absent, more)
+    return Listing([Entry(name, text=text) for name, text in texts.items()], (), videos.bad, absent)
+
+
+def lists_in(root: str) -> list[str]:
+    """Names of the CSV files in the root that are WebVid's by name and header.
+
+    An incomplete header counts, and so does an empty file: `read` says what is wrong with them.
+    """
+    return [name for names in _by_split(root).values() for name in names if _is_list(os.path.join(root, name))]
+
+
+class Videos:
+    """The mp4 files that are there, below videos/ or, after that, the root itself.
+
+    Each page_dir is listed once, and only if its parent holds it: WebVid has millions of rows, but few page_dirs.
+    bad: name -> why a page_dir cannot be listed.
+    """
+
+    def __init__(self, root: str):
+        self.root, self.bad, self._pages = root, {}, {}
+        self._held = {"": set(names_in(root))}
+        if "videos" in self._held[""] and os.path.isdir(os.path.join(root, "videos")):
+            self._held["videos/"] = set(names_in(os.path.join(root, inside(root, "videos", root))))
+
+    def find(self, page: str, video_id: str, where: str) -> str | None:
+        """The file's name relative to the root, None where it is absent; `where` names the row in errors."""
+        if not video_id or "/" in video_id or "\0" in video_id:
+            raise UserError("data.root", where, f"the videoid {video_id!r} is no file name", "mend the row")
+        if page not in self._pages:
+            self._pages[page] = self._list(normal(page, where), where)
+        return self._pages[page].get(video_id)
+
+    def _list(self, page: str, where: str) -> dict[str, str]:
+        """A page_dir's files: videoid -> name."""
+        found = {}
+        for base, held in self._held.items():
+            if page.partition("/")[0] not in held:
+                continue
+            folder = inside(self.root, base + page, where)
+            try:
+                names = os.listdir(os.path.join(self.root, folder))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                self.bad[folder] = f"cannot be listed ({error.strerror})"
+                continue
+            found |= {name.removesuffix(".mp4"): f"{folder}/{name}" for name in names if name.endswith(".mp4")}
+        return found
+
+
+def _csv_files(root: str) -> list[str]:
+    return [name for name in names_in(root) if name.lower().endswith(".csv") and not name.startswith(".")]
+
+
+def _by_split(root: str) -> dict[str, list[str]]:
+    return {split: [name for name in _csv_files(root) if part in name.lower()] for split, part in PARTS.items()}
+
+
+def _lists_of(root: str, split: str) -> list[str]:
+    by_split = _by_split(root)
+    if both := set(by_split["train"]) & set(by_split["test"]):
+        problem = "its name holds both train and val"
+        raise UserError("data.root", os.path.join(root, min(both)), problem, "name it for the split that it lists")
+    names = [name for part in by_split if split in (part, "all") for name in by_split[part]]
+    if not names:
+        patterns = [f"*{word}*.csv" for part, word in PARTS.items() if split in (part, "all")]
+        problem = f"no {' or '.join(patterns)} in {root}; its CSV files: {some(_csv_files(root))}"
+        raise UserError("data.split", split, problem, "put WebVid's list there, or use another data.split")
+    return names
+
+
+def _is_list(path: str) -> bool:
+    if not os.path.isfile(path):  # to open a named pipe would wait for ever
+        return False
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            columns = {column.strip(' "') for column in file.readline(10_000).strip().split(",")}
+    except OSError:
+        return False
+    return columns == {""} or bool(columns & {"videoid", "contentUrl", "page_dir"})
