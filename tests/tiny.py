@@ -90,11 +90,15 @@ def quick_compiles():
 
 @functools.cache
 def trained() -> Path:
-    """A workdir with the three stages trained, the denoisers by flow matching; once a process."""
+    """A workdir with the three stages trained, the denoisers by flow matching; once a process.
+
+    Whoever asks first, its programs are those of `quick_compiles`, so that their bits can be compared with.
+    """
     workdir = scratch() / "run"
-    train(config_of("autoencoder", train__preview_every=3, train__checkpoint_every=3), workdir)
-    train(config_of("motion", train__preview_every=STEPS), workdir)  # either order will do
-    train(config_of("content"), workdir)
+    with quick_compiles():
+        train(config_of("autoencoder", train__preview_every=3, train__checkpoint_every=3), workdir)
+        train(config_of("motion", train__preview_every=STEPS), workdir)  # either order will do
+        train(config_of("content"), workdir)
     return workdir
 
 
