@@ -32,6 +32,7 @@ from cmd_jax.state import abstract, init_state, make_optimizer
 from cmd_jax.train import train
 
 pytestmark = pytest.mark.xdist_group("text")
+slow = pytest.mark.slow  # what needs trained stages: minutes of compiling
 PROMPTS = ["a red circle", "blue square, moving"]
 
 
@@ -117,6 +118,7 @@ def test_texts_are_encoded_pooled_and_dropped():
 # Training.
 
 
+@slow
 def test_what_trains_and_what_does_not():
     folder = trained() / "content"
     facts, summary = read_json(folder / "facts.json"), read_json(folder / "summary.json")
@@ -136,6 +138,7 @@ def test_what_trains_and_what_does_not():
     assert steps == [1, 2, 3, 4, 5, 6] and summary["step"] == 6
 
 
+@slow
 def test_fine_tuning_starts_from_the_pretrained_function():
     config = config_of("content")
     stage, mesh = stage_of("content"), make_mesh(config.mesh)
@@ -158,6 +161,7 @@ def stage_of(name):
     return stage
 
 
+@slow
 def test_latents_and_texts_are_made_once():
     files = {}
     for path in trained().glob("latents-*.npz"):
@@ -180,6 +184,7 @@ def test_latents_and_texts_are_made_once():
 
 
 @pytest.mark.parametrize("name", ["content", "motion"])
+@slow
 def test_cached_features_give_the_loss_of_videos_and_texts(name):
     stage = stage_of(name)
     conditions, tokenizer = texts()
@@ -230,6 +235,7 @@ def batch_of(sampler, prompts=PROMPTS):
     return {"index": index, "variant": np.zeros_like(index), "ids": sampler.tokenizer(prompts)}
 
 
+@slow
 def test_step_zero_samples_are_those_of_the_pretrained_pipeline(sampler):
     """Noise, text encoder, guidance with a negative prompt, DDIM, VAE decoder: as the folder itself says."""
     out = sampler.generate(batch_of(sampler))
@@ -254,6 +260,7 @@ def test_step_zero_samples_are_those_of_the_pretrained_pipeline(sampler):
     assert out["video"].shape == (2, 4, 16, 32, 3) and np.isfinite(out["video"]).all()
 
 
+@slow
 def test_a_sample_does_not_depend_on_its_batch(sampler):
     out, one = sampler.generate(batch_of(sampler, [*PROMPTS, "a cat"])), batch_of(sampler, ["a cat"])
     one["index"] = np.array([2], np.int32)
@@ -263,6 +270,7 @@ def test_a_sample_does_not_depend_on_its_batch(sampler):
     assert relative(out["content"][0], out["content"][1]) > 1e-2
 
 
+@slow
 def test_texts_and_content_frames_are_read_once_a_call():
     """What another step adds to the program's work is both denoisers twice, and nothing else."""
 
@@ -286,6 +294,7 @@ def test_texts_and_content_frames_are_read_once_a_call():
     assert motion == base + step and step.layers > 0
 
 
+@slow
 def test_my_own_image_as_content_frame(sampler, tmp_path):
     Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(tmp_path / "image.png")
     changes = {"sampling__mode": "animate", "sampling__image": tmp_path / "image.png", "sampling__prompt": "a sea"}
@@ -297,6 +306,7 @@ def test_my_own_image_as_content_frame(sampler, tmp_path):
     assert captions == ["a sea", "a sea"] and relative(out["motion"][0], out["motion"][1]) > 1e-3
 
 
+@slow
 def test_same_content_new_motion_and_reconstruction(sampler):
     changes = {"sampling__mode": "vary-motion", "sampling__prompt": "a sea", "sampling__num": 1}
     out, captions = sampling.make_samples(sampler, settings(**changes), trained())
@@ -319,6 +329,7 @@ def workdir(tmp_path, sampler, monkeypatch):
     return tmp_path
 
 
+@slow
 def test_prompts_make_a_gallery(workdir, tmp_path):
     hostile = ["🚗 emoji", "שלום RTL ‮ text", "<b>&amp;", "../../etc/passwd"]
     (tmp_path / "prompts.txt").write_text("# comment\n" + "\n".join(hostile) + "\n")
@@ -334,6 +345,7 @@ def test_prompts_make_a_gallery(workdir, tmp_path):
         assert content.size == (32, 16)  # pixels, not latents
 
 
+@slow
 def test_the_flags_of_the_issue(tmp_path):
     """The whole command, loading included; a prompt of 10,000 characters is cut, and told of."""
     flags = ("--prompt=" + "a very long walk " * 600, "--negative=rain", "--guidance=3", "--steps=2", "--solver=dpmpp")
@@ -374,6 +386,7 @@ def test_the_flags_of_the_issue(tmp_path):
         (("--promt=a",), "flag=--promt=a: not a flag of sample; did you mean --prompt=TEXT"),
     ],
 )
+@slow
 def test_bad_prompts_and_options(capsys, flags, message):
     assert command(trained(), *flags) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "WARNING" not in line]
@@ -412,10 +425,11 @@ def test_shapes_that_do_not_fit_are_named(tmp_path):
         diffusion_stage(config_of("content", data__height=12), frozen, texts()[0], {}, model)
 
 
+@slow
 def test_parts_of_another_model_are_refused(tmp_path):
     other = tiny.PIPELINE.parent / "tiny-sd15"
     with pytest.raises(UserError, match="its vae is not the one that the autoencoder was trained with"):
-        train(config_of("content", pretrained__path=other), trained())
+        train(config_of("content", latents__cache_clips=48, pretrained__path=other), trained())
     content = load_trained(trained() / "content", "content")
     for name in ("autoencoder", "content", "motion"):
         stage = load_trained(trained() / name, name)

@@ -117,7 +117,7 @@ class CLIPVision(nn.Module):
             size = f"{self.image_size}x{self.image_size}x3"
             raise UserError("images", images.shape, f"the vision tower takes {size}", "resize and crop them")
         norm = partial(layer_norm, self.epsilon, affine=True)
-        kernel_axes = ("conv_height", "conv_width", "conv_in", "embed")
+        kernel_axes = ("conv_height", "conv_width", "channels", "embed")
         x = nn.Conv(
             self.width,
             (self.patch, self.patch),

@@ -1,5 +1,4 @@
 import time
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,7 +8,6 @@ from cmd_jax import defaults
 from cmd_jax.data.pipeline import BatchPlan, batches, local_rows, to_global, video_reader
 from cmd_jax.data.sources import channel_statistics, encode_clips, latent_reader
 from cmd_jax.errors import UserError
-from cmd_jax.models.autoencoder import Latents
 from cmd_jax.sharding import BATCH_AXES, make_mesh
 from cmd_jax.stages import denormalize, normalize
 
@@ -141,10 +139,10 @@ def test_a_consumer_may_leave_early(mesh):
 def test_encoded_clips_are_those_of_the_source_in_order(mesh):
     def encode(params, batch):
         content = batch["video"][:, 1].astype("float32")
-        return Latents(content, params * content[:, :, :1])
+        return {"content": content, "motion": params * content[:, :, :1], "label": batch["label"]}
 
-    autoencoder = SimpleNamespace(params=np.float32(-1), encode=encode)
-    latents = encode_clips(CountedSource(5), autoencoder, np.arange(13) % 5, 4, mesh, seed=0)
+    read = video_reader(CountedSource(5))
+    latents = encode_clips(read, encode, np.float32(-1), np.arange(13) % 5, 4, mesh, seed=0)
     assert latents["content"].shape == (13, H, W, 3) and latents["motion"].shape == (13, H, 1, 3)
     assert latents["content"][:, 0, 0, 0].tolist() == [i % 5 for i in range(13)]
     assert latents["label"].tolist() == [i % 5 for i in range(13)]
