@@ -131,13 +131,14 @@ MARKERS = {
 def add_flags(parser):
     """The command line of the verb, on an argparse parser."""
     kinds = "; ".join(f"{name}: {what}" for name, what in KINDS.items())
-    stages = "; cmd-*: a file, or a stage's folder of a workdir, with its autoencoder beside it"
-    suffixes = ", ".join(TORCH_SUFFIXES)
     parser.add_argument("kind", metavar="KIND", help=kinds)
-    parser.add_argument("input", metavar="INPUT", help=f"file of weights: .safetensors, {suffixes}; --to=torch{stages}")
     parser.add_argument(
-        "output", metavar="OUTPUT", help="a new .safetensors file, or folder; cmd-content and cmd-motion: in the folder"
-        " of autoencoder.safetensors, cmd-motion also of content.safetensors",
+        "input", metavar="INPUT", help=f"file of PyTorch weights, .safetensors, {', '.join(TORCH_SUFFIXES)}; with"
+        " --to=torch a file of ours, or for cmd-* a stage's folder of a workdir; stable-diffusion: a folder",
+    )  # fmt: skip
+    parser.add_argument(
+        "output", metavar="OUTPUT", help="a new .safetensors file; stable-diffusion: a new folder. cmd-content wants"
+        " its autoencoder.safetensors in the same folder, cmd-motion also its content.safetensors",
     )  # fmt: skip
     parser.add_argument("--to", metavar="|".join(DIRECTIONS), help="whose names and layout to write (default cmd-jax)")
     parser.add_argument(

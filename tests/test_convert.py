@@ -252,7 +252,7 @@ def test_a_stage_of_another_text_encoder_is_refused(tmp_path, stage):
     (("dit", "lacking", "x", "--to=torch"), "INPUT/blocks/out/kernel", "absent"),
     (("cmd-content", "cmd-content-torch", "empty/x"), "autoencoder", "no such file, and this model belongs to one"),
     (("cmd-content", "cmd-content-torch", "x", "--classes=no"), "--classes", "cannot be read"),
-    (("cmd-content", "cmd-content-torch", "x", "--classes=two.txt"), "--classes", "has 7"),
+    (("cmd-content", "cmd-content-torch", "x", "--architecture=heads=4", "--classes=two.txt"), "--classes", "has 7"),
     (("cmd-autoencoder", "cmd-autoencoder-torch", "x", "--architecture=heads=8,mode=latent,frames=4,image_size=16"),
      "--architecture: mode", "needs the VAE"),
     (("cmd-autoencoder", "cmd-autoencoder-torch", "x", "--architecture=heads=8,mode=latent,frames=4,image_size=16",
