@@ -187,7 +187,7 @@ class Others:
         """Where that stage may be trained, and whether it must be."""
         if self.config.stage == "sample" and self.config.weights:
             return Path(self.config.weights) / f"{name}.safetensors", True
-        if self.config.stage != "sample" and self.config.latents.autoencoder:
+        if self.config.stage in ("content", "motion") and self.config.latents.autoencoder:
             return Path(self.config.latents.autoencoder), True
         return self.workdir and self.workdir / name, False
 

@@ -531,7 +531,7 @@ def verify_resume(
             f"use at least {2 * interval}, or set train.checkpoint_every={max(1, steps // 4)} or so",
         )  # fmt: skip
     overrides = {**overrides, "processes.expected": "0"}  # the trainings are of this machine alone
-    if "latents" in config and not config.latents.autoencoder:
+    if config.stage != "autoencoder" and not config.latents.autoencoder:
         overrides["latents.autoencoder"] = str(workdir / "autoencoder")
     console = Console()
     console = console if console.is_terminal else Console(width=200)

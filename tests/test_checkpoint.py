@@ -16,13 +16,12 @@ from cmd_jax.checkpoint import (
     Checkpoints,
     Trained,
     check_tree,
-    digest,
     export,
     load_trained,
     read_json,
-    to_host,
 )
 from cmd_jax.errors import UserError
+from cmd_jax.hosts import digest, to_host
 from cmd_jax.manifest import verify
 from cmd_jax.state import TrainState
 
