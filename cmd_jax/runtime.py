@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 import threading
@@ -24,6 +25,11 @@ def keep_freed_memory():
         return
     for parameter, value in ((M_MMAP_THRESHOLD, 2**31 - 1), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
         mallopt(parameter, value)
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held so far, GiB of the host."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
 class StopRequest:

@@ -1,7 +1,6 @@
 """The one training loop. It knows a stage only through its interface (see stages.py)."""
 
 import contextlib
-import resource
 import sys
 import time
 from functools import partial
@@ -24,7 +23,7 @@ from cmd_jax.peers import Peers
 from cmd_jax.prepare import claimed, prepare
 from cmd_jax.report.training import PREVIEW_CLIPS, Metrics, StepLog
 from cmd_jax.report.video import atomic_path
-from cmd_jax.runtime import StopRequest
+from cmd_jax.runtime import StopRequest, peak_memory_gib
 from cmd_jax.sharding import (
     MESH_AXES,
     batch_ways,
@@ -303,7 +302,7 @@ def finish(config, folder: Path, state, report: StepLog, loop: Loop, facts, cons
         "compile_seconds": round(loop.compile_seconds, 1),
         "first_step_seconds": round(loop.first_step_seconds or 0.0, 1),
         "save_seconds": round(loop.save_seconds, 2),
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_memory_gib": peak_memory_gib(),
         "digests": digests,
         "devices": jax.device_count(),
         "processes": jax.process_count(),

@@ -1,4 +1,4 @@
-"""Text to video at toy size: latents of tests/fixtures/tiny-sd21, captions of shapes; trained, resumed, drawn."""
+"""Text to video at toy size: latents of a random VAE, captions of shapes; trained, resumed, drawn."""
 
 import json
 from functools import cache, partial
@@ -32,7 +32,6 @@ from cmd_jax.state import abstract, init_state, make_optimizer
 from cmd_jax.train import train
 
 pytestmark = pytest.mark.xdist_group("text")
-slow = pytest.mark.slow  # what needs trained stages: minutes of compiling
 PROMPTS = ["a red circle", "blue square, moving"]
 
 
@@ -47,7 +46,7 @@ config_of = lambda argument, **changes: tiny.config_of(f"{argument},kind=text", 
 
 @cache
 def pipeline():
-    return load_pipeline(tiny.PIPELINE)
+    return load_pipeline(tiny.pipeline_folder())
 
 
 @cache
@@ -118,7 +117,6 @@ def test_texts_are_encoded_pooled_and_dropped():
 # Training.
 
 
-@slow
 def test_what_trains_and_what_does_not():
     folder = trained() / "content"
     facts, summary = read_json(folder / "facts.json"), read_json(folder / "summary.json")
@@ -138,7 +136,6 @@ def test_what_trains_and_what_does_not():
     assert steps == [1, 2, 3, 4, 5, 6] and summary["step"] == 6
 
 
-@slow
 def test_fine_tuning_starts_from_the_pretrained_function():
     config = config_of("content")
     stage, mesh = stage_of("content"), make_mesh(config.mesh)
@@ -161,7 +158,6 @@ def stage_of(name):
     return stage
 
 
-@slow
 def test_latents_and_texts_are_made_once():
     files = {}
     for path in trained().glob("latents-*.npz"):
@@ -170,7 +166,7 @@ def test_latents_and_texts_are_made_once():
     assert len(list(trained().glob("latents-*.npz"))) == 2  # the autoencoder's, and one for both denoisers
     assert {k: v.shape for k, v in files.items()} == {
         "frames": (48, 4, 8, 16, 4), "content": (48, 8, 16, 4), "motion": (48, 4, 12, 4), "label": (48,),
-        "ids": (48, 77), "states": (48, 77, 48),
+        "ids": (48, 77), "states": (48, 77, 8),
     }  # fmt: skip
     source = ShapesSource(clips=48, frames=4, height=16, width=32)
     np.testing.assert_array_equal(files["ids"][5], pipeline().tokenizer([source.texts[5]])[0])
@@ -184,7 +180,6 @@ def test_latents_and_texts_are_made_once():
 
 
 @pytest.mark.parametrize("name", ["content", "motion"])
-@slow
 def test_cached_features_give_the_loss_of_videos_and_texts(name):
     stage = stage_of(name)
     conditions, tokenizer = texts()
@@ -196,7 +191,7 @@ def test_cached_features_give_the_loss_of_videos_and_texts(name):
     cached = {"content": content, "motion": motion, "ids": batch["ids"], "states": states}
     shapes = nn.unbox(jax.eval_shape(stage.init, jax.random.key(0)))
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.05, x.shape), jnp.float32), shapes)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32), shapes)
     loss = jax.jit(lambda batch: stage.loss(params, stage.frozen, batch, jax.random.key(2))[0])
     value = float(loss(batch))
     assert value == pytest.approx(float(loss(cached)), rel=1e-4)
@@ -235,7 +230,6 @@ def batch_of(sampler, prompts=PROMPTS):
     return {"index": index, "variant": np.zeros_like(index), "ids": sampler.tokenizer(prompts)}
 
 
-@slow
 def test_step_zero_samples_are_those_of_the_pretrained_pipeline(sampler):
     """Noise, text encoder, guidance with a negative prompt, DDIM, VAE decoder: as the folder itself says."""
     out = sampler.generate(batch_of(sampler))
@@ -260,7 +254,6 @@ def test_step_zero_samples_are_those_of_the_pretrained_pipeline(sampler):
     assert out["video"].shape == (2, 4, 16, 32, 3) and np.isfinite(out["video"]).all()
 
 
-@slow
 def test_a_sample_does_not_depend_on_its_batch(sampler):
     out, one = sampler.generate(batch_of(sampler, [*PROMPTS, "a cat"])), batch_of(sampler, ["a cat"])
     one["index"] = np.array([2], np.int32)
@@ -270,7 +263,6 @@ def test_a_sample_does_not_depend_on_its_batch(sampler):
     assert relative(out["content"][0], out["content"][1]) > 1e-2
 
 
-@slow
 def test_texts_and_content_frames_are_read_once_a_call():
     """What another step adds to the program's work is both denoisers twice, and nothing else."""
 
@@ -283,7 +275,7 @@ def test_texts_and_content_frames_are_read_once_a_call():
 
     (base, sampler), (content, _), (motion, _) = work(1, 1), work(2, 1), work(1, 2)
     x, t = jnp.zeros((2, 8, 16, 4)), jnp.zeros(2)
-    text = Text(jnp.zeros((2, 77, 48)), jnp.zeros((2, 48)))
+    text = Text(jnp.zeros((2, 77, 8)), jnp.zeros((2, 8)))
     unet, dit = sampler.denoisers["content"], sampler.denoisers["motion"]
     step = count(lambda params: unet.guided_denoiser(params, text, None, 2.0, text)(x, t), sampler.params["content"])
     assert content == base + step and step.layers > 0
@@ -294,7 +286,6 @@ def test_texts_and_content_frames_are_read_once_a_call():
     assert motion == base + step and step.layers > 0
 
 
-@slow
 def test_my_own_image_as_content_frame(sampler, tmp_path):
     Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(tmp_path / "image.png")
     changes = {"sampling__mode": "animate", "sampling__image": tmp_path / "image.png", "sampling__prompt": "a sea"}
@@ -306,7 +297,6 @@ def test_my_own_image_as_content_frame(sampler, tmp_path):
     assert captions == ["a sea", "a sea"] and relative(out["motion"][0], out["motion"][1]) > 1e-3
 
 
-@slow
 def test_same_content_new_motion_and_reconstruction(sampler):
     changes = {"sampling__mode": "vary-motion", "sampling__prompt": "a sea", "sampling__num": 1}
     out, captions = sampling.make_samples(sampler, settings(**changes), trained())
@@ -329,7 +319,6 @@ def workdir(tmp_path, sampler, monkeypatch):
     return tmp_path
 
 
-@slow
 def test_prompts_make_a_gallery(workdir, tmp_path):
     hostile = ["🚗 emoji", "שלום RTL ‮ text", "<b>&amp;", "../../etc/passwd"]
     (tmp_path / "prompts.txt").write_text("# comment\n" + "\n".join(hostile) + "\n")
@@ -345,7 +334,6 @@ def test_prompts_make_a_gallery(workdir, tmp_path):
         assert content.size == (32, 16)  # pixels, not latents
 
 
-@slow
 def test_the_flags_of_the_issue(tmp_path):
     """The whole command, loading included; a prompt of 10,000 characters is cut, and told of."""
     flags = ("--prompt=" + "a very long walk " * 600, "--negative=rain", "--guidance=3", "--steps=2", "--solver=dpmpp")
@@ -380,13 +368,12 @@ def test_the_flags_of_the_issue(tmp_path):
         (("--prompt=a", "--config.pretrained.path="), "pretrained.path=: missing; give the folder of a Stable"),
         (("--prompt=a", "--config.pretrained.path=nowhere"), "pretrained.path=nowhere: holds no "),
         (
-            ("--prompt=a", f"--config.pretrained.path={tiny.PIPELINE.parent / 'tiny-sd15'}"),
+            ("--prompt=a", f"--config.pretrained.path={tiny.FIXTURES / 'tiny-sd15'}"),
             "pretrained.path=",
         ),
         (("--promt=a",), "flag=--promt=a: not a flag of sample; did you mean --prompt=TEXT"),
     ],
 )
-@slow
 def test_bad_prompts_and_options(capsys, flags, message):
     assert command(trained(), *flags) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "WARNING" not in line]
@@ -420,14 +407,14 @@ def test_shapes_that_do_not_fit_are_named(tmp_path):
     autoencoder = config_of("autoencoder", data__height=12)
     space = VAELatents(pipeline().vae[0])
     frozen = FrozenAutoencoder(autoencoder, {"autoencoder": {}}, space)
-    model = {"unet": read_json(tiny.PIPELINE / "unet" / "config.json"), "scheduler": pipeline().scheduler}
+    unet = read_json(tiny.FIXTURES / "tiny-sd21" / "unet" / "config.json")  # of three levels
+    model = {"unet": unet, "scheduler": pipeline().scheduler}
     with pytest.raises(UserError, match="^data.height=12: the VAE and the UNet halve it until 1/8 is left; use a mul"):
         diffusion_stage(config_of("content", data__height=12), frozen, texts()[0], {}, model)
 
 
-@slow
 def test_parts_of_another_model_are_refused(tmp_path):
-    other = tiny.PIPELINE.parent / "tiny-sd15"
+    other = tiny.FIXTURES / "tiny-sd15"
     with pytest.raises(UserError, match="its vae is not the one that the autoencoder was trained with"):
         train(config_of("content", latents__cache_clips=48, pretrained__path=other), trained())
     content = load_trained(trained() / "content", "content")

@@ -1,10 +1,11 @@
 """CMD at toy size, for the end-to-end tests. `tiny.py:STAGE[,kind=flow|gaussian|text]` is a config file too.
 
-Classes at 4x16x24; or, of kind text, captions at 4x16x32, whose frames are latents of tests/fixtures/tiny-sd21. H != W.
+Classes at 4x16x24; or, of kind text, captions at 4x16x32, whose frames are latents of `pipeline_folder`. H != W.
 """
 
 import contextlib
 import functools
+import os
 import tempfile
 from pathlib import Path
 
@@ -17,12 +18,15 @@ from cmd_jax import defaults
 from cmd_jax.checkpoint import Trained, export, load_trained
 from cmd_jax.conditions import Classes
 from cmd_jax.config import check, override, parse_argument
+from cmd_jax.interop.clip import load_tokenizer
+from cmd_jax.interop.diffusers import save_pipeline
 from cmd_jax.stages import FrozenAutoencoder, MotionStage
 from cmd_jax.train import train
 
 CONFIG_FILE = str(Path(__file__).resolve())
 STEPS = 6
-PIPELINE = Path(__file__).resolve().parent / "fixtures" / "tiny-sd21"
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+SCRATCH = "CMD_JAX_TINY"  # environment variable: this file is imported as a module and run as a config file
 
 
 def get_config(argument: str = ""):
@@ -30,7 +34,7 @@ def get_config(argument: str = ""):
     text = values["kind"] == "text"
     config = defaults.stage("fine_tuned_content" if text and stage == "content" else stage)
     config.data.update(frames=4, height=16, width=32 if text else 24, clips=48)
-    config.pretrained.path = str(PIPELINE) if text else ""
+    config.pretrained.path = str(pipeline_folder()) if text else ""
     if stage == "sample":
         config.sampling.update(num=3, batch_size=2, guidance=2.0, content_steps=3, motion_steps=4, motions=2)
         config.evaluation.update(videos=3, clips=3, shown=2)
@@ -67,8 +71,28 @@ def config_of(argument: str, **changes):
 
 @functools.cache
 def scratch() -> Path:
-    scratch.folder = tempfile.TemporaryDirectory(prefix="cmd-jax-tiny-")  # kept alive, and removed at exit
-    return Path(scratch.folder.name)
+    if SCRATCH not in os.environ:
+        scratch.folder = tempfile.TemporaryDirectory(prefix="cmd-jax-tiny-")  # kept alive, and removed at exit
+        os.environ[SCRATCH] = scratch.folder.name
+    return Path(os.environ[SCRATCH])
+
+
+@functools.cache
+def pipeline_folder() -> Path:
+    """A Stable Diffusion folder of random weights whose programs compile fast: one level of UNet, two of VAE."""
+    from launch import make_pipeline
+
+    folder = scratch() / "pipeline"
+    if not folder.exists():
+        small = make_pipeline.SIZES["small"]
+        size = small._replace(
+            unet=make_pipeline.unet_config((16,), 1, 8, attention_head_dim=2, cross_attention_dim=8, norm_num_groups=8),
+            vae=make_pipeline.vae_config((8, 16), layers=1, groups=8, sample_size=16),
+            text=small.text | {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2},
+        )
+        tokenizer = load_tokenizer(FIXTURES / size.tokenizer / "tokenizer")
+        save_pipeline(folder, make_pipeline.make(size, tokenizer, seed=0, dtype="float32"))
+    return folder
 
 
 @contextlib.contextmanager

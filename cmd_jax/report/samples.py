@@ -15,7 +15,7 @@ from cmd_jax.distributed import is_leader
 from cmd_jax.errors import UserError
 from cmd_jax.report.gallery import Item, Section, write_gallery
 from cmd_jax.report.video import film_strip, image_grid, to_uint8, video_grid, write_gif, write_mp4, write_png
-from cmd_jax.runtime import StopRequest
+from cmd_jax.runtime import StopRequest, peak_memory_gib
 
 
 class OutputFolder:
@@ -94,6 +94,7 @@ def write_summary(folder: Path, config, started: float, **values):
         folder / "summary.json",
         {
             "wall_seconds": round(time.perf_counter() - started, 1),
+            "peak_memory_gib": peak_memory_gib(),
             "devices": jax.device_count(),
             "processes": jax.process_count(),
             "platform": jax.default_backend(),
