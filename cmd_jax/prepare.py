@@ -27,7 +27,7 @@ from cmd_jax.models.vgg import lpips_params
 from cmd_jax.pretrained import check_same, describe, image_model, load_space, load_texts, stated_space
 from cmd_jax.report.video import atomic_path
 from cmd_jax.sharding import partitioning
-from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage, reads_text
+from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, check_grids, diffusion_stage, reads_text
 from cmd_jax.state import abstract
 
 # What may change between the runs of one stage folder, and what too where the learning rate does not depend on it.
@@ -187,6 +187,7 @@ def prepare_denoiser(config, workdir: Path, source, mesh, console, facts: dict, 
         console.print("the texts of the manifest are not used: without labels the model is trained unconditionally")
     if defaults.fine_tunes(config):
         facts["image_model"] = image_model(config.pretrained)
+    check_grids(config, autoencoder, facts.get("image_model"))  # before clips are encoded, which takes a while
 
     count, normalized = config.latents.cache_clips, config.latents.get("normalize", False)
     read = video_reader(source, tokenizer)

@@ -38,7 +38,7 @@ from cmd_jax.models.discriminator import (
 )
 from cmd_jax.models.dit import CONDITIONS, DiT
 from cmd_jax.models.dit import POSITIONS as DIT_POSITIONS
-from cmd_jax.models.unet import init_unet
+from cmd_jax.models.unet import UNet, init_unet
 from cmd_jax.models.vgg import LPIPS
 
 PREVIEW_STEPS = 25
@@ -350,11 +350,6 @@ class FineTunedContentStage(ContentStage):
         self.process, _ = from_scheduler_config(self.image_model["scheduler"])
         unet = unet_from_config(self.image_model["unet"], "float32")
         self.module = unet.clone(dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
-        step = unet.factor * self.autoencoder.space.factor
-        for side, size in zip(("height", "width"), self.autoencoder.clip_shape[1:3], strict=True):
-            if size % step:
-                problem = f"the VAE and the UNet halve it until 1/{step} is left"
-                raise UserError(f"data.{side}", size, problem, f"use a multiple of {step}")
 
     def init(self, key):
         return init_unet(self.module, key)
@@ -393,10 +388,27 @@ class MotionStage(DiffusionStage):
 
 def diffusion_stage(config, autoencoder, conditions, statistics, image_model=None) -> DiffusionStage:
     """The stage of a content or motion config; image_model as of FineTunedContentStage, where it is one."""
+    check_grids(config, autoencoder, image_model)
     if defaults.fine_tunes(config):
         return FineTunedContentStage(config, autoencoder, conditions, statistics, image_model)
-    check_patches(config, autoencoder)
     return {"content": ContentStage, "motion": MotionStage}[config.stage](config, autoencoder, conditions, statistics)
+
+
+def check_grids(config, autoencoder: FrozenAutoencoder, image_model=None):
+    """UserError for sizes that the denoiser of a content or motion config cannot take."""
+    if defaults.fine_tunes(config):
+        check_levels(unet_from_config(image_model["unet"]), autoencoder)
+    else:
+        check_patches(config, autoencoder)
+
+
+def check_levels(unet: UNet, autoencoder: FrozenAutoencoder):
+    """The content frame must be halved from each level of the UNet to the next."""
+    step = unet.factor * autoencoder.space.factor
+    for side, size in zip(("height", "width"), autoencoder.clip_shape[1:3], strict=True):
+        if size % step:
+            problem = f"the VAE and the UNet halve it until 1/{step} is left"
+            raise UserError(f"data.{side}", size, problem, f"use a multiple of {step}")
 
 
 def check_patches(config, autoencoder: FrozenAutoencoder):
