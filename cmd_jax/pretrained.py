@@ -11,7 +11,8 @@ from pathlib import Path
 from cmd_jax.conditions import Classes, Texts
 from cmd_jax.errors import UserError
 from cmd_jax.frames import Pixels, VAELatents
-from cmd_jax.interop.clip import Tokenizer, check_tokenizer, load_text_encoder, load_tokenizer, text_from_config
+from cmd_jax.interop.clip import load_text_encoder, text_from_config
+from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
 from cmd_jax.interop.diffusers import SOURCE, load_vae
 from cmd_jax.interop.sd_config import vae_from_config
 
@@ -64,7 +65,7 @@ def load_texts(config, place) -> tuple[Texts, Tokenizer]:
     """The text encoder of a `pretrained` group as conditions, and its tokenizer."""
     read_config(config, "text_encoder", "config.json")
     module, params = load_text_encoder(Path(config.path) / "text_encoder", config.dtype, place)
-    tokenizer = load_tokenizer(Path(config.path) / "tokenizer")
+    tokenizer = Tokenizer(Path(config.path) / "tokenizer")
     check_tokenizer(tokenizer, module)
     return Texts(module, params, tokenizer([""])[0], tokenizer.end), tokenizer
 

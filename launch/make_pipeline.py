@@ -27,7 +27,8 @@ import optax
 from cmd_jax.data.folder import FolderSource
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.reconstruction import psnr
-from cmd_jax.interop.clip import Tokenizer, check_tokenizer, load_tokenizer, text_from_config
+from cmd_jax.interop.clip import text_from_config
+from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
 from cmd_jax.interop.diffusers import Pipeline, save_pipeline
 from cmd_jax.interop.sd_config import CLASSES, unet_from_config, vae_from_config
 from cmd_jax.interop.weights import flatten, unflatten
@@ -342,7 +343,7 @@ def run(flags):
         raise UserError("--steps", flags.steps, "not a number of training steps", f"leave it out for {STEPS}")
     if flags.out.exists():
         raise UserError("--out", flags.out, "exists already", "name a new folder")
-    tokenizer = load_tokenizer(flags.tokenizer or FIXTURES / size.tokenizer / "tokenizer")
+    tokenizer = Tokenizer(flags.tokenizer or FIXTURES / size.tokenizer / "tokenizer")
     frames = None
     if flags.clips:
         shape = {"frames": flags.frames, "height": flags.height, "width": flags.width}

@@ -11,7 +11,8 @@ from PIL import Image
 
 from cmd_jax.data.folder import FolderSource
 from cmd_jax.errors import UserError
-from cmd_jax.interop.clip import check_tokenizer, load_tokenizer, text_from_config
+from cmd_jax.interop.clip import text_from_config
+from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
 from cmd_jax.interop.diffusers import load_pipeline
 from cmd_jax.interop.schedulers import from_scheduler_config
 from cmd_jax.interop.sd_config import unet_from_config, vae_from_config
@@ -39,7 +40,7 @@ def parameters(init, module):
 )
 def test_full_sizes_have_as_many_parameters_as_those_published(name, unet, text):
     size = make_pipeline.SIZES[name]
-    tokenizer = load_tokenizer(make_pipeline.FIXTURES / size.tokenizer / "tokenizer")
+    tokenizer = Tokenizer(make_pipeline.FIXTURES / size.tokenizer / "tokenizer")
     config = make_pipeline.text_config(size.text, tokenizer)
     tower = text_from_config(config)
     assert parameters(init_unet, unet_from_config(size.unet)) == unet
@@ -107,7 +108,7 @@ def sample(pipeline, texts, shape):
 
 
 def test_random_parameters_follow_the_seed_and_the_dtype():
-    tokenizer = load_tokenizer(make_pipeline.FIXTURES / TINY.tokenizer / "tokenizer")
+    tokenizer = Tokenizer(make_pipeline.FIXTURES / TINY.tokenizer / "tokenizer")
     tower = text_from_config(make_pipeline.text_config(TINY.text, tokenizer))
     first, same, different = (
         jax.tree.leaves(make_pipeline.draw(make_pipeline.init_text, tower, seed, "float16"))

@@ -18,7 +18,7 @@ from cmd_jax import defaults
 from cmd_jax.checkpoint import Trained, export, load_trained
 from cmd_jax.conditions import Classes
 from cmd_jax.config import check, override, parse_argument
-from cmd_jax.interop.clip import load_tokenizer
+from cmd_jax.interop.clip_tokenizer import Tokenizer
 from cmd_jax.interop.diffusers import save_pipeline
 from cmd_jax.stages import FrozenAutoencoder, MotionStage
 from cmd_jax.train import train
@@ -90,7 +90,7 @@ def pipeline_folder() -> Path:
             vae=make_pipeline.vae_config((8, 16), layers=1, groups=8, sample_size=16),
             text=small.text | {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2},
         )
-        tokenizer = load_tokenizer(FIXTURES / size.tokenizer / "tokenizer")
+        tokenizer = Tokenizer(FIXTURES / size.tokenizer / "tokenizer")
         save_pipeline(folder, make_pipeline.make(size, tokenizer, seed=0, dtype="float32"))
     return folder
 

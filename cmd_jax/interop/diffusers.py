@@ -14,7 +14,8 @@ from typing import NamedTuple
 from cmd_jax.errors import UserError
 from cmd_jax.hosts import to_host
 from cmd_jax.interop import sd_config
-from cmd_jax.interop.clip import Tokenizer, check_tokenizer, load_text_encoder, load_tokenizer, text_encoder_state
+from cmd_jax.interop.clip import load_text_encoder, text_encoder_state
+from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
 from cmd_jax.interop.sd_weights import (
     UNET_SUSPECTS,
     VAE_SUSPECTS,
@@ -70,7 +71,7 @@ def load_pipeline(path, dtype="float32", place=None) -> Pipeline:
         unet=load_unet(path / "unet", dtype, place),
         vae=load_vae(path / "vae", dtype, place),
         text_encoder=load_text_encoder(path / "text_encoder", dtype, place),
-        tokenizer=load_tokenizer(path / "tokenizer"),
+        tokenizer=Tokenizer(path / "tokenizer"),
         scheduler=_read_json(path / "scheduler" / "scheduler_config.json"),
         configs=configs,
     )

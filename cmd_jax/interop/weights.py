@@ -1,6 +1,7 @@
 """Weights as {name: array}: safetensors both ways, torch's zip files read without torch and without running pickles."""
 
 import contextlib
+import json
 import math
 import os
 import pickle
@@ -80,6 +81,19 @@ def read_metadata(path: str | Path) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError) as e:
         raise _damaged(path, e) from e
+
+
+def read_json(path: Path) -> dict:
+    """The fields of a JSON file that comes with weights; UserError (path) where it has none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as e:
+        raise UserError("path", path, f"cannot be read ({e.strerror})", "give a whole folder of weights") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError("path", path, f"not JSON ({e})", "fetch the file again") from e
+    if not isinstance(value, dict):
+        raise UserError("path", path, "holds no fields", "fetch the file again")
+    return value
 
 
 def flatten(params) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cmd_jax.interop import clip
+from cmd_jax.interop.clip_tokenizer import Tokenizer
 from cmd_jax.interop.weights import write_safetensors
 
 torch = pytest.importorskip("torch", reason="torch, of the test extra, is not installed")
@@ -183,14 +184,14 @@ def test_ids_are_those_of_transformers(name):
     texts = [text.replace("!", "") for text in nasty_texts()]
     peer = transformers.CLIPTokenizer.from_pretrained(folder)
     wanted = peer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="np").input_ids
-    for text, ids, other in zip(texts, clip.load_tokenizer(folder)(texts), wanted, strict=True):
+    for text, ids, other in zip(texts, Tokenizer(folder)(texts), wanted, strict=True):
         assert ids.tolist() == other.tolist(), ascii(text)
 
 
 def test_exclamation_marks_are_those_of_transformers_where_they_are_no_padding():
     folder, texts = FIXTURES / "tiny-sd15" / "tokenizer", ["a! cat", "!", "!!! a!!b", "'!s !'s", "a<|endoftext|>!"]
     wanted = transformers.CLIPTokenizer.from_pretrained(folder)(texts, padding="max_length", return_tensors="np")
-    np.testing.assert_array_equal(clip.load_tokenizer(folder)(texts), wanted.input_ids)
+    np.testing.assert_array_equal(Tokenizer(folder)(texts), wanted.input_ids)
 
 
 def test_a_tokenizer_that_transformers_saved_gives_the_same_ids(tmp_path):
@@ -198,14 +199,14 @@ def test_a_tokenizer_that_transformers_saved_gives_the_same_ids(tmp_path):
     transformers.CLIPTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     assert not (tmp_path / "vocab.json").exists()  # which is what this test is for
     texts = nasty_texts()
-    np.testing.assert_array_equal(clip.load_tokenizer(tmp_path)(texts), clip.load_tokenizer(folder)(texts))
+    np.testing.assert_array_equal(Tokenizer(tmp_path)(texts), Tokenizer(folder)(texts))
 
 
 def test_a_tokenizer_that_we_saved_loads_there(tmp_path):
-    clip.load_tokenizer(FIXTURES / "tiny-sd15" / "tokenizer").save(tmp_path)
+    Tokenizer(FIXTURES / "tiny-sd15" / "tokenizer").save(tmp_path)
     peer = transformers.CLIPTokenizer.from_pretrained(tmp_path)
     wanted = peer(["a red cat"], padding="max_length", return_tensors="np").input_ids
-    np.testing.assert_array_equal(clip.load_tokenizer(tmp_path)(["a red cat"]), wanted)
+    np.testing.assert_array_equal(Tokenizer(tmp_path)(["a red cat"]), wanted)
 
 
 # Images.
