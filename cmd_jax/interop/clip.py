@@ -1,21 +1,18 @@
 """CLIP in the transformers layout: folders in, our modules, parameters and tokenizer out, and weights back."""
 
-import contextlib
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
 from cmd_jax.errors import UserError, choose
 from cmd_jax.interop.clip_tokenizer import VOCABULARIES, Tokenizer, check_tokenizer
-from cmd_jax.interop.torch_layout import find_weights
-from cmd_jax.interop.weights import flatten, read_json, read_state_dict, unflatten
+from cmd_jax.interop.torch_layout import Tensor, find_weights, load_params, torch_state
+from cmd_jax.interop.weights import read_json
 from cmd_jax.models.clip import ACTIVATIONS, CLIP, CLIPText, CLIPVision
 
 # What a config.json means that leaves a field out.
@@ -104,7 +101,7 @@ PARTS = {
 BUFFERS = re.compile(r"(.*\.)?embeddings\.position_ids")  # written by old versions, and always 0, 1, 2, ...
 PREFIX = "text_model."
 
-FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # as safetensors and numpy say
+ORDERS = {2: (1, 0), 4: (2, 3, 1, 0)}  # kernels are [in, out] and [height, width, in, out]
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training images
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -140,8 +137,8 @@ def load(path: str | Path, dtype="float32", place: Callable | None = None):
     _check_preprocessor(path)
     module = CLIP(_text(*towers["text"], dtype), _vision(*towers["vision"], dtype), features)
     size = module.vision.image_size
-    like = _abstract(module, place, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, size, size, 3)))
-    params = _read_params(path, like, dtype, config)
+    inputs = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, size, size, 3))
+    params = _read_params(path, module, inputs, dtype, place, config)
     tokenizer = None
     if any((path / name).is_file() for name in VOCABULARIES):
         tokenizer = Tokenizer(path)
@@ -157,8 +154,7 @@ def load_text_encoder(folder: str | Path, dtype="float32", place: Callable | Non
     folder, dtype = Path(folder), jnp.dtype(dtype)
     config = _read_config(folder)
     module = _text(f"{folder}/config.json: ", config, dtype)
-    like = _abstract(module, place, jnp.zeros((1, 1), jnp.int32))
-    return module, _read_params(folder, like, dtype, config)
+    return module, _read_params(folder, module, (jnp.zeros((1, 1), jnp.int32),), dtype, place, config)
 
 
 def text_from_config(config: dict, dtype="float32") -> CLIPText:
@@ -168,13 +164,7 @@ def text_from_config(config: dict, dtype="float32") -> CLIPText:
 
 def text_encoder_state(params: dict) -> dict[str, np.ndarray]:
     """The parameters of a CLIPText -> {torch name: array}, with the prefix `text_model.` that all versions read."""
-    state = {}
-    for name, value in flatten(params).items():
-        value = np.asarray(value)
-        layers = value if _stacked(name) else [value]
-        for source, layer in zip(_sources(name, PREFIX, value.shape), layers, strict=True):
-            state[source] = layer.transpose(_torch_axes(name, layer.ndim))
-    return state
+    return torch_state(params, partial(_tensor, prefix=PREFIX))
 
 
 def text_encoder_config(module: CLIPText) -> dict:
@@ -296,120 +286,44 @@ def _check_preprocessor(folder: Path):
 # Weights.
 
 
-def _abstract(module, place: Callable | None, *inputs) -> dict[str, jax.ShapeDtypeStruct]:
-    def init(key):
-        return module.init(key, *inputs)["params"]
-
-    return flatten(place(init) if place else jax.eval_shape(lambda key: nn.unbox(init(key)), jax.random.key(0)))
-
-
-def _torch_name(name: str) -> str:
+def _tensor(name: str, ndim: int, prefix: str = "") -> Tensor:
     """blocks/query/kernel -> encoder.layers.{}.self_attn.q_proj.weight"""
-    return ".".join(PARTS[part] for part in name.split("/"))
+    parts = name.split("/")
+    layers = "blocks" in parts
+    order = ORDERS[ndim - layers] if parts[-1] == "kernel" else tuple(range(ndim - layers))
+    return Tensor(prefix + ".".join(PARTS[part] for part in parts), order, layers=layers)
 
 
-def _torch_axes(name: str, ndim: int) -> tuple[int, ...]:
-    """Our axes in torch's order: kernels are [in,out] or [height,width,in,out] here, [out,in,...] there."""
-    if not name.endswith("/kernel"):
-        return tuple(range(ndim))
-    return (1, 0) if ndim == 2 else (3, 2, 0, 1)
-
-
-class _Weights:
-    """The tensors of a weights file but for known buffers: shapes {torch name: shape}, and read(name, index)."""
-
-    def __init__(self, path: Path, files: contextlib.ExitStack):
-        if path.suffix == ".safetensors":
-            file = files.enter_context(safe_open(path, framework="numpy"))
-            tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            facts = {name: (tuple(t.get_shape()), t.get_dtype()) for name, t in tensors.items()}
-        else:
-            tensors = read_state_dict(path)
-            facts = {name: (t.shape, str(t.dtype)) for name, t in tensors.items()}
-        facts = {name: fact for name, fact in facts.items() if not BUFFERS.fullmatch(name)}
-        for name, (_, dtype) in facts.items():
-            choose(f"weights {path}: dtype of {name}", dtype, FLOATS)
-        self.shapes, self._tensors = {name: shape for name, (shape, _) in facts.items()}, tensors
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return np.asarray(self._tensors[name][index])
-
-
-def _read_params(folder: Path, like: dict[str, jax.ShapeDtypeStruct], dtype, config: dict) -> dict:
-    """Parameters of the shapes, and where they have some in the shardings, of `like`."""
+def _read_params(folder: Path, module, inputs: tuple, dtype, place, config: dict) -> dict:
+    """Parameters of a CLIP, or of a text tower, whose weights may have names with or without PREFIX."""
     path = folder / TORCH_FILE
     if not path.is_file() or any(folder.glob("model*.safetensors")):
         path = find_weights(folder, "model")
-    try:
-        with contextlib.ExitStack() as files:
-            weights = _Weights(path, files)
-            whole = "logit_scale" in like
-            prefix = PREFIX if not whole and any(name.startswith(PREFIX) for name in weights.shapes) else ""
-            sources = {name: _sources(name, prefix, wanted.shape) for name, wanted in like.items()}
-            expected = {
-                source: tuple(shape[axis] for axis in _torch_axes(name, len(shape)))
-                for name, found in sources.items()
-                for shape in [like[name].shape[1:] if _stacked(name) else like[name].shape]
-                for source in found
-            }
-            _compare(path, weights.shapes, expected, config)
-            return unflatten({name: _read(weights, name, sources[name], w, dtype) for name, w in like.items()})
-    except (SafetensorError, OSError) as e:
-        raise UserError("weights", path, f"damaged or incomplete ({e})", "fetch or write the file again") from e
+    prefix = "" if isinstance(module, CLIP) else PREFIX
+
+    def rename(name):
+        return None if BUFFERS.fullmatch(name) else prefix + name.removeprefix(prefix)
+
+    def init(key):
+        return module.init(key, *inputs)["params"]
+
+    blame, tensor_of = partial(_suspect, config), partial(_tensor, prefix=prefix)
+    return load_params(path, init, tensor_of, dtype, place, rename=rename, blame=blame)
 
 
-def _stacked(name: str) -> bool:
-    return "blocks" in name.split("/")
-
-
-def _sources(name: str, prefix: str, shape: tuple[int, ...]) -> list[str]:
-    """The torch tensors that make one of our arrays: several where layers are stacked."""
-    pattern = prefix + _torch_name(name)
-    return [pattern.format(i) for i in range(shape[0])] if _stacked(name) else [pattern]
-
-
-def _compare(path: Path, found: dict[str, tuple], expected: dict[str, tuple], config: dict):
-    """UserError that names tensors which are missing, left over or of another shape, and the config's likely fields."""
-
-    def listed(names, shapes):
-        more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
-        return ", ".join(f"{name} {shapes[name]}" for name in names[:3]) + more
-
-    remedy = "give the weights that belong to config.json, or correct it"
-    missing, extra = ([n for n in a if n not in b] for a, b in ((expected, found), (found, expected)))
-    layers = " (num_hidden_layers)" if all(".layers." in name for name in missing + extra) else ""
-    if missing and extra:
-        problem = f"lacks {listed(missing, expected)}, and there is no place for {listed(extra, found)}"
-        raise UserError("weights", path, problem, remedy + layers)
-    if missing:
-        raise UserError("weights", path, f"lacks {listed(missing, expected)}", remedy + layers)
-    if extra:
-        raise UserError("weights", path, f"the model has no place for {listed(extra, found)}", remedy + layers)
-    for name, shape in expected.items():
-        if found[name] != shape:
-            wrong = {b for a, b in zip(found[name], shape, strict=False) if a != b}
-            likely = [f"{k}={v}" for k, v in _sizes_of(name, config).items() if v in wrong]
-            remedy += f" (likely {', '.join(likely)})" if likely else ""
-            raise UserError("weights", path, f"{name} has shape {found[name]}, expected {shape}", remedy)
+def _suspect(config: dict, odd: list[str], misshapen: dict) -> str | None:
+    """The field of config.json that tensors which do not fit tell of."""
+    if odd:
+        return "num_hidden_layers" if all(".layers." in name for name in odd) else None
+    for name, (has, right) in misshapen.items():
+        wrong = {b for a, b in zip(has, right, strict=False) if a != b}
+        likely = [f"{key}={value}" for key, value in _sizes_of(name, config).items() if value in wrong]
+        if likely:
+            return ", ".join(likely)
+    return None
 
 
 def _sizes_of(name: str, config: dict) -> dict[str, int]:
     """Whole numbers of the config that may give the shape of a tensor: those of its tower, if the config has groups."""
     own = config.get(f"{name.partition('_')[0]}_config") or {}
     return {key: value for key, value in (config | own).items() if type(value) is int}
-
-
-def _read(weights: _Weights, name: str, sources: list[str], wanted: jax.ShapeDtypeStruct, dtype):
-    shape = wanted.shape[1:] if _stacked(name) else wanted.shape
-    axes = _torch_axes(name, len(shape))
-
-    def part(index):
-        out = np.empty([len(range(*i.indices(n))) for i, n in zip(index, wanted.shape, strict=True)], dtype)
-        layers, index = (sources[index[0]], index[1:]) if _stacked(name) else (sources, index)
-        for source, layer in zip(layers, out if _stacked(name) else [out], strict=True):
-            layer[...] = weights.read(source, tuple(index[a] for a in axes)).transpose(np.argsort(axes))
-        return out
-
-    if wanted.sharding is None:
-        return part((slice(None),) * len(wanted.shape))
-    return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)

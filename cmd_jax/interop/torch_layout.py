@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from cmd_jax.errors import UserError
 from cmd_jax.interop.weights import flatten, read_state_dict, unflatten
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # as safetensors and numpy say
 NAMES_IN_ERROR = 3
 
 
@@ -28,6 +28,8 @@ class Tensor(NamedTuple):
 
     order: our dimension i is torch's order[i]. ones: how many dimensions of length 1 torch has after those.
     part of parts: torch stacks that many parameters of equal shapes along its first dimension.
+    layers: our first dimension counts layers, of which torch has one tensor each; `name` has {} for the layer's number,
+    and all the rest is about one layer.
     """
 
     name: str
@@ -35,17 +37,26 @@ class Tensor(NamedTuple):
     ones: int = 0
     part: int = 0
     parts: int = 1
+    layers: bool = False
+
+    def names(self, ours: tuple[int, ...]) -> list[str]:
+        """The tensors that make a parameter of that shape."""
+        return [self.name.format(i) for i in range(ours[0])] if self.layers else [self.name]
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """Torch's shape, given that of the parameter."""
-        first, *rest = (ours[i] for i in np.argsort(self.order))
-        return (first * self.parts, *rest, *(1,) * self.ones)
+        """Torch's shape, given that of the parameter, or of one layer of it."""
+        sizes = [ours[i] for i in np.argsort(self.order)]
+        if self.parts > 1:
+            sizes[0] *= self.parts
+        return (*sizes, *(1,) * self.ones)
 
     def index(self, ours: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-        """The part of torch's tensor that holds part `ours` of a parameter of that shape."""
-        (start, stop), *rest = (ours[i].indices(shape[i])[:2] for i in np.argsort(self.order))
-        offset = self.part * shape[self.order.index(0)]
-        return (slice(start + offset, stop + offset), *(slice(*r) for r in rest), *(slice(0, 1),) * self.ones)
+        """The part of torch's tensor that holds part `ours` of a parameter, or of a layer, of that shape."""
+        ranges = [ours[i].indices(shape[i])[:2] for i in np.argsort(self.order)]
+        if self.parts > 1:
+            offset = self.part * shape[self.order.index(0)]
+            ranges[0] = tuple(bound + offset for bound in ranges[0])
+        return (*(slice(*r) for r in ranges), *(slice(0, 1),) * self.ones)
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
         return array.reshape(array.shape[: len(self.order)]).transpose(self.order)
@@ -56,9 +67,10 @@ class Tensor(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Open files. shapes: of all tensors, by name. read: (name, slices) -> array in the file's dtype."""
+    """Open files. shapes, dtypes: of all tensors, by name. read: (name, slices) -> array in the file's dtype."""
 
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
     read: Callable[[str, tuple[slice, ...]], np.ndarray]
 
 
@@ -88,16 +100,15 @@ def open_weights(path: Path) -> Iterator[Weights]:
 def _open(path: Path, stack: contextlib.ExitStack) -> Weights:
     if path.suffix == ".bin":
         tensors = read_state_dict(path)
-        return Weights({name: a.shape for name, a in tensors.items()}, lambda name, index: tensors[name][index])
-    slices = {}
-    for part in _parts(path) if path.suffix == ".json" else [path]:
-        file = stack.enter_context(safe_open(part, framework="numpy"))
-        slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-    for name, s in slices.items():
-        if s.get_dtype() not in FLOATS:
-            problem = f"{name} is of dtype {s.get_dtype()}"
-            raise UserError("weights", path, problem, f"give weights in one of {', '.join(FLOATS)}")
-    return Weights({n: tuple(s.get_shape()) for n, s in slices.items()}, lambda name, index: slices[name][index])
+        facts = {name: (array.shape, str(array.dtype)) for name, array in tensors.items()}
+    else:
+        tensors = {}
+        for part in _parts(path) if path.suffix == ".json" else [path]:
+            file = stack.enter_context(safe_open(part, framework="numpy"))
+            tensors |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        facts = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in tensors.items()}
+    shapes, dtypes = ({name: fact[i] for name, fact in facts.items()} for i in range(2))
+    return Weights(shapes, dtypes, lambda name, index: np.asarray(tensors[name][index]))
 
 
 def _parts(index: Path) -> list[Path]:
@@ -118,24 +129,35 @@ def load_params(path: Path, init, tensor_of, dtype="float32", place=None, rename
     """The parameters that init(key) would make, from a weights file; numpy arrays, or laid out as `place` says.
 
     tensor_of: (our path, number of dimensions) -> Tensor. dtype: of the arrays, whatever the file's. rename: name in
-    the file -> name of a Tensor. blame: (names that are missing or left over, names of another shape) -> what may be
-    wrong, or None. Only the parts for devices here are read. UserError for tensors that do not fit, of all three kinds.
+    the file -> name of a Tensor, or None for one that is no parameter. blame: (names that are missing or left over,
+    {name of another shape: (its shape, the right one)}) -> what may be wrong, or None. Only the parts for devices here
+    are read. UserError for tensors that do not fit, of all three kinds, and for those that hold no floats.
     """
     like = place(init) if place else jax.eval_shape(lambda key: nn.meta.unbox(init(key)), jax.random.key(0))
     like = flatten(like)
     layout = {ours: tensor_of(ours, leaf.ndim) for ours, leaf in like.items()}
+    names = {ours: tensor.names(like[ours].shape) for ours, tensor in layout.items()}
     with open_weights(path) as weights:
-        stored = {rename(name): name for name in weights.shapes}
+        stored = {rename(name): name for name in weights.shapes if rename(name) is not None}
+        for name in stored.values():
+            if weights.dtypes[name] not in FLOATS:
+                problem = f"{name} is of dtype {weights.dtypes[name]}"
+                raise UserError("weights", path, problem, f"give weights in one of {', '.join(FLOATS[:4])}")
         found = {name: weights.shapes[original] for name, original in stored.items()}
-        wanted = {tensor.name: tensor.shape(like[ours].shape) for ours, tensor in layout.items()}
-        _compare(path, found, wanted, blame)
+        shapes = {ours: tensor.shape(like[ours].shape[tensor.layers :]) for ours, tensor in layout.items()}
+        _compare(path, found, {name: shapes[ours] for ours in like for name in names[ours]}, blame)
 
         def read(ours, leaf):
-            tensor = layout[ours]
+            tensor, shape = layout[ours], leaf.shape[layout[ours].layers :]
+
+            def one(name, index):
+                array = weights.read(stored[name], tensor.index(index, shape))
+                return np.asarray(tensor.to_ours(array), jnp.dtype(dtype), order="C")
 
             def part(index):
-                array = weights.read(stored[tensor.name], tensor.index(index, leaf.shape))
-                return np.ascontiguousarray(tensor.to_ours(array), jnp.dtype(dtype))
+                if tensor.layers:
+                    return np.stack([one(name, index[1:]) for name in names[ours][index[0]]])
+                return one(tensor.name, index)
 
             if place is None:
                 return part((slice(None),) * leaf.ndim)
@@ -146,14 +168,14 @@ def load_params(path: Path, init, tensor_of, dtype="float32", place=None, rename
 
 def _compare(path: Path, found: dict, wanted: dict, blame):
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    misshapen = sorted(name for name in found.keys() & wanted.keys() if found[name] != wanted[name])
+    misshapen = {n: (found[n], wanted[n]) for n in sorted(found.keys() & wanted.keys()) if found[n] != wanted[n]}
     problems = []
     if missing:
         problems.append(f"{len(missing)} of {len(wanted)} tensors are missing: {_some(missing)}")
     if extra:
         problems.append(f"the model has no place for {len(extra)}: {_some(extra)}")
     if misshapen:
-        shown = [f"{name} {list(found[name])}, expected {list(wanted[name])}" for name in misshapen]
+        shown = [f"{name} {list(has)}, expected {list(right)}" for name, (has, right) in misshapen.items()]
         problems.append(f"{len(misshapen)} of another shape: {_some(shown)}")
     if problems:
         likely = blame and blame([*missing, *extra], misshapen)
@@ -170,8 +192,9 @@ def torch_state(params, tensor_of) -> dict[str, np.ndarray]:
     """Host parameters -> {torch name: array in torch's layout}, in their dtypes."""
     parts = {}
     for ours, array in flatten(params).items():
-        tensor = tensor_of(ours, array.ndim)
-        parts.setdefault(tensor.name, {})[tensor.part] = tensor.to_torch(np.asarray(array))
+        tensor, array = tensor_of(ours, np.ndim(array)), np.asarray(array)
+        for name, one in zip(tensor.names(array.shape), array if tensor.layers else [array], strict=True):
+            parts.setdefault(name, {})[tensor.part] = tensor.to_torch(one)
     return {
         name: np.concatenate([found[i] for i in sorted(found)]) if len(found) > 1 else found[0]
         for name, found in sorted(parts.items())

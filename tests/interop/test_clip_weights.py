@@ -105,6 +105,19 @@ def test_a_download_of_the_fp16_variant_is_read(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, clip.load_text_encoder(folder)[1], encoder("tiny-sd15")[1])
 
 
+def test_weights_in_several_files_are_read(tmp_path):
+    folder = copied("tiny-sd15/text_encoder", tmp_path / "x")
+    tensors, files = load_file(folder / "model.safetensors"), {}
+    for i, name in enumerate(tensors):
+        files.setdefault(f"model-{i % 2}.safetensors", {})[name] = tensors[name]
+    for name, part in files.items():
+        save_file(part, folder / name)
+    weight_map = {name: file for file, part in files.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+    jax.tree.map(np.testing.assert_array_equal, clip.load_text_encoder(folder)[1], encoder("tiny-sd15")[1])
+
+
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float64"])
 def test_parameters_have_the_wanted_dtype_whatever_is_stored(stored, tmp_path):
     folder = copied("tiny-sd15/text_encoder", tmp_path / "x")
@@ -133,24 +146,27 @@ def change_weights(folder, changes):
 
 
 BAD_WEIGHTS = {
-    "missing": ({"final_layer_norm.bias": None}, r"lacks final_layer_norm\.bias \(32,\); give the weights"),
-    "extra": ({"adapter": np.ones((2, 3), np.float32)}, r"the model has no place for adapter \(2, 3\); give"),
+    "missing": (
+        {"final_layer_norm.bias": None},
+        r"1 of 52 tensors are missing: text_model\.final_layer_norm\.bias; give weights",
+    ),
+    "extra": ({"adapter": np.ones((2, 3), np.float32)}, r"the model has no place for 1: text_model\.adapter; give"),
     "renamed": (
         {"final_layer_norm.bias": None, "final_layer_norm.beta": np.ones(32, np.float32)},
-        r"lacks final_layer_norm\.bias \(32,\), and there is no place for final_layer_norm\.beta \(32,\); ",
+        r"missing: text_model\.final_layer_norm\.bias; .* no place for 1: text_model\.final_layer_norm\.beta; ",
     ),
     "misshapen": (
         {"encoder.layers.2.mlp.fc1.weight": np.ones((100, 32), np.float32)},
-        r"encoder\.layers\.2\.mlp\.fc1\.weight has shape \(100, 32\), expected \(128, 32\); .*"
-        r"\(likely intermediate_size=128\)",
+        r"1 of another shape: text_model\.encoder\.layers\.2\.mlp\.fc1\.weight \[100, 32\], expected \[128, 32\]; .*"
+        r"\(likely intermediate_size=128 is wrong\)",
     ),
     "transposed": (
         {"embeddings.token_embedding.weight": np.ones((32, 533), np.float32)},
-        r"token_embedding\.weight has shape \(32, 533\), expected \(533, 32\)",
+        r"token_embedding\.weight \[32, 533\], expected \[533, 32\]",
     ),
     "whole numbers": (
         {"final_layer_norm.bias": np.ones(32, np.int8)},
-        r"dtype of final_layer_norm\.bias=I8: not one of the choices; use one of F64",
+        r"final_layer_norm\.bias is of dtype I8; give weights in one of F64",
     ),
 }
 
@@ -165,12 +181,13 @@ def test_wrong_tensors_are_named(fault, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("depth", "said"), [(2, r"has no place for encoder\.layers\.2\."), (4, r"lacks encoder\.layers\.3\.")]
+    ("depth", "said"),
+    [(2, r"no place for 16: text_model\.encoder\.layers\.2\."), (4, r"missing: text_model\.encoder\.layers\.3\.")],
 )
 def test_another_depth_is_blamed_on_the_config(depth, said, tmp_path):
     folder = copied("tiny-sd15/text_encoder", tmp_path / "x")
     change_json(folder / "config.json", num_hidden_layers=depth)
-    with pytest.raises(UserError, match=said + r".* and 13 more tensors; .*correct it \(num_hidden_layers\)$"):
+    with pytest.raises(UserError, match=said + r".* and 13 more; .*\(likely num_hidden_layers is wrong\)$"):
         clip.load_text_encoder(folder)
 
 
@@ -179,8 +196,8 @@ def test_a_size_of_a_whole_clip_is_blamed_on_its_tower(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     change_json(folder / "config.json", text_config=config["text_config"] | {"intermediate_size": 160})
     text = message(clip.load, folder)
-    assert "text_model.encoder.layers.0.mlp.fc1.bias has shape (128,), expected (160,)" in text or "fc1.weight" in text
-    assert text.endswith("(likely intermediate_size=160)")
+    assert "text_model.encoder.layers.0.mlp.fc1.bias [128], expected [160]" in text
+    assert text.endswith("(likely intermediate_size=160 is wrong)")
 
 
 @pytest.mark.parametrize("fault", ["torn", "no weights", "no config", "no folder", "torn config", "list config"])
