@@ -53,23 +53,20 @@ def paper(config):
 
 
 def shrink(config):
-    """Enough to overfit a few clips with captions of their own."""
+    """Enough to learn a few clips with captions of their own by heart."""
     config.pretrained.path = str(TINY)
     config.data.update(layout="auto", frames=16, height=64, width=64)
     if config.stage == "sample":
         config.data.split = "train"
         config.sampling.update(batch_size=4, content_steps=25, motion_steps=25)
         return config
-    config.train.update(batch_size=8, ema_decay=0.98, checkpoint_every=100, preview_every=100, log_every=20)
+    config.train.update(batch_size=8, ema_decay=0.98, checkpoint_every=300, preview_every=300, log_every=20)
     config.optimizer.update(learning_rate=1e-3, b1=0.9, b2=0.99, warmup_steps=20, decay="cosine", clip_norm=1.0)
-    if config.stage == "autoencoder":
-        config.train.steps = 400
-        config.latents.cache_clips = 64
-        config.model.update(width=96, depth=2, heads=4, head_dim=24, rotary_base=100.0, remat="none")
-        return config
     config.latents.cache_clips = 64
     config.model.remat = "none"
-    config.train.steps = 600
-    if config.stage == "motion":
+    config.train.steps = {"autoencoder": 1500, "content": 1500, "motion": 5000}[config.stage]
+    if config.stage == "autoencoder":
+        config.model.update(width=96, depth=2, heads=4, head_dim=24, rotary_base=100.0)
+    elif config.stage == "motion":
         config.model.update(depth=4, width=128, heads=4)
     return config

@@ -169,7 +169,8 @@ SIZES = {
             "hidden_act": "gelu",
             "projection_dim": 64,
         },
-        SCHEDULER | {"_class_name": "DDIMScheduler"},
+        # At the noisiest timesteps v asks for the picture itself; with eps a short training drew it in wrong colours.
+        SCHEDULER | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
         "tiny-sd21",
     ),
 }

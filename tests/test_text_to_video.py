@@ -145,7 +145,7 @@ def test_fine_tuning_starts_from_the_pretrained_function():
     for tree in (state.params, state.ema):
         same = jax.tree.map(lambda a, b: np.array_equal(a, b), tree, pipeline().unet[1])
         assert all(jax.tree.leaves(same))
-    assert stage.process.prediction == "eps" and not stage.process.learned_range
+    assert stage.process.prediction == "v" and not stage.process.learned_range
     assert stage.process.schedule.betas[0] == pytest.approx(0.00085)
 
 
