@@ -138,8 +138,12 @@ def load_params(path: Path, init, tensor_of, dtype="float32", place=None, rename
     layout = {ours: tensor_of(ours, leaf.ndim) for ours, leaf in like.items()}
     names = {ours: tensor.names(like[ours].shape) for ours, tensor in layout.items()}
     with open_weights(path) as weights:
-        stored = {rename(name): name for name in weights.shapes if rename(name) is not None}
-        for name in stored.values():
+        stored = {}
+        for name in weights.shapes:
+            if (new := rename(name)) is None:
+                continue
+            if (other := stored.setdefault(new, name)) != name:
+                raise UserError("weights", path, f"{other} and {name} are one tensor", "fetch the file again")
             if weights.dtypes[name] not in FLOATS:
                 problem = f"{name} is of dtype {weights.dtypes[name]}"
                 raise UserError("weights", path, problem, f"give weights in one of {', '.join(FLOATS[:4])}")

@@ -164,6 +164,10 @@ BAD_WEIGHTS = {
         {"embeddings.token_embedding.weight": np.ones((32, 533), np.float32)},
         r"token_embedding\.weight \[32, 533\], expected \[533, 32\]",
     ),
+    "twice": (
+        {"text_model.final_layer_norm.bias": np.ones(32, np.float32)},
+        r"final_layer_norm\.bias and (text_model\.)?final_layer_norm\.bias are one tensor; ",
+    ),
     "whole numbers": (
         {"final_layer_norm.bias": np.ones(32, np.int8)},
         r"final_layer_norm\.bias is of dtype I8; give weights in one of F64",
