@@ -11,7 +11,7 @@ from PIL import Image
 
 from cmd_jax.errors import UserError, choose
 from cmd_jax.interop.clip_tokenizer import VOCABULARIES, Tokenizer, check_tokenizer
-from cmd_jax.interop.torch_layout import Tensor, find_weights, load_params, torch_state
+from cmd_jax.interop.torch_layout import ORDERS, Tensor, find_weights, load_params, torch_state
 from cmd_jax.interop.weights import read_json
 from cmd_jax.models.clip import ACTIVATIONS, CLIP, CLIPText, CLIPVision
 
@@ -100,8 +100,6 @@ PARTS = {
 } | LAYERS
 BUFFERS = re.compile(r"(.*\.)?embeddings\.position_ids")  # written by old versions, and always 0, 1, 2, ...
 PREFIX = "text_model."
-
-ORDERS = {2: (1, 0), 4: (2, 3, 1, 0)}  # kernels are [in, out] and [height, width, in, out]
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training images
 STD = (0.26862954, 0.26130258, 0.27577711)

@@ -3,7 +3,7 @@
 import re
 from functools import partial
 
-from cmd_jax.interop.torch_layout import Tensor, torch_state
+from cmd_jax.interop.torch_layout import ORDERS, Tensor, torch_state
 
 RENAMES = tuple(  # our paths -> torch names, one after the other
     (re.compile(pattern), replacement)
@@ -28,7 +28,6 @@ RENAMES = tuple(  # our paths -> torch names, one after the other
     )
 )
 POINTWISE = ("shortcut", "quant", "post_quant")  # dense layers that torch has as 1x1 convolutions
-ORDERS = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}  # kernels are [in, out] and [height, width, in, out]
 
 
 def _tensor(path: str, ndim: int, pointwise: tuple[str, ...] = POINTWISE) -> Tensor:

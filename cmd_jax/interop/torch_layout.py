@@ -20,6 +20,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.interop.weights import flatten, read_state_dict, unflatten
 
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # as safetensors and numpy say
+ORDERS = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}  # of Tensor: kernels are [in, out] and [height, width, in, out]
 NAMES_IN_ERROR = 3
 
 
