@@ -1,4 +1,4 @@
-"""Saving and restoring a run, and reading a trained stage back for later stages and for sampling.
+"""Saving and restoring a run.
 
 A checkpoint is a folder `checkpoints/STEP`: the items of the state as Orbax writes them, run.json, and manifest.json
 with the size and SHA-256 of every other file, written last. It is made under another name and renamed when all of it is
@@ -7,7 +7,6 @@ Orbax alone restores flipped bits in silence.
 """
 
 import asyncio
-import contextlib
 import itertools
 import json
 import logging
@@ -16,25 +15,18 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
-from safetensors import SafetensorError, safe_open
 
-from cmd_jax import __version__
-from cmd_jax.config import from_json
 from cmd_jax.errors import UserError
-from cmd_jax.hosts import digest
-from cmd_jax.interop.weights import flatten, read_metadata, read_state_dict, unflatten, write_safetensors
-from cmd_jax.manifest import CutOff, Damaged, sync_folder, verify, write_manifest
-from cmd_jax.report.video import atomic_path
+from cmd_jax.files import read_json, sync_path
+from cmd_jax.hosts import check_tree
+from cmd_jax.manifest import CutOff, Damaged, verify, write_manifest
 from cmd_jax.state import TrainState
 
 ITEMS = ("step", "params", "ema", "opt_state")  # of a TrainState, each restorable by itself
@@ -54,47 +46,6 @@ ocp.type_handlers.register_type_handler(
     jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**22), override=True
 )
 _collective = itertools.count()  # numbers what all processes do together, for the names of barriers
-
-
-def versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    return {"cmd_jax": __version__} | {name: version(name) for name in names}
-
-
-def write_json(path: Path, value):
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def read_json(path: Path):
-    if not path.is_file():
-        raise UserError("workdir", path, "no such file", "train that stage first, or give the right folder")
-    return json.loads(path.read_text())
-
-
-# Trees of arrays.
-
-
-def check_tree(field: str, found, wanted, remedy: str, config: dict | None = None):
-    """UserError for the first array whose presence, shape or dtype differs between two trees of (abstract) arrays.
-
-    config: the one that `found` was made with; its model sizes that the shapes show are named.
-    """
-
-    def shapes(tree):
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {jax.tree_util.keystr(p, simple=True, separator="/"): (tuple(x.shape), str(x.dtype)) for p, x in leaves}
-
-    found, wanted = shapes(found), shapes(wanted)
-    different = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
-    if different:
-        pairs = [(found[key][0], wanted[key][0]) for key in different if key in found and key in wanted]
-        sizes = {a for old, new in pairs for a, b in zip(old, new, strict=False) if a != b}
-        model = (config or {}).get("model") or {}
-        likely = [f"model.{k}={v}" for k, v in sorted(model.items()) if type(v) is int and v in sizes]
-        remedy += f" (likely {', '.join(likely)})" if likely else ""
-        problem = f"this config wants {wanted.get(different[0], 'no such array')}"
-        raise UserError(f"{field}/{different[0]}", found.get(different[0], "absent"), problem, remedy)
 
 
 def _reason(error: BaseException) -> str:
@@ -201,7 +152,7 @@ class Checkpoints:
         (folder / RUN).write_text(run + "\n")
         write_manifest(folder, step)
         os.rename(folder, self.folder / str(step))
-        sync_folder(self.folder)
+        sync_path(self.folder)
         try:
             self._retire(sorted([*self._good, step])[-self._keep :][0])
         except OSError as e:
@@ -329,72 +280,3 @@ def _as_first(decide: Callable[[], int | None]) -> int | None:
     if "error" in answer:
         raise UserError(*answer["error"])
     return answer["value"]
-
-
-# A trained stage, for those that build on it.
-
-
-class Trained(NamedTuple):
-    """A trained stage: its resolved config, the EMA parameters, and class_names, statistics, digests."""
-
-    config: ConfigDict
-    params: dict
-    facts: dict
-
-
-def load_trained(path: Path | str, stage: str, place: Callable[[ConfigDict, dict], dict] | None = None) -> Trained:
-    """The EMA parameters of a stage, from its workdir folder or from a weights file written by `export`.
-
-    place: (config, facts) -> ShapeDtypeStructs with shardings; the parameters are compared with these and read straight
-    into their shards, one at a time. Without it they are numpy arrays.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        metadata = read_metadata(path)
-        if not {"config", "facts"} <= metadata.keys():
-            raise UserError("weights", path, "holds no config of cmd_jax", "give a file that training exported")
-        config, facts = from_json(metadata["config"]), json.loads(metadata["facts"])
-        _check_stage(config, path, stage)
-        if place:
-            params = _read_placed(path, place(config, facts))
-        else:
-            params = unflatten({k: v.astype(np.float32) for k, v in read_state_dict(path).items()})
-        return Trained(config, params, facts)
-    if not all((path / name).is_file() for name in ("config.json", "facts.json")):
-        raise UserError("workdir", path, f"holds no trained {stage} stage", f"train the {stage} stage there first")
-    config, facts = from_json((path / "config.json").read_text()), read_json(path / "facts.json")
-    _check_stage(config, path, stage)
-    with contextlib.closing(Checkpoints(path, read_only=True)) as checkpoints:
-        params = checkpoints.restore_item("ema", place(config, facts) if place else None)
-    return Trained(config, params, facts | {"digest": digest(params)})
-
-
-def _check_stage(config: ConfigDict, path: Path, stage: str):
-    if config.stage != stage:
-        raise UserError("weights", path, f"is a {config.stage} stage", f"give one of the {stage} stage")
-
-
-def _read_placed(path: Path, like: dict) -> dict:
-    """Tensors of a safetensors file as float32 arrays laid out as `like`; only the parts for devices here are read."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: jax.ShapeDtypeStruct(s.get_shape(), np.float32) for name, s in slices.items()}
-            check_tree(f"weights {path.name}", unflatten(found), like, "give the weights that belong to their config")
-
-            def read(name: str, wanted):
-                def part(index):
-                    return np.asarray(slices[name][index] if index else file.get_tensor(name)).astype(np.float32)
-
-                return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
-
-            return unflatten({name: read(name, wanted) for name, wanted in flatten(like).items()})
-    except (SafetensorError, OSError) as e:
-        raise UserError("weights", path, f"damaged or incomplete ({e})", "fetch or write the file again") from e
-
-
-def export(path: Path, trained: Trained, dtype=np.float32):
-    """Write a stage as one safetensors file. `facts` keep the digest of the original also where `dtype` is narrower."""
-    tensors = {k: np.asarray(v).astype(dtype) for k, v in flatten(trained.params).items()}
-    config, facts = json.dumps(trained.config.to_dict(), sort_keys=True), json.dumps(trained.facts, sort_keys=True)
-    write_safetensors(path, tensors, {"config": config, "facts": facts})

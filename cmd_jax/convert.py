@@ -20,8 +20,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cmd_jax import __version__
-from cmd_jax.checkpoint import Trained, check_tree, export, load_trained
 from cmd_jax.errors import UserError, choose
+from cmd_jax.hosts import check_tree
 from cmd_jax.interop import cmd_release, i3d
 from cmd_jax.interop.cmd_stages import autoencoder_stage, denoiser_stage, release_weights
 from cmd_jax.interop.diffusers import load_pipeline, save_pipeline
@@ -36,6 +36,7 @@ from cmd_jax.interop.weights import (
 )
 from cmd_jax.models.vgg import LPIPS, REPEATED, lpips_params, lpips_state
 from cmd_jax.pretrained import check_same, describe, image_model
+from cmd_jax.trained import Trained, export, load_trained
 
 log = logging.getLogger(__name__)
 

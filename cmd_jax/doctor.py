@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from cmd_jax.checkpoint import read_json, versions
 from cmd_jax.conditions import Classes, Texts
 from cmd_jax.config import from_json, load
 from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.sources import open_source
 from cmd_jax.errors import UserError
+from cmd_jax.files import read_json, versions
 from cmd_jax.frames import Pixels, VAELatents
 from cmd_jax.interop.weights import read_metadata
 from cmd_jax.models.vae import init_vae

@@ -19,8 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from cmd_jax.checkpoint import versions
-from cmd_jax.report.video import atomic_path
+from cmd_jax.files import versions, write_text
 from cmd_jax.sharding import replicated
 from cmd_jax.state import TrainState, train_step
 
@@ -64,8 +63,7 @@ class FlightRecord:
         step = f"{steps[-1]['step']:07d}" if steps else "start"
         path = self.folder / f"{step}-{reason}-process{self.process}.json"
         try:
-            with atomic_path(path) as temporary:
-                temporary.write_text(lay_out(plain(record)) + "\n")
+            write_text(path, lay_out(plain(record)) + "\n")
         except OSError as e:
             log.warning("no flight record: %s cannot be written: %s", path, e)
             return None

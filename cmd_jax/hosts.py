@@ -1,10 +1,12 @@
-"""Arrays of the mesh on the hosts: whole copies of them, and a digest of their bytes."""
+"""Trees of arrays of the mesh on the hosts: whole copies, a digest of their bytes, a comparison of their shapes."""
 
 import hashlib
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from cmd_jax.errors import UserError
 
 
 def whole(leaf) -> np.ndarray:
@@ -33,3 +35,25 @@ def digest(tree) -> str:
         sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
         sha.update(array.tobytes())
     return sha.hexdigest()
+
+
+def check_tree(field: str, found, wanted, remedy: str, config: dict | None = None):
+    """UserError for the first array whose presence, shape or dtype differs between two trees of (abstract) arrays.
+
+    config: the one that `found` was made with; its model sizes that the shapes show are named.
+    """
+
+    def shapes(tree):
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {jax.tree_util.keystr(p, simple=True, separator="/"): (tuple(x.shape), str(x.dtype)) for p, x in leaves}
+
+    found, wanted = shapes(found), shapes(wanted)
+    different = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
+    if different:
+        pairs = [(found[key][0], wanted[key][0]) for key in different if key in found and key in wanted]
+        sizes = {a for old, new in pairs for a, b in zip(old, new, strict=False) if a != b}
+        model = (config or {}).get("model") or {}
+        likely = [f"model.{k}={v}" for k, v in sorted(model.items()) if type(v) is int and v in sizes]
+        remedy += f" (likely {', '.join(likely)})" if likely else ""
+        problem = f"this config wants {wanted.get(different[0], 'no such array')}"
+        raise UserError(f"{field}/{different[0]}", found.get(different[0], "absent"), problem, remedy)

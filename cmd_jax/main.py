@@ -158,7 +158,7 @@ def run(flags, overrides: dict[str, str]) -> int:
     config = load(flags.config, overrides)
     check_stage(verb, config.stage)
     distributed.start(flags.distributed, flags.coordinator, flags.num_processes, flags.process_id, config.processes)
-    from cmd_jax.checkpoint import versions
+    from cmd_jax.files import versions
 
     remedy = "start every process with the same command and the same installation"
     distributed.agree({f"versions.{name}": version for name, version in versions().items()}, remedy)

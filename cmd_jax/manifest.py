@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cmd_jax.errors import UserError
+from cmd_jax.files import sync_path, write_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -34,14 +35,6 @@ def digest_of(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def sync_folder(path: Path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_manifest(folder: Path, step: int):
     """Bring every file of the folder to the disk, hash it, and write that down."""
     paths = sorted(folder.rglob("*"))
@@ -50,12 +43,9 @@ def write_manifest(folder: Path, step: int):
         facts = list(pool.map(lambda path: _facts_of(path, sync=True), files))
     names = [path.relative_to(folder).as_posix() for path in files]
     manifest = {"format": FORMAT, "step": step, "files": dict(zip(names, facts, strict=True))}
-    with open(folder / MANIFEST, "w") as file:
-        file.write(json.dumps(manifest | {"digest": digest_of(manifest)}, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(folder / MANIFEST, json.dumps(manifest | {"digest": digest_of(manifest)}, sort_keys=True) + "\n")
     for path in (folder, *(path for path in paths if path.is_dir())):
-        sync_folder(path)
+        sync_path(path)
 
 
 def verify(folder: Path):

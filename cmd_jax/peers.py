@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cmd_jax.errors import UserError
-from cmd_jax.report.video import atomic_path
+from cmd_jax.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +107,7 @@ class Peers:
             }
             self._records[self.index], text = record, json.dumps(record) + "\n"
             try:
-                with atomic_path(path) as temporary:
-                    temporary.write_text(text)
+                write_text(path, text, sync=False)
             except OSError as e:
                 if not self._warned:
                     log.warning("the heartbeat %s cannot be written: %s", path, e)

@@ -13,22 +13,22 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from cmd_jax import defaults
-from cmd_jax.checkpoint import Trained, load_trained, read_json, versions, write_json
 from cmd_jax.conditions import Classes
 from cmd_jax.config import divisible, from_json, to_json
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.sources import STATISTICS_CLIPS, channel_statistics, encode_clips, latent_reader, open_source
 from cmd_jax.distributed import agree, is_leader, leader_first, of_leader
 from cmd_jax.errors import UserError
+from cmd_jax.files import atomic_path, read_json, versions, write_json
 from cmd_jax.frames import Pixels, VAELatents
 from cmd_jax.hosts import digest
 from cmd_jax.interop.weights import read_state_dict
 from cmd_jax.models.vgg import lpips_params
 from cmd_jax.pretrained import check_same, describe, image_model, load_space, load_texts, stated_space
-from cmd_jax.report.video import atomic_path
 from cmd_jax.sharding import partitioning
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, check_grids, diffusion_stage, reads_text
 from cmd_jax.state import abstract
+from cmd_jax.trained import Trained, load_trained
 
 # What may change between the runs of one stage folder, and what too where the learning rate does not depend on it.
 RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")

@@ -5,11 +5,11 @@ A stage's facts say which they were: "vae" and "text_encoder" hold {"config": co
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 from cmd_jax.conditions import Classes, Texts
 from cmd_jax.errors import UserError
+from cmd_jax.files import read_json
 from cmd_jax.frames import Pixels, VAELatents
 from cmd_jax.interop.clip import load_text_encoder, text_from_config
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
@@ -21,13 +21,7 @@ def read_config(config, *parts: str) -> dict:
     """A JSON file of the folder `pretrained.path`."""
     if not config.path:
         raise UserError("pretrained.path", "", "missing", SOURCE)
-    path = Path(config.path).joinpath(*parts)
-    if not path.is_file():
-        raise UserError("pretrained.path", config.path, f"holds no {'/'.join(parts)}", SOURCE)
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as e:
-        raise UserError("pretrained.path", path, f"not readable as JSON ({e})", "fetch the file again") from e
+    return read_json(Path(config.path).joinpath(*parts), "pretrained.path", SOURCE, "fetch the file again")
 
 
 def image_model(config) -> dict:

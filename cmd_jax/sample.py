@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cmd_jax.checkpoint import Trained, load_trained
 from cmd_jax.conditions import Classes
 from cmd_jax.data.pipeline import local_rows, to_global
 from cmd_jax.diffusion.flow import Flow
@@ -42,6 +41,7 @@ from cmd_jax.requests import (
 from cmd_jax.sharding import batch_sharding, check_batch, make_mesh, partitioning, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import abstract
+from cmd_jax.trained import Trained, load_trained
 
 MODES = ("generate", "reconstruct", "vary-motion", "animate")
 

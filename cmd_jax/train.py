@@ -12,17 +12,17 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from cmd_jax.checkpoint import Checkpoints, Trained, export, read_json, versions, write_json
+from cmd_jax.checkpoint import Checkpoints
 from cmd_jax.config import to_json
 from cmd_jax.data.pipeline import BatchPlan, batches
 from cmd_jax.distributed import is_leader, leave, of_leader, run_id
 from cmd_jax.errors import UserError
+from cmd_jax.files import read_json, versions, write_json, write_text
 from cmd_jax.flight import FlightRecord, explain
 from cmd_jax.hosts import digest, to_host
 from cmd_jax.peers import Peers
 from cmd_jax.prepare import claimed, prepare
 from cmd_jax.report.training import PREVIEW_CLIPS, Metrics, StepLog
-from cmd_jax.report.video import atomic_path
 from cmd_jax.runtime import StopRequest, peak_memory_gib
 from cmd_jax.sharding import (
     MESH_AXES,
@@ -35,6 +35,7 @@ from cmd_jax.sharding import (
     replicated_report,
 )
 from cmd_jax.state import abstract, init_state, make_optimizer, train_step
+from cmd_jax.trained import Trained, export
 
 STOPPED_EARLY = "stopped by a signal before the first step; nothing to save"
 
@@ -107,8 +108,7 @@ def train(config, workdir: Path) -> dict:
                 console.print(f"{config.stage} is trained already")
                 return read_json(folder / "summary.json")
             if is_leader():
-                with atomic_path(folder / "config.json") as temporary:
-                    temporary.write_text(to_json(config) + "\n")
+                write_text(folder / "config.json", to_json(config) + "\n")
             data = batches(
                 read, plan, mesh, start=start, stop=config.train.steps,
                 threads=config.data.threads, prefetch=config.data.prefetch,

@@ -23,9 +23,10 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from cmd_jax.checkpoint import SAVING, read_json, write_json
+from cmd_jax.checkpoint import SAVING
 from cmd_jax.config import load
 from cmd_jax.errors import UserError
+from cmd_jax.files import read_json, write_json
 from cmd_jax.prepare import lock_folder
 
 FOLDER = "verify-resume"

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cmd_jax.checkpoint import Trained, export
 from cmd_jax.config import load
 from cmd_jax.errors import UserError
 from cmd_jax.interop.diffusers import load_unet
 from cmd_jax.pretrained import describe, stated, stated_conditions, stated_space
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
+from cmd_jax.trained import Trained, export
 
 UNIT = {name: {"mean": [0.0], "std": [1.0]} for name in ("content", "motion")}
 

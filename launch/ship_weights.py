@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cmd_jax.checkpoint import export, load_trained
 from cmd_jax.config import STAGES
+from cmd_jax.trained import export, load_trained
 
 
 def main():

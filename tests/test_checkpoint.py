@@ -12,18 +12,13 @@ import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from cmd_jax.checkpoint import (
-    Checkpoints,
-    Trained,
-    check_tree,
-    export,
-    load_trained,
-    read_json,
-)
+from cmd_jax.checkpoint import Checkpoints
 from cmd_jax.errors import UserError
-from cmd_jax.hosts import digest, to_host
+from cmd_jax.files import read_json
+from cmd_jax.hosts import check_tree, digest, to_host
 from cmd_jax.manifest import verify
 from cmd_jax.state import TrainState
+from cmd_jax.trained import Trained, export, load_trained
 
 pytestmark = pytest.mark.xdist_group("tiny")
 

@@ -10,11 +10,11 @@ import tiny
 from fixtures.formula import state_dict
 from safetensors.numpy import load_file
 
-from cmd_jax.checkpoint import Trained, export, load_trained
 from cmd_jax.convert import KINDS, MODELS, STAGES, add_flags, convert, load_converted
 from cmd_jax.errors import UserError
 from cmd_jax.interop.diffusers import load_unet
 from cmd_jax.interop.weights import read_metadata, read_state_dict, write_safetensors
+from cmd_jax.trained import Trained, export, load_trained
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PIPELINE = FIXTURES / "tiny-sd15"

@@ -9,12 +9,12 @@ import tiny
 from jax.sharding import AbstractMesh
 
 from cmd_jax import doctor as doctoring
-from cmd_jax.checkpoint import Trained, export
 from cmd_jax.config import to_json
 from cmd_jax.data.shapes import CLASS_NAMES
 from cmd_jax.doctor import doctor
 from cmd_jax.errors import UserError
 from cmd_jax.sharding import MESH_AXES, mesh_sizes
+from cmd_jax.trained import Trained, export
 
 WIDE = {"model.width": "1024", "model.heads": "8"}
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from cmd_jax import main as command
-from cmd_jax.checkpoint import Trained, export
 from cmd_jax.config import load
 from cmd_jax.errors import UserError
 from cmd_jax.main import EXAMPLES, main
 from cmd_jax.stages import AutoencoderStage
+from cmd_jax.trained import Trained, export
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART, UCF101 = (str(ROOT / "configs" / f"{name}.py") for name in ("quickstart", "ucf101"))

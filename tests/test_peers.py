@@ -220,12 +220,10 @@ def test_no_stall_timeout(tmp_path):
 def test_a_full_disk_is_survived_and_warned_of_once(tmp_path, monkeypatch, caplog):
     with Watch(tmp_path) as watch, Watch(tmp_path, index=1) as other:
 
-        @contextlib.contextmanager
-        def full(path):
-            yield path.with_suffix(".new")
+        def full(*_, **__):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(peers, "atomic_path", full)
+        monkeypatch.setattr(peers, "write_text", full)
         time.sleep(1.6 * TIMEOUT)
         assert not watch.faults and not other.faults
         warnings = [r.getMessage() for r in caplog.records]

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from processes import Job, free_port, ledger, steps, train
 
-from cmd_jax.checkpoint import read_json
+from cmd_jax.files import read_json
 
 pytestmark = pytest.mark.timeout(300)
 grouped = pytest.mark.xdist_group("processes")  # by the run that they compare with

@@ -15,13 +15,14 @@ from PIL import Image
 from processes import Job
 
 from cmd_jax import sample as sampling
-from cmd_jax.checkpoint import export, load_trained, read_json
 from cmd_jax.data.pipeline import to_global
 from cmd_jax.data.shapes import CLASS_NAMES, ShapesSource
 from cmd_jax.errors import UserError
+from cmd_jax.files import read_json
 from cmd_jax.main import main
 from cmd_jax.report import samples as writing
 from cmd_jax.sharding import BATCH_AXES, partitioning
+from cmd_jax.trained import export, load_trained
 
 pytestmark = pytest.mark.xdist_group("tiny")
 LABELS = np.array([0, 5, 17, 30, 47], np.int32)

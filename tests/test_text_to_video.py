@@ -13,11 +13,12 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from cmd_jax import sample as sampling
-from cmd_jax.checkpoint import Checkpoints, Trained, export, load_trained, read_json
+from cmd_jax.checkpoint import Checkpoints
 from cmd_jax.conditions import Text, Texts, drop
 from cmd_jax.data.shapes import CLASS_NAMES, ShapesSource
 from cmd_jax.diffusion.guidance import guide
 from cmd_jax.errors import UserError
+from cmd_jax.files import read_json
 from cmd_jax.flops import count
 from cmd_jax.frames import VAELatents, pixels
 from cmd_jax.interop.diffusers import load_pipeline
@@ -30,6 +31,7 @@ from cmd_jax.sharding import make_mesh, partitioning
 from cmd_jax.stages import FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import abstract, init_state, make_optimizer
 from cmd_jax.train import train
+from cmd_jax.trained import Trained, export, load_trained
 
 pytestmark = pytest.mark.xdist_group("text")
 PROMPTS = ["a red circle", "blue square, moving"]

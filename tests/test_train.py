@@ -17,14 +17,16 @@ from rich.console import Console
 
 from cmd_jax import prepare as preparing
 from cmd_jax import train as training
-from cmd_jax.checkpoint import Checkpoints, Trained, export, load_trained, read_json, write_json
+from cmd_jax.checkpoint import Checkpoints
 from cmd_jax.config import from_json, to_json
 from cmd_jax.data import shapes
 from cmd_jax.data.pipeline import BatchPlan
 from cmd_jax.errors import UserError
+from cmd_jax.files import read_json, write_json
 from cmd_jax.main import main
 from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import ContentStage, MotionStage
+from cmd_jax.trained import Trained, export, load_trained
 
 pytestmark = pytest.mark.xdist_group("tiny")
 TIMINGS = ("steps_per_second", "clips_per_second", "wall_seconds")

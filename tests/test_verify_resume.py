@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from cmd_jax import verify_resume as verifying
-from cmd_jax.checkpoint import read_json
 from cmd_jax.errors import UserError
+from cmd_jax.files import read_json
 from cmd_jax.main import main
 from cmd_jax.verify_resume import Evidence, Kill, Leg, plan_kills, verify_resume, with_devices
 

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from cmd_jax.errors import UserError, choose
+from cmd_jax.files import read_json
 from cmd_jax.interop.clip_tokenizer import VOCABULARIES, Tokenizer, check_tokenizer
 from cmd_jax.interop.torch_layout import ORDERS, Tensor, find_weights, load_params, torch_state
-from cmd_jax.interop.weights import read_json
 from cmd_jax.models.clip import ACTIVATIONS, CLIP, CLIPText, CLIPVision
 
 # What a config.json means that leaves a field out.

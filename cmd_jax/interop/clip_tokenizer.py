@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 from tokenizers import Tokenizer as Encoder
 
 from cmd_jax.errors import UserError, choose
-from cmd_jax.interop.weights import read_json
+from cmd_jax.files import read_json
 from cmd_jax.models.clip import CLIPText
 
 log = logging.getLogger(__name__)

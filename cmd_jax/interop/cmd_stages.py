@@ -7,15 +7,15 @@ autoencoder, position tables of square grids, no class in the motion model, and 
 import numpy as np
 
 from cmd_jax import __version__, defaults
-from cmd_jax.checkpoint import Trained, check_tree
 from cmd_jax.config import divisible
 from cmd_jax.data.sources import channel_statistics
 from cmd_jax.errors import UserError
-from cmd_jax.hosts import digest
+from cmd_jax.hosts import check_tree, digest
 from cmd_jax.interop.cmd_release import TABLES, complete, load, model, state_dict
 from cmd_jax.models.dit import sincos_table
 from cmd_jax.pretrained import stated_space
 from cmd_jax.stages import FrozenAutoencoder
+from cmd_jax.trained import Trained
 
 RELEASED = {"autoencoder": "autoencoder", "content": "content_dit", "motion": "motion_dit"}  # stage -> kind of `load`
 MODEL = {  # our config's model -> theirs

@@ -4,7 +4,6 @@ place: as in cmd_jax.interop.torch_layout. dtype: of parameters and of what the 
 `module.clone(dtype=..., remat=...)` changes how a module computes, not its parameters.
 """
 
-import json
 import os
 import shutil
 from functools import partial
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cmd_jax.errors import UserError
+from cmd_jax.files import read_json, write_json
 from cmd_jax.hosts import to_host
 from cmd_jax.interop import sd_config
 from cmd_jax.interop.clip import load_text_encoder, text_encoder_state
@@ -126,10 +126,10 @@ def save_pipeline(path, pipeline: Pipeline):
             ("text_encoder", "model", text_encoder_state(params["text_encoder"])),
         ):
             write_safetensors(unfinished / part / f"{stem}.safetensors", state, {"format": "pt"})
-            _write_json(unfinished / part / "config.json", pipeline.configs[part])
+            write_json(unfinished / part / "config.json", pipeline.configs[part])
         pipeline.tokenizer.save(unfinished / "tokenizer")
-        _write_json(unfinished / "scheduler" / "scheduler_config.json", pipeline.scheduler)
-        _write_json(unfinished / "model_index.json", _model_index(pipeline))
+        write_json(unfinished / "scheduler" / "scheduler_config.json", pipeline.scheduler)
+        write_json(unfinished / "model_index.json", _model_index(pipeline))
         os.rename(unfinished, path)
     except OSError as e:
         raise UserError("pipeline", path, f"could not be written ({e})", "give a place with room and rights") from e
@@ -154,16 +154,4 @@ def _model_index(pipeline: Pipeline) -> dict:
 
 
 def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise UserError("pipeline", path, "no such file", SOURCE)
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as e:
-        raise UserError("pipeline", path, f"not readable as JSON ({e})", "fetch the file again") from e
-    if not isinstance(value, dict):
-        raise UserError("pipeline", path, "not a JSON object", "fetch the file again")
-    return value
-
-
-def _write_json(path: Path, value: dict):
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
+    return read_json(path, "pipeline", SOURCE, "fetch the file again")

@@ -5,7 +5,6 @@ functools.partial(cmd_jax.state.abstract, mesh=mesh, rules=rules).
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cmd_jax.errors import UserError
+from cmd_jax.files import read_json
 from cmd_jax.interop.weights import flatten, read_state_dict, unflatten
 
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # as safetensors and numpy say
@@ -114,7 +114,7 @@ def _open(path: Path, stack: contextlib.ExitStack) -> Weights:
 
 def _parts(index: Path) -> list[Path]:
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(set(read_json(index, "weights")["weight_map"].values()))
         outside = [name for name in files if Path(name).name != name]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError("weights", index, "not an index of weight files", "fetch the file again") from e

@@ -1,7 +1,5 @@
 """Weights as {name: array}: safetensors both ways, torch's zip files read without torch and without running pickles."""
 
-import contextlib
-import json
 import math
 import os
 import pickle
@@ -18,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from cmd_jax.errors import UserError, nearest
+from cmd_jax.files import atomic_path
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 STORAGES = {
@@ -58,19 +57,13 @@ def write_safetensors(path: str | Path, tensors: dict[str, np.ndarray], metadata
     path = Path(path)
     # The library writes an array's memory as it lies: without the C order a transposed array is stored wrongly.
     tensors = {name: np.asarray(value, order="C") for name, value in tensors.items()}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, unfinished, metadata=metadata)
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
     except (OSError, SafetensorError) as e:
         raise UserError(
             "path", path, f"could not be written ({e})", "give a file in a folder with room and rights"
         ) from e
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -81,19 +74,6 @@ def read_metadata(path: str | Path) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError) as e:
         raise _damaged(path, e) from e
-
-
-def read_json(path: Path) -> dict:
-    """The fields of a JSON file that comes with weights; UserError (path) where it has none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as e:
-        raise UserError("path", path, f"cannot be read ({e.strerror})", "give a whole folder of weights") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError("path", path, f"not JSON ({e})", "fetch the file again") from e
-    if not isinstance(value, dict):
-        raise UserError("path", path, "holds no fields", "fetch the file again")
-    return value
 
 
 def flatten(params) -> dict[str, np.ndarray]:

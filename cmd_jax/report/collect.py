@@ -3,7 +3,6 @@
 The folders are those that `cmd-jax sample` and `cmd-jax evaluate` write; they must lie below the page's own folder.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import av
 
 from cmd_jax.errors import UserError
+from cmd_jax.files import read_json
 from cmd_jax.report.gallery import Item, Section, write_gallery
 
 USAGE = "python -m cmd_jax.report.collect index.html DIR [DIR ...]"
@@ -29,7 +29,7 @@ def read_section(folder: Path, page: Path) -> Section:
     except ValueError as error:
         raise UserError("folder", folder, f"not below the page's folder {home}", "move one of them") from error
     try:
-        section = json.loads(path.read_text(encoding="utf-8"))
+        section = read_json(path, "folder", remedy="sample or evaluate again")
         items = [
             Item(r["caption"], video=str(base / r["video"]), image=str(base / r["content"])) for r in section["items"]
         ]

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import av
 
-from cmd_jax.report.video import atomic_path
+from cmd_jax.files import write_text
 
 WIDE = 3.0  # a picture with a larger width : height gets a row to itself (film strips, grids of frames)
 
@@ -166,5 +166,4 @@ def write_gallery(path, title: str, sections: Sequence[Section], note: str = "")
         + "".join(parts)
         + "</body>\n</html>\n"
     )
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)

@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cmd_jax.checkpoint import versions, write_json
 from cmd_jax.config import STAGES, to_json
 from cmd_jax.distributed import is_leader
 from cmd_jax.errors import UserError
+from cmd_jax.files import versions, write_json, write_text
 from cmd_jax.report.gallery import Item, Section, write_gallery
 from cmd_jax.report.video import film_strip, image_grid, to_uint8, video_grid, write_gif, write_mp4, write_png
 from cmd_jax.runtime import StopRequest, peak_memory_gib
@@ -89,7 +89,7 @@ def writing(output: OutputFolder):
 
 
 def write_summary(folder: Path, config, started: float, **values):
-    (folder / "config.json").write_text(to_json(config) + "\n")
+    write_text(folder / "config.json", to_json(config) + "\n")
     write_json(
         folder / "summary.json",
         {

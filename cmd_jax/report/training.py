@@ -13,7 +13,8 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cmd_jax.errors import UserError
-from cmd_jax.report.video import atomic_path, image_grid, to_uint8, video_grid, write_gif, write_png
+from cmd_jax.files import write_text
+from cmd_jax.report.video import image_grid, to_uint8, video_grid, write_gif, write_png
 
 PREVIEW_CLIPS = 8
 
@@ -44,8 +45,7 @@ class Metrics:
                 if record["step"] <= step:
                     kept.append(line + "\n")
                     self.wall_seconds = record.get("wall_seconds", 0.0)
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(kept))
+        write_text(path, "".join(kept))
         self.lines = open(path, "a")  # noqa: SIM115
 
     def _open_ledger(self, step):

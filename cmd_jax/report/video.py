@@ -1,15 +1,13 @@
 """Video and picture files: H.264, GIF, PNG, grids, film strips. Arrays are uint8 RGB; a file appears whole or never."""
 
-import contextlib
-import os
-from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
+
+from cmd_jax.files import atomic_path
 
 # Pixels; smaller videos are enlarged by a whole factor, since browsers smear them and 4:2:0 halves their colour.
 SHORT_SIDE = 128
@@ -19,22 +17,6 @@ PAPER = 255  # grey level between the tiles of a grid
 def to_uint8(x) -> np.ndarray:
     """[-1,1] (values outside are clipped) -> uint8 0..255, any shape."""
     return np.clip(np.round((np.asarray(x, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
-
-
-@contextlib.contextmanager
-def atomic_path(path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it becomes `path` upon success and vanishes upon failure.
-
-    Missing parent folders are made.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def enlarge(x: np.ndarray, scale: int | None) -> np.ndarray:

@@ -145,7 +145,7 @@ def spoil(folder, name, content):
 
 BAD_TOKENIZERS = {
     "no merges": (lambda f: (f / "merges.txt").unlink(), "holds no merges.txt; give a folder with vocab.json"),
-    "torn vocabulary": (lambda f: spoil(f, "vocab.json", b'{"a": 1,'), "not JSON"),
+    "torn vocabulary": (lambda f: spoil(f, "vocab.json", b'{"a": 1,'), "not readable as JSON"),
     "vocabulary of words": (lambda f: spoil(f, "vocab.json", b'{"a": "b"}'), "special token '<|startoftext|>' is not"),
     "ids that are none": (lambda f: change_json(f / "vocab.json", a="b"), "damaged (TypeError"),
     "merges of no tokens": (lambda f: spoil(f, "merges.txt", b"#version: 0.2\nq q\n"), "damaged (Exception: "),

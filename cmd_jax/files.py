@@ -1,0 +1,95 @@
+"""Ground: files that appear whole or never, and the one door for JSON that somebody else may have written."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from cmd_jax import __version__
+from cmd_jax.errors import UserError
+
+LARGEST_JSON = 2**28  # bytes
+DEEPEST_JSON = 64  # levels; what is honest needs a tenth of it
+AGAIN = "fetch or write the file again"
+
+
+@contextlib.contextmanager
+def atomic_path(path, sync: bool = True) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it becomes `path` upon success and vanishes upon failure.
+
+    Missing parent folders are made. sync: it is on the disk, its name too, when this returns.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
+    try:
+        yield temporary
+        if sync:
+            sync_path(temporary)
+        os.replace(temporary, path)
+        if sync:
+            sync_path(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_path(path: Path):
+    """Bring a file's content, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str, sync: bool = True):
+    with atomic_path(path, sync) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def write_json(path: Path, value, sync: bool = True):
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n", sync)
+
+
+def parse_json(text: str | bytes, field: str, place, remedy: str = AGAIN) -> dict:
+    """A JSON object from a text of any origin. UserError (field=place) for what is none, too large or too deep."""
+    if len(text) > LARGEST_JSON:
+        raise UserError(field, place, f"JSON of {len(text)} bytes, more than any such file needs", remedy)
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        reason = str(e) if isinstance(e, ValueError) else "nested too deep"
+        raise UserError(field, place, f"not readable as JSON ({reason[:200]})", remedy) from e
+    if not isinstance(value, dict):
+        raise UserError(field, place, "not a JSON object", remedy)
+    level = [value]
+    for _ in range(DEEPEST_JSON):
+        inner = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [x for values in inner for x in values if isinstance(x, dict | list)]
+        if not level:
+            return value
+    raise UserError(field, place, f"JSON nested more than {DEEPEST_JSON} levels deep", remedy)
+
+
+def read_json(path: Path, field: str = "path", missing: str = "fetch or make it first", remedy: str = AGAIN) -> dict:
+    """The JSON object that a file holds. UserError (field=path) if there is none; missing: what to do about no file."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():  # to open a named pipe would wait for ever
+            raise UserError(field, path, "not a file", missing)
+        with open(path, "rb") as file:
+            text = file.read(LARGEST_JSON + 1)
+    except FileNotFoundError:
+        raise UserError(field, path, "no such file", missing) from None
+    except OSError as e:
+        raise UserError(field, path, f"cannot be read ({e.strerror})", missing) from e
+    return parse_json(text, field, path, remedy)
+
+
+def versions() -> dict[str, str]:
+    """Of what the bits of a run depend on."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    return {"cmd_jax": __version__} | {name: version(name) for name in names}

@@ -1,0 +1,85 @@
+"""A trained stage as those that build on it see it: its config, its parameters and what it was trained on."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from safetensors import SafetensorError, safe_open
+
+from cmd_jax.checkpoint import Checkpoints
+from cmd_jax.config import from_json
+from cmd_jax.errors import UserError
+from cmd_jax.files import parse_json, read_json
+from cmd_jax.hosts import check_tree, digest
+from cmd_jax.interop.weights import flatten, read_metadata, read_state_dict, unflatten, write_safetensors
+
+
+class Trained(NamedTuple):
+    """A trained stage: its resolved config, the EMA parameters, and class_names, statistics, digests."""
+
+    config: ConfigDict
+    params: dict
+    facts: dict
+
+
+def load_trained(path: Path | str, stage: str, place: Callable[[ConfigDict, dict], dict] | None = None) -> Trained:
+    """The EMA parameters of a stage, from its workdir folder or from a weights file written by `export`.
+
+    place: (config, facts) -> ShapeDtypeStructs with shardings; the parameters are compared with these and read straight
+    into their shards, one at a time. Without it they are numpy arrays.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        metadata = read_metadata(path)
+        if not {"config", "facts"} <= metadata.keys():
+            raise UserError("weights", path, "holds no config of cmd_jax", "give a file that training exported")
+        config, facts = from_json(metadata["config"]), parse_json(metadata["facts"], "weights", path)
+        _check_stage(config, path, stage)
+        if place:
+            params = _read_placed(path, place(config, facts))
+        else:
+            params = unflatten({k: v.astype(np.float32) for k, v in read_state_dict(path).items()})
+        return Trained(config, params, facts)
+    if not all((path / name).is_file() for name in ("config.json", "facts.json")):
+        raise UserError("workdir", path, f"holds no trained {stage} stage", f"train the {stage} stage there first")
+    config, facts = from_json((path / "config.json").read_text()), read_json(path / "facts.json", "workdir")
+    _check_stage(config, path, stage)
+    with contextlib.closing(Checkpoints(path, read_only=True)) as checkpoints:
+        params = checkpoints.restore_item("ema", place(config, facts) if place else None)
+    return Trained(config, params, facts | {"digest": digest(params)})
+
+
+def _check_stage(config: ConfigDict, path: Path, stage: str):
+    if config.stage != stage:
+        raise UserError("weights", path, f"is a {config.stage} stage", f"give one of the {stage} stage")
+
+
+def _read_placed(path: Path, like: dict) -> dict:
+    """Tensors of a safetensors file as float32 arrays laid out as `like`; only the parts for devices here are read."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: jax.ShapeDtypeStruct(s.get_shape(), np.float32) for name, s in slices.items()}
+            check_tree(f"weights {path.name}", unflatten(found), like, "give the weights that belong to their config")
+
+            def read(name: str, wanted):
+                def part(index):
+                    return np.asarray(slices[name][index] if index else file.get_tensor(name)).astype(np.float32)
+
+                return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
+
+            return unflatten({name: read(name, wanted) for name, wanted in flatten(like).items()})
+    except (SafetensorError, OSError) as e:
+        raise UserError("weights", path, f"damaged or incomplete ({e})", "fetch or write the file again") from e
+
+
+def export(path: Path, trained: Trained, dtype=np.float32):
+    """Write a stage as one safetensors file. `facts` keep the digest of the original also where `dtype` is narrower."""
+    tensors = {k: np.asarray(v).astype(dtype) for k, v in flatten(trained.params).items()}
+    config, facts = json.dumps(trained.config.to_dict(), sort_keys=True), json.dumps(trained.facts, sort_keys=True)
+    write_safetensors(path, tensors, {"config": config, "facts": facts})
