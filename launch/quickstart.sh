@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to generated videos on a CPU: ./launch/quickstart.sh [--resume | --anew]
 # Installs into .venv, trains the three stages small on generated clips, scores their videos and those of the shipped
-# weights, and prints the path of one gallery. RUN names another folder than runs/quickstart, VENV another environment.
+# weights, and prints the path of one gallery. RUN names another folder than runs/quickstart, VENV another environment,
+# PYTHON the interpreter to make it with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 started=$SECONDS

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Makes .venv if it is not there, lints, and runs the tests: ./launch/test.sh [--all] [pytest arguments]
-# --all adds the tests marked slow. The environment variable VENV names another virtual environment.
+# --all adds the tests marked slow. Environment variables: PYTHON, the interpreter to make it with, and VENV, another
+# folder for it; EXTRAS=test leaves torch and the other peers out, whose tests are then skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/env.sh
-. launch/install.sh test
+. launch/install.sh "${EXTRAS:-test,peers}"
 marks=(-m "not slow")
 if [ "${1:-}" = "--all" ]; then marks=(); shift; fi
 ruff check .

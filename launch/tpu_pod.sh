@@ -44,7 +44,7 @@ case "$action" in
             pyproject.toml requirements.txt README.md LICENSE cmd_jax configs launch
         gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:cmd_jax.tar.gz" --worker=all "${place[@]}"
         on_all_workers "set -e; mkdir -p cmd_jax; tar xzf cmd_jax.tar.gz -C cmd_jax; cd cmd_jax
-            export PYTHON=${PYTHON:-python3}; . launch/install.sh tpu"
+            ${PYTHON:+export PYTHON=$PYTHON;} . launch/install.sh tpu"
         ;;
     start)
         [[ " $* " == *" --config="* ]] || fail "--config=: missing; write $0 start train --config=... --workdir=/..."

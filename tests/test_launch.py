@@ -337,7 +337,9 @@ def stand_in(folder: Path, name: str, body: str):
 
 def script(folder: Path, *command, **variables) -> subprocess.Popen:
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    kept = {key: value for key, value in os.environ.items() if key not in ("VENV", "RESTARTS", "SLURM_JOB_ID")}
+    kept = {
+        key: value for key, value in os.environ.items() if key not in ("VENV", "PYTHON", "RESTARTS", "SLURM_JOB_ID")
+    }
     return subprocess.Popen(
         command, env=kept | {"PATH": path} | variables, cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
@@ -350,6 +352,31 @@ def ended(running: subprocess.Popen):
 
 
 TRAIN = ["train", "--config=c.py:content", "--workdir=/shared/two words"]
+
+
+def test_an_environment_serves_one_version_of_python(tmp_path):
+    """Stand-ins: pythons that tell their version, as install.sh asks, make an environment, or run pip."""
+    for version in ("3.10", "3.11", "3.13"):
+        body = 'case "$*" in *venv*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; touch "$3/bin/activate" ;;\n'
+        body += f"*pip*) echo pip of {version} ;;\n*) echo {version}; [ {version} != 3.10 ] ;; esac"
+        stand_in(tmp_path, f"python{version}", body)
+    stand_in(tmp_path, "python", 'exec "$VENV/bin/python" "$@"')
+    for name in ("pyproject.toml", "requirements.txt"):
+        (tmp_path / name).write_text("")
+
+    def install(**variables):
+        return ended(script(tmp_path, "bash", "-c", f". {LAUNCH}/install.sh test", **variables))
+
+    code, out, err = install(PYTHON="python3.11", VENV=".venv")
+    assert (code, err) == (0, "") and out.endswith("installing cmd_jax[test] into .venv\npip of 3.11\n")
+    assert install(PYTHON="python3.11") == install(PYTHON="") == (0, "", "")  # there already
+    code, out, err = install(PYTHON="python3.13")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"PYTHON=python3\.13: is 3\.13, but \.venv .*; name another folder, like VENV=\S+-3\.13\n", err)
+    assert install(PYTHON="python3.13", VENV=".venv-3.13")[1].endswith("pip of 3.13\n")
+    for wrong in ("python3.10", "python9"):
+        code, out, err = install(PYTHON=wrong)
+        assert (code, out) == (2, "") and re.fullmatch(f"PYTHON={wrong}: .*; name one, like .*\n", err)
 
 
 @pytest.fixture
