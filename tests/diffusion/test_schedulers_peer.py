@@ -1,21 +1,15 @@
 """Whole runs of a toy model against diffusers' own schedulers."""
 
-import warnings
-
 import jax.numpy as jnp
 import numpy as np
+import peer
 import pytest
+from peer import diffusers, torch
 
-torch = pytest.importorskip("torch", reason="torch, which diffusers needs, is not installed")
-pytest.importorskip("diffusers", reason="diffusers, the peer of this test, is not installed")
+from cmd_jax.diffusion.schedules import spaced_timesteps
+from cmd_jax.interop.schedulers import CLASSES, DDIM, DPMPP, TRAINING, from_scheduler_config
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
-
-from cmd_jax.diffusion.schedules import spaced_timesteps  # noqa: E402
-from cmd_jax.interop.schedulers import CLASSES, DDIM, DPMPP, TRAINING, from_scheduler_config  # noqa: E402
-
+pytestmark = peer.grouped
 STABLE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 X = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
 
@@ -24,7 +18,7 @@ def theirs(scheduler, steps, learned_range=False):
     """-> (sample, timesteps visited)."""
     scheduler.set_timesteps(steps)
     x = torch.tensor(X) * scheduler.init_noise_sigma
-    clipped = {"use_clipped_model_output": True} if isinstance(scheduler, DDIMScheduler) else {}
+    clipped = {"use_clipped_model_output": True} if isinstance(scheduler, diffusers.DDIMScheduler) else {}
     for t in scheduler.timesteps:
         x = scheduler.step(torch.sin(3 * x) * (float(t) / 1000), t, x, **clipped).prev_sample
     return x.numpy(), scheduler.timesteps.tolist()
@@ -56,7 +50,7 @@ def assert_same_run(scheduler, steps):
     ],
 )
 def test_ddim(steps, options, prediction):
-    assert_same_run(DDIMScheduler(**STABLE, prediction_type=prediction, **options), steps)
+    assert_same_run(diffusers.DDIMScheduler(**STABLE, prediction_type=prediction, **options), steps)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -74,18 +68,18 @@ def test_ddim(steps, options, prediction):
     ],
 )
 def test_dpmpp(steps, options, prediction):
-    assert_same_run(DPMSolverMultistepScheduler(prediction_type=prediction, **{**STABLE, **options}), steps)
+    assert_same_run(diffusers.DPMSolverMultistepScheduler(prediction_type=prediction, **{**STABLE, **options}), steps)
 
 
 def test_cosine_schedule():
     # Ends at beta 0.999, where an eps model is ill-conditioned: x0 is predicted.
     options = dict(beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=False)
-    assert_same_run(DDIMScheduler(**options), 10)
+    assert_same_run(diffusers.DDIMScheduler(**options), 10)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_timesteps_for_any_number_of_steps(spacing):
-    scheduler = DDIMScheduler(timestep_spacing=spacing)
+    scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
     for steps in range(2, 1001):
         scheduler.set_timesteps(steps)
         visited = scheduler.timesteps.numpy()[:steps]  # at 61 trailing steps, for one, a timestep -1 follows
@@ -93,7 +87,7 @@ def test_timesteps_for_any_number_of_steps(spacing):
 
 
 def test_dpmpp_from_a_ddim_config_is_the_class_with_its_defaults():
-    expected, _ = theirs(DPMSolverMultistepScheduler(**STABLE), 10)
+    expected, _ = theirs(diffusers.DPMSolverMultistepScheduler(**STABLE), 10)
     config = {**STABLE, "_class_name": "DDIMScheduler", "clip_sample": False, "steps_offset": 1}
     got = ours(config, 10, "dpmpp")
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
@@ -101,15 +95,13 @@ def test_dpmpp_from_a_ddim_config_is_the_class_with_its_defaults():
 
 def test_ddim_visits_what_a_pndm_config_states():
     """PNDM's own timesteps are those, one of them twice."""
-    scheduler = PNDMScheduler(**STABLE, steps_offset=1, skip_prk_steps=True)
+    scheduler = diffusers.PNDMScheduler(**STABLE, steps_offset=1, skip_prk_steps=True)
     _, visited = theirs(scheduler, 10)
     assert sorted(set(visited)) == spaced_timesteps(1000, 10, "leading", 1).tolist()
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_what_classes_mean_by_keys_left_out(name):
-    import diffusers
-
     config = getattr(diffusers, name)().config
     own = TRAINING | (DPMPP if name == "DPMSolverMultistepScheduler" else DDIM) | CLASSES[name]
     for key, value in own.items():

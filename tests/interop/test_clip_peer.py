@@ -6,15 +6,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import peer as peers
 import pytest
+from peer import torch, transformers
 
 from cmd_jax.interop import clip
 from cmd_jax.interop.clip_tokenizer import Tokenizer
 from cmd_jax.interop.weights import write_safetensors
 
-torch = pytest.importorskip("torch", reason="torch, of the test extra, is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers, of the test extra, is not installed")
-
+pytestmark = peers.grouped
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TEXT = {"vocab_size": 60, "hidden_size": 24, "intermediate_size": 50, "num_attention_heads": 3, "num_hidden_layers": 2}
 VISION = {"image_size": 22, "patch_size": 5, "hidden_size": 40, "intermediate_size": 36, "num_attention_heads": 4}

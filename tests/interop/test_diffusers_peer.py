@@ -1,31 +1,25 @@
 """Random small models that diffusers builds and saves, loaded by us; and what we save, loaded by diffusers."""
 
 import json
-import warnings
 from pathlib import Path
 
 import jax
 import numpy as np
+import peer as peers
 import pytest
+from peer import diffusers, torch
 
-torch = pytest.importorskip("torch", reason="torch, which diffusers needs, is not installed")
-pytest.importorskip("diffusers", reason="diffusers, the peer of this test, is not installed")
-pytest.importorskip("transformers", reason="transformers, which diffusers' pipelines need, is not installed")
+from cmd_jax.interop.diffusers import STEM, load_pipeline, load_unet, load_vae, save_pipeline
+from cmd_jax.interop.weights import flatten
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-
-from cmd_jax.interop.diffusers import STEM, load_pipeline, load_unet, load_vae, save_pipeline  # noqa: E402
-from cmd_jax.interop.weights import flatten  # noqa: E402
-
+pytestmark = peers.grouped
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 DOWN, UP = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}, {True: "CrossAttnUpBlock2D", False: "UpBlock2D"}
 
 
 def unet_of(attention, seed, **settings):
     torch.manual_seed(seed)
-    return UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         **{
             "down_block_types": tuple(DOWN[a] for a in attention),
             "up_block_types": tuple(UP[a] for a in reversed(attention)),
@@ -125,7 +119,7 @@ def test_vaes_of_other_shapes(settings, size, tmp_path):
     torch.manual_seed(0)
     levels = len(settings["block_out_channels"])
     types = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
-    peer = AutoencoderKL(**types, **settings).eval()
+    peer = diffusers.AutoencoderKL(**types, **settings).eval()
     peer.save_pretrained(tmp_path)
     module, params = load_vae(tmp_path)
     images, ours = draw(0, 2, 3, *size)
@@ -165,9 +159,9 @@ def test_diffusers_loads_what_we_save_and_draws_the_same_latents(folder, tmp_pat
     save_pipeline(tmp_path / "saved", load_pipeline(FIXTURES / folder))
     drawn = {}
     for name, path in (("original", FIXTURES / folder), ("saved", tmp_path / "saved")):
-        peer = StableDiffusionPipeline.from_pretrained(path, local_files_only=True)
+        peer = diffusers.StableDiffusionPipeline.from_pretrained(path, local_files_only=True)
         peer.set_progress_bar_config(disable=True)
-        assert isinstance(peer.scheduler, DDIMScheduler) and peer.safety_checker is None
+        assert isinstance(peer.scheduler, diffusers.DDIMScheduler) and peer.safety_checker is None
         latents = torch.tensor(reference["latents"])
         rows, columns = (n * peer.vae_scale_factor for n in latents.shape[2:])
         drawn[name] = peer(
@@ -188,7 +182,7 @@ def test_changed_parameters_are_what_diffusers_then_has(tmp_path):
     params = jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(x.dtype), params)
     v = {"prediction_type": "v_prediction"}
     save_pipeline(tmp_path / "new", pipeline._replace(unet=(module, params), scheduler=pipeline.scheduler | v))
-    peer = StableDiffusionPipeline.from_pretrained(tmp_path / "new", local_files_only=True)
+    peer = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "new", local_files_only=True)
     assert peer.scheduler.config.prediction_type == "v_prediction"
     sample, ours = draw(0, 2, 4, 4, 8)
     text, _ = draw(1, 2, 7, 32)
@@ -202,7 +196,7 @@ def test_every_field_that_diffusers_writes_is_known(tmp_path):
     """One that a later diffusers adds would be refused: here before a user meets it."""
     unet = unet_of(**UNETS["no attention but in the middle"][0])
     unet.save_pretrained(tmp_path / "unet")
-    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2).save_pretrained(tmp_path / "vae")
+    diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2).save_pretrained(tmp_path / "vae")
     for part, load in (("unet", load_unet), ("vae", load_vae)):
         assert len(json.loads((tmp_path / part / "config.json").read_text())) > 15
         load(tmp_path / part)
