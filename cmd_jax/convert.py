@@ -2,8 +2,8 @@
 
 What the CMD release holds becomes stages, one file each in a folder that `cmd-jax sample --config.weights=FOLDER`
 takes. Other models become safetensors with the names "a/b/c" of the parameter tree, channels last; their metadata say
-KIND, the architecture, and which of the tensors that torch may leave out were in the source. Either goes back without
-being told anything again.
+KIND, the architecture, and which of the tensors that lpips repeats were in the source. Either goes back without being
+told anything again.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from cmd_jax import __version__
 from cmd_jax.errors import UserError, choose
 from cmd_jax.hosts import check_tree
-from cmd_jax.interop import cmd_release, i3d
+from cmd_jax.interop import cmd_release, diffusers_dit, i3d
 from cmd_jax.interop.cmd_stages import autoencoder_stage, denoiser_stage, release_weights
 from cmd_jax.interop.diffusers import load_pipeline, save_pipeline
 from cmd_jax.interop.sd_config import unet_from_config
@@ -47,6 +47,7 @@ STAGES = {"cmd-autoencoder": "autoencoder", "cmd-content": "content", "cmd-motio
 KIND, ARCHITECTURE, OPTIONAL, VERSION = (f"cmd_jax.{what}" for what in ("kind", "architecture", "optional", "version"))
 TRAINED_WITH = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps")  # of a scheduler
 OURS = "give the weights that belong to their architecture"
+AS_FACEBOOK = "frequency_shift=0,mlp_epsilon=1e-6"
 
 
 class Model(NamedTuple):
@@ -88,10 +89,9 @@ def _numbers(defaults: dict) -> Callable[[dict, dict], dict]:
 MODELS = {
     "dit": Model(
         load=lambda sizes, state: cmd_release.load("content_dit", sizes, state),
-        store=lambda sizes, params, tables: cmd_release.state_dict("content_dit", sizes, params, tables),
+        store=lambda sizes, params, _: cmd_release.state_dict("content_dit", sizes, params),
         describe=lambda sizes: cmd_release.model("content_dit", sizes),
         architecture=lambda given, state: cmd_release.complete("content_dit", given, state),
-        optional=tuple(cmd_release.TABLES),
     ),
     "i3d": Model(
         load=lambda sizes, state: i3d.load(state, **sizes),
@@ -111,7 +111,7 @@ KINDS = {
     "cmd-autoencoder": "the CMD release's autoencoder",
     "cmd-content": "its content DiT",
     "cmd-motion": "its motion DiT",
-    "dit": "facebook's DiT",
+    "dit": "facebook's DiT, or diffusers' folder of it",
     "i3d": "I3D-400, for FVD",
     "lpips": "LPIPS on VGG16",
     STABLE_DIFFUSION: "a diffusers folder, to another one",
@@ -120,6 +120,7 @@ KINDS = {
 MARKERS = {
     "keyframe_embedder.proj.weight": ("cmd-motion",),
     "x_embedder.proj.weight": ("cmd-content", "dit"),
+    diffusers_dit.MARKER: ("dit",),
     "to_patch_embedding_xy.weight": ("cmd-autoencoder",),
     "Conv3d_1a_7x7.conv3d.weight": ("i3d",),
     "lin0.model.1.weight": ("lpips",),
@@ -135,7 +136,8 @@ def add_flags(parser):
     parser.add_argument("kind", metavar="KIND", help=kinds)
     parser.add_argument(
         "input", metavar="INPUT", help=f"file of PyTorch weights, .safetensors, {', '.join(TORCH_SUFFIXES)}; with"
-        " --to=torch a file of ours, or for cmd-* a stage's folder of a workdir; stable-diffusion: a folder",
+        " --to=torch a file of ours, or for cmd-* a stage's folder of a workdir; stable-diffusion: a folder, dit: that"
+        " of diffusers too",
     )  # fmt: skip
     parser.add_argument(
         "output", metavar="OUTPUT", help="a new .safetensors file; stable-diffusion: a new folder. cmd-content wants"
@@ -151,7 +153,7 @@ def add_flags(parser):
         "--pretrained", metavar="DIR", help="cmd-autoencoder of mode latent: diffusers folder of its VAE"
     )
     parser.add_argument("--dtype", metavar="|".join(DTYPES), default=DTYPES[0], help="of OUTPUT (default float32)")
-    parser.add_argument("--key", metavar="ENTRY", help="of a torch file that holds several, like ema")
+    parser.add_argument("--key", metavar="ENTRY", help="of a torch file that holds several (default ema)")
     parser.add_argument(
         "--unet", metavar="STAGE", help=f"{STABLE_DIFFUSION}: workdir/content or its weights, in place of INPUT's UNet"
     )
@@ -238,9 +240,17 @@ def _on_the_command_line(error: UserError, flags) -> UserError:
 
 
 def _to_ours(flags, source: Path, output: Path):
-    kind, state = flags.kind, read_state_dict(source, flags.key)
-    _check_kind(kind, source, state)
-    given = _given(flags.architecture)
+    kind, given = flags.kind, _given(flags.architecture)
+    if kind == "dit" and source.is_dir():
+        told, state = diffusers_dit.read_dit_folder(source)
+    else:
+        told, state = {}, read_state_dict(source, flags.key)
+        _check_kind(kind, source, state)
+        if diffusers_dit.MARKER in state:
+            told, state = diffusers_dit.COMPUTES, diffusers_dit.in_facebooks_names(state)
+    given = told | given
+    if kind == "dit" and told:
+        log.info("computed as diffusers does; as facebook's code does with --architecture=%s", AS_FACEBOOK)
     if kind in STAGES:
         stage = _stage(flags, given, state, output.parent)
         _cast(flatten(stage.params), flags.dtype)
@@ -303,6 +313,10 @@ def _check_kind(kind: str, source: Path, state: dict):
     if kind not in looks:
         remedy = "give its whole folder" if looks == (STABLE_DIFFUSION,) else f"give {' or '.join(looks)}"
         raise UserError("KIND", kind, f"{source.name} looks like {' or '.join(looks)}", remedy)
+    markers = [marker for marker, kinds in MARKERS.items() if kind in kinds]
+    if not any(marker in state for marker in markers):  # or its sizes would be asked for, one after the other
+        problem = f"holds no {markers[0]}, but {next(iter(state), 'nothing')}"
+        raise UserError("INPUT", source, problem, f"give the weights of {KINDS[kind]}")
 
 
 def _given(text: str | None) -> dict:

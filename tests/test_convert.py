@@ -12,8 +12,10 @@ from safetensors.numpy import load_file
 
 from cmd_jax.convert import KINDS, MODELS, STAGES, add_flags, convert, load_converted
 from cmd_jax.errors import UserError
+from cmd_jax.interop.cmd_release import UNUSED
 from cmd_jax.interop.diffusers import load_unet
 from cmd_jax.interop.weights import read_metadata, read_state_dict, write_safetensors
+from cmd_jax.models.dit import sincos_table
 from cmd_jax.trained import Trained, export, load_trained
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -44,10 +46,13 @@ def refused(*arguments) -> UserError:
 
 
 def fixture(kind):
-    """-> (torch weights, and all else that is recorded); of DiTs with tables, as published files have them."""
+    """-> (torch weights, and all else that is recorded); with the tables that published files have."""
     with np.load(FIXTURES / f"{FIXTURE_OF[kind]}.npz") as npz:
         npz = dict(npz)
-    state = state_dict(npz) | {name: npz[name] for name in ("pos_embed", "content_pos_embed") if name in npz}
+    tables = {"content_dit": {"pos_embed": sincos_table(8, 8, 48)[None]}, "autoencoder_pixel": UNUSED}
+    if kind == "cmd-motion":
+        tables["motion_dit"] = {"pos_embed": npz["pos_embed"], "keyframe_pos_embed": npz["content_pos_embed"]}
+    state = state_dict(npz) | tables.get(FIXTURE_OF[kind], {})
     if kind == "lpips":
         state |= {f"lins.{k}.model.1.weight": state[f"lin{k}.model.1.weight"] for k in range(5)}
         state["scaling_layer.shift"] = SHIFT
@@ -86,15 +91,11 @@ def test_every_kind_goes_there_and_back_bit_for_bit(folder, tmp_path, kind):
 
 
 def test_what_was_not_there_does_not_come_back(folder, tmp_path):
-    state, _ = fixture("cmd-motion")
-    torch, copy = tmp_path / "torch.safetensors", tmp_path / "motion.safetensors"
-    for name in ("autoencoder", "content"):
-        (tmp_path / f"{name}.safetensors").symlink_to(folder / f"{name}.safetensors")
-    less = {name: array for name, array in state.items() if not name.endswith("pos_embed")}
-    write_safetensors(torch, less)
-    run("cmd-motion", torch, copy, *TOLD["cmd-motion"])
-    assert "positions" in read_state_dict(copy)
-    run("cmd-motion", copy, tmp_path / "back.safetensors", "--to=torch")
+    state, _ = fixture("lpips")
+    less = {name: array for name, array in state.items() if not name.startswith(("lins.", "scaling_layer."))}
+    write_safetensors(tmp_path / "torch.safetensors", less)
+    run("lpips", tmp_path / "torch.safetensors", tmp_path / "lpips.safetensors")
+    run("lpips", tmp_path / "lpips.safetensors", tmp_path / "back.safetensors", "--to=torch")
     assert_equal(read_state_dict(tmp_path / "back.safetensors"), less)
 
 
@@ -240,6 +241,8 @@ def test_a_stage_of_another_text_encoder_is_refused(tmp_path, stage):
     (("dit", "dit-torch", "x", "--classes=y"), "--classes", "only for cmd-content"),
     (("i3d", "dit-torch", "x"), "KIND", "looks like cmd-content or dit; give cmd-content or dit"),
     (("cmd-content", "cmd-motion-torch", "x"), "KIND", "looks like cmd-motion"),
+    (("dit", "strange", "x"), "INPUT", "holds no x_embedder.proj.weight, but strange"),
+    (("dit", "empty/.", "x"), "INPUT", "config.json: no such file"),
     (("dit", "unet", "x"), "KIND", "looks like stable-diffusion; give its whole folder"),
     (("dit", "dit", "x"), "INPUT", "a dit of cmd-jax already; add --to=torch"),
     (("cmd-motion", "motion", "x"), "INPUT", "a trained stage of cmd-jax already; add --to=torch"),
@@ -256,7 +259,7 @@ def test_a_stage_of_another_text_encoder_is_refused(tmp_path, stage):
     (("cmd-autoencoder", "cmd-autoencoder-torch", "x", "--architecture=heads=8,mode=latent,frames=4,image_size=16"),
      "--architecture: mode", "needs the VAE"),
     (("cmd-autoencoder", "cmd-autoencoder-torch", "x", "--architecture=heads=8,mode=latent,frames=4,image_size=16",
-      "--pretrained=empty"), "--pretrained", "holds no vae/config.json"),
+      "--pretrained=empty"), "--pretrained", "empty/vae/config.json: no such file"),
     (("stable-diffusion", "dit-torch", "new"), "INPUT", "no such folder"),
     (("stable-diffusion", str(PIPELINE) + "/.", "x.pt"), "OUTPUT", "becomes a folder"),
     (("stable-diffusion", str(PIPELINE) + "/.", "new", "--to=torch"), "--to", "leave it out"),
@@ -291,6 +294,7 @@ def spoiled(folder):
     (folder / "two.txt").write_text("run\njump\n")
     (folder / "empty").mkdir()
     write_safetensors(folder / "unet.safetensors", {"down_blocks.0.resnets.0.conv1.weight": np.zeros(1)})
+    write_safetensors(folder / "strange.safetensors", {"strange": np.zeros(1)})
     lacking = read_state_dict(folder / "dit.safetensors")
     del lacking["blocks/out/kernel"]
     write_safetensors(folder / "lacking.safetensors", lacking, read_metadata(folder / "dit.safetensors"))

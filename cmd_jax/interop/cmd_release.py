@@ -1,6 +1,7 @@
 """Weights of the CMD reference and of facebook's DiT: torch names and layouts in, our modules and parameters out, and
 back."""
 
+import logging
 import math
 import re
 from functools import partial
@@ -11,15 +12,28 @@ from cmd_jax.errors import UserError, choose, nearest
 from cmd_jax.interop.state_dicts import Reader, Tensor, layer, shapes, to_params, to_state_dict
 from cmd_jax.interop.weights import flatten, unflatten
 from cmd_jax.models.autoencoder import MODES, Autoencoder
-from cmd_jax.models.dit import SIZES, TIMESTEP_FEATURES, DiT, sincos_table
+from cmd_jax.models.dit import NORM_EPSILON, SIZES, TIMESTEP_FEATURES, DiT, sincos_table
+
+log = logging.getLogger(__name__)
 
 MOTION_ORDERS = ("as_stored", "rows_first")
 IGNORED_KEYS = ("model", "std", "seed", "frames", "image_size")  # no weight depends on them
 AUTOENCODER_KEYS = ("hidden_dim", "patch_size", "channels", "motion_channels", "depth", "heads", "head_dim", "mode")
 DIT_KEYS = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "heads")
 CONTENT_KEYS = ("content_size", "content_channels", "content_patch_size")
-OPTIONAL_KEYS = {"learn_sigma": True, "num_classes": None}
-TABLES = {"pos_embed": "positions", "content_pos_embed": "content_positions"}  # torch name -> ours
+OPTIONAL_KEYS = {"learn_sigma": True, "num_classes": None, "frequency_shift": 0, "mlp_epsilon": NORM_EPSILON}
+TABLES = {"pos_embed": "positions", "keyframe_pos_embed": "content_positions"}  # torch name -> ours
+ALSO_CALLED = {"content_pos_embed": "keyframe_pos_embed"}
+LARGEST_TABLE = 2**28  # numbers
+# Rotary tables that the release's autoencoder holds and never uses, whatever the width of its heads.
+UNUSED = {
+    f"{side}.{name}": table.astype(np.float32)
+    for side in ("encoder", "decoder")
+    for name, table in (
+        ("frame_rot_emb.inv_freqs", 10000.0 ** (-np.arange(32) / 32)),
+        ("image_rot_emb.scales", 2.0 ** np.linspace(0, math.log2(5), 16)),
+    )
+}
 
 DIT_SIZES = {key: ("x_embedder.proj.weight", i) for i, key in enumerate(("hidden_size", "in_channels", "patch_size"))}
 CONTENT_SIZES = {key: ("keyframe_embedder.proj.weight", i) for i, key in enumerate(CONTENT_KEYS) if i}
@@ -47,33 +61,48 @@ def load(kind: str, config: dict, state_dict: dict[str, np.ndarray]):
     config, by kind; sizes are an int or a pair:
       autoencoder: hidden_dim, patch_size, channels, motion_channels, depth, heads, head_dim, mode.
       content_dit: input_size [H,W], patch_size, in_channels, hidden_size, depth, heads; learn_sigma (default true);
-        num_classes (default none: no class table), without the null class.
+        num_classes (default none: no class table), without the null class; frequency_shift and mlp_epsilon of `DiT`.
       motion_dit: the same with input_size [T,h+w], and content_size [H,W], content_channels, content_patch_size.
         motion_order: "as_stored" takes the reference's latents (columns, then rows), "rows_first" the ones of our
         autoencoder; the halves have the proportions of content_size.
-    Position tables are taken from `pos_embed` and `content_pos_embed` where the weights hold them. Otherwise a motion
-    DiT gets the reference's table, that of a square grid with as many tokens; a content DiT that of its own grid.
+    Position tables are taken from `pos_embed` and `keyframe_pos_embed`, or `content_pos_embed`, where the weights hold
+    them. Otherwise a motion DiT gets the reference's table, that of a square grid with as many tokens; a content DiT
+    that of its own grid.
 
     The module takes and gives channels-last arrays; the autoencoder's motion latent has rows first.
     Raises UserError for a bad config, and for a tensor that is missing, left over or of another shape: it names the
     tensor, its shapes and the config field that is likely wrong.
     """
     module, tensors, tables = _described(kind, config)
-    read = Reader(kind, config, state_dict)
+    read = Reader(kind, config, {_usual(name, state_dict): array for name, array in state_dict.items()})
     params = {table.path: table.read(read) for table in tables} | to_params(tensors, read)
+    if kind == "autoencoder":
+        _read_unused(read)
     read.refuse_rest()
     return module, unflatten(params)
 
 
-def state_dict(kind: str, config: dict, params, tables: tuple[str, ...] = tuple(TABLES)) -> dict[str, np.ndarray]:
+def _usual(name: str, state_dict: dict) -> str:
+    usual = ALSO_CALLED.get(name, name)
+    return name if usual in state_dict else usual
+
+
+def _read_unused(read: Reader):
+    for name, table in UNUSED.items():
+        if name in read and not np.allclose(read(name, ("kind", table.size)), table, rtol=1e-2):  # halves are rounded
+            log.warning("%s is not the release's table; nothing depends on it, and converting back writes that", name)
+
+
+def state_dict(kind: str, config: dict, params) -> dict[str, np.ndarray]:
     """The torch weights that `load` would read as these params, in their dtypes; kind and config as there.
 
-    tables: names of the position tables that the state dict is to hold.
+    All that strict loading wants there: position tables, and the rotary tables that the autoencoder does not use.
     """
-    _, tensors, all_tables = _described(kind, config)
+    _, tensors, tables = _described(kind, config)
     flat = flatten(params)
-    stored = {t.name: t.to_torch(flat[t.path]) for t in all_tables if t.name in tables}
-    return stored | to_state_dict(tensors, flat)
+    state = {table.name: table.to_torch(flat[table.path]) for table in tables} | to_state_dict(tensors, flat)
+    dtype = np.asarray(next(iter(flat.values()))).dtype
+    return state | ({name: table.astype(dtype) for name, table in UNUSED.items()} if kind == "autoencoder" else {})
 
 
 def model(kind: str, config: dict):
@@ -91,7 +120,7 @@ def complete(kind: str, given: dict, state_dict: dict[str, np.ndarray]) -> dict:
 
     def size(name: str, dim: int) -> int | None:
         shape = state_dict[name].shape if name in state_dict else ()
-        return shape[dim] if dim < len(shape) else None
+        return shape[dim] if dim < len(shape) and 0 not in shape else None  # what is empty can have any size
 
     told = {key: size(*place) for key, place in TOLD[kind].items()}
     blocks = [re.match(r"(?:encoder\.layers|blocks)\.(\d{1,4})\.", name) for name in state_dict]
@@ -220,6 +249,8 @@ class Table:
         if config["hidden_size"] % 4:
             raise UserError("config.hidden_size", config["hidden_size"], "not divisible by 4", "give a multiple of 4")
         dims = (("kind", 1), (size, math.prod(grid)), ("hidden_size", config["hidden_size"]))
+        if math.prod((*grid, config["hidden_size"])) > LARGEST_TABLE:
+            raise UserError(f"config.{size}", config[size], "a grid larger than any model's", "give the size it has")
         self.name, self.path, self.grid, self.make, self.halves = name, TABLES[name], grid, make, halves
         self.tensor = Tensor(name, dims, (self.path,), "1 n d -> n d")
 
@@ -252,7 +283,7 @@ def _motion_dit(config: dict):
         Table(name, config, size, cells, partial(_square_table, config, name, size, cells), turned)
         for name, size, cells, turned in (
             ("pos_embed", "input_size", grid, halves),
-            ("content_pos_embed", "content_size", content_grid, None),
+            ("keyframe_pos_embed", "content_size", content_grid, None),
         )
     ]
     width, patch = ("hidden_size", config["hidden_size"]), ("content_patch_size", config["content_patch_size"])
@@ -293,6 +324,10 @@ def _dit(config: dict, content_patch: int = 0):
     width, channels, patch = ((key, config[key]) for key in ("hidden_size", "in_channels", "patch_size"))
     classes, learn_sigma = config["num_classes"], config["learn_sigma"]
     choose("config.learn_sigma", learn_sigma, (True, False))
+    for key, below in (("frequency_shift", TIMESTEP_FEATURES // 2), ("mlp_epsilon", 1)):
+        if type(config[key]) not in (int, float) or not 0 <= config[key] < below:
+            problem = f"not a number from zero to {below}"
+            raise UserError(f"config.{key}", config[key], problem, f"leave it out, it is {OPTIONAL_KEYS[key]}")
     if width[1] % config["heads"]:
         problem = f"does not divide hidden_size={width[1]}"
         raise UserError("config.heads", config["heads"], problem, "set heads as the weights were trained")
@@ -331,5 +366,7 @@ def _dit(config: dict, content_patch: int = 0):
         classes=classes,
         content_patch=content_patch,
         position="table",
+        frequency_shift=config["frequency_shift"],
+        mlp_epsilon=config["mlp_epsilon"],
     )
     return module, tensors

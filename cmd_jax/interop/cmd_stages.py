@@ -11,8 +11,8 @@ from cmd_jax.config import divisible
 from cmd_jax.data.sources import channel_statistics
 from cmd_jax.errors import UserError
 from cmd_jax.hosts import check_tree, digest
-from cmd_jax.interop.cmd_release import TABLES, complete, load, model, state_dict
-from cmd_jax.models.dit import sincos_table
+from cmd_jax.interop.cmd_release import complete, load, model, state_dict
+from cmd_jax.models.dit import DiT, sincos_table
 from cmd_jax.pretrained import stated_space
 from cmd_jax.stages import FrozenAutoencoder
 from cmd_jax.trained import Trained
@@ -29,7 +29,7 @@ MODEL = {  # our config's model -> theirs
     "mode": "mode",
 }
 DENOISER = {"patch": "patch_size", "width": "hidden_size", "depth": "depth", "heads": "heads"}
-CONVERTED = "converted"  # the fact that says what a stage was made of: version, config and tables of its weights
+CONVERTED = "converted"  # the fact that says what a stage was made of: version and config of its weights
 
 
 def autoencoder_stage(config: dict, weights: dict[str, np.ndarray], vae: dict | None = None) -> Trained:
@@ -55,7 +55,7 @@ def autoencoder_stage(config: dict, weights: dict[str, np.ndarray], vae: dict | 
     ours.data.update(frames=frames, height=sides[0] * space.factor, width=sides[1] * space.factor)
     if vae is not None:
         ours.loss.update(l1=0.0, l2=1.0, lpips=0.0)
-    return _trained(ours, {"autoencoder": params}, facts, config, weights)
+    return _trained(ours, {"autoencoder": params}, facts, config)
 
 
 def denoiser_stage(
@@ -68,6 +68,10 @@ def denoiser_stage(
     """
     config = complete(RELEASED[name], config, weights) | _fitting(name, config, weights, autoencoder)
     module, params = load(RELEASED[name], config, weights)
+    for key in ("frequency_shift", "mlp_epsilon"):
+        if getattr(module, key) != getattr(DiT, key):
+            problem = f"the release's models, and so these stages, have {getattr(DiT, key)}"
+            raise UserError(f"config.{key}", config[key], problem, "leave it out")
     if class_names is None:
         class_names = [str(i) for i in range(module.classes or 0)]
     if module.classes not in (None, len(class_names)):
@@ -87,7 +91,7 @@ def denoiser_stage(
     shapes = _frozen(autoencoder)
     zeros = {"content": np.zeros(shapes.content_shape), "motion": np.zeros(shapes.motion_shape)}
     facts["statistics"] = channel_statistics(zeros, measured=False)
-    return _trained(ours, params, facts, config, weights)
+    return _trained(ours, params, facts, config)
 
 
 def release_weights(trained: Trained, autoencoder: Trained | None = None) -> dict[str, np.ndarray]:
@@ -99,23 +103,21 @@ def release_weights(trained: Trained, autoencoder: Trained | None = None) -> dic
     name, params = trained.config.stage, trained.params
     params = params["autoencoder"] if name == "autoencoder" else dict(params)
     if CONVERTED in trained.facts:
-        record = trained.facts[CONVERTED]
-        config, tables = record["config"], tuple(record["tables"])
+        config = trained.facts[CONVERTED]["config"]
     else:
         _refuse_other(trained)
-        config, tables = _config(trained, autoencoder), tuple(TABLES)
+        config = _config(trained, autoencoder)
     if name != "autoencoder":
         if trained.config.model.position == "sincos":
             params |= _tables(name, config)
         if config.get("num_classes") is None:
             params = _without_classes(params)
     check_tree("weights", params, model(RELEASED[name], config)[1], "give the weights that belong to their config")
-    return state_dict(RELEASED[name], config, params, tables)
+    return state_dict(RELEASED[name], config, params)
 
 
-def _trained(ours, params, facts: dict, config: dict, weights: dict) -> Trained:
-    tables = [table for table in TABLES if table in weights]
-    facts[CONVERTED] = {"cmd_jax": __version__, "config": config, "tables": tables}
+def _trained(ours, params, facts: dict, config: dict) -> Trained:
+    facts[CONVERTED] = {"cmd_jax": __version__, "config": config}
     return Trained(ours, params, facts | {"digest": digest(params)})
 
 

@@ -33,10 +33,13 @@ def sincos_table(rows: int, columns: int, width: int) -> np.ndarray:
     return np.concatenate([f(a) for a in (column, row) for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
-def timestep_features(timesteps, features: int = TIMESTEP_FEATURES):
-    """Sinusoidal features of (possibly fractional) timesteps in [0, 1000]: [B] -> [B, features], cosines then sines."""
+def timestep_features(timesteps, features: int = TIMESTEP_FEATURES, shift: float = 0.0):
+    """Sinusoidal features of (possibly fractional) timesteps in [0, 1000]: [B] -> [B, features], cosines then sines.
+
+    shift: of the features // 2 frequencies, which fall from 1 to 1e-4; with 1 the last is exactly that.
+    """
     half = features // 2
-    frequencies = jnp.exp(-np.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = jnp.exp(-np.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -50,11 +53,12 @@ class DiTBlock(nn.Module):
 
     heads: int
     dtype: jnp.dtype = jnp.float32
+    mlp_epsilon: float = NORM_EPSILON
 
     @nn.compact
     def __call__(self, x, condition):
         width = x.shape[-1]
-        norm = partial(layer_norm, NORM_EPSILON, affine=False, dtype=self.dtype)
+        norm = partial(layer_norm, affine=False, dtype=self.dtype)
         project = partial(dense, width, ("embed", "heads"), dtype=self.dtype)
         modulation = dense(
             6 * width, ("embed", "modulation"), init=nn.initializers.zeros, dtype=self.dtype, name="modulation"
@@ -62,14 +66,14 @@ class DiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         x = nn.with_logical_constraint(x, ("act_batch", "act_token", "act_embed"))
 
-        y = modulate(norm()(x), shift_a, scale_a)
+        y = modulate(norm(NORM_EPSILON)(x), shift_a, scale_a)
         query, key, value = (
             rearrange(project(name=n)(y), "b n (h d) -> b n h d", h=self.heads) for n in ("query", "key", "value")
         )
         y = rearrange(attend(query, key, value), "b n h d -> b n (h d)")
         x = x + gate_a[:, None] * dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(y)
 
-        y = modulate(norm()(x), shift_m, scale_m)
+        y = modulate(norm(self.mlp_epsilon)(x), shift_m, scale_m)
         y = jax.nn.gelu(dense(4 * width, ("embed", "mlp"), dtype=self.dtype, name="mlp_in")(y), approximate=True)
         x = x + gate_m[:, None] * dense(width, ("mlp", "embed"), dtype=self.dtype, name="mlp_out")(y)
         return x, None
@@ -86,6 +90,7 @@ class DiT(nn.Module):
     position table of their own; only the grid's own tokens are read out (paper section 3.2). Instead of the frame its
     tokens [B, N, D] may be given, as `content_tokens` makes them.
     position: "sincos" tables of the real rectangular grid, or "table": tables stored with the parameters.
+    frequency_shift, mlp_epsilon: of the timestep features, and of the LayerNorms before MLPs; diffusers has others.
     """
 
     out_channels: int
@@ -99,6 +104,8 @@ class DiT(nn.Module):
     position: str = "sincos"
     remat: str = "none"
     dtype: jnp.dtype = jnp.float32
+    frequency_shift: float = 0.0
+    mlp_epsilon: float = NORM_EPSILON
 
     def setup(self):
         self.embed = dense(self.width, ("patch", "embed"), dtype=self.dtype)
@@ -128,7 +135,7 @@ class DiT(nn.Module):
             tokens = jnp.concatenate([tokens, extra], axis=1)
 
         small = nn.initializers.normal(0.02)
-        condition = timestep_features(timesteps)
+        condition = timestep_features(timesteps, shift=self.frequency_shift)
         condition = dense(self.width, ("timestep", "embed"), init=small, dtype=self.dtype, name="time_in")(condition)
         condition = dense(self.width, ("embed", "embed_out"), init=small, dtype=self.dtype, name="time_out")(
             jax.nn.silu(condition)
@@ -148,7 +155,7 @@ class DiT(nn.Module):
         condition = jax.nn.silu(condition)
 
         blocks = scanned(DiTBlock, self.depth, self.remat, broadcast=1)
-        tokens, _ = blocks(self.heads, self.dtype, name="blocks")(tokens, condition)
+        tokens, _ = blocks(self.heads, self.dtype, self.mlp_epsilon, name="blocks")(tokens, condition)
 
         tokens = tokens[:, : rows * columns]
         modulation = dense(

@@ -9,7 +9,7 @@ import pytest
 from fixtures.formula import draw, state_dict
 
 from cmd_jax.errors import UserError
-from cmd_jax.interop.cmd_release import complete, load, model
+from cmd_jax.interop.cmd_release import UNUSED, complete, load, model
 from cmd_jax.interop.cmd_release import state_dict as torch_weights
 from cmd_jax.models.autoencoder import Latents
 
@@ -388,11 +388,11 @@ def test_the_parameters_are_those_that_the_module_asks_for(kind, config, shapes)
     ],
 )
 def test_what_was_loaded_is_written_again_bit_for_bit(kind, config, shapes):
-    sd = weights(shapes(config), seed=17)
+    sd = weights(shapes(config), seed=17) | (UNUSED if kind == "autoencoder" else {})
     if kind != "autoencoder":
         sd["pos_embed"] = draw("pos_embed", (1, 6 if kind == "content_dit" else 10, 24), 17)
     if kind == "motion_dit":
-        sd["content_pos_embed"] = draw("content_pos_embed", (1, 6, 24), 17)
+        sd["keyframe_pos_embed"] = draw("keyframe_pos_embed", (1, 6, 24), 17)
     module, params = load(kind, config, sd)
     same, expected = model(kind, config)
     assert same == module
@@ -401,7 +401,51 @@ def test_what_was_loaded_is_written_again_bit_for_bit(kind, config, shapes):
     back = torch_weights(kind, config, params)
     assert {n: v.shape for n, v in back.items()} == {n: v.shape for n, v in sd.items()}
     assert all(np.array_equal(back[n], sd[n]) for n in sd)
-    assert not torch_weights(kind, config, params, tables=()).keys() & {"pos_embed", "content_pos_embed"}
+
+
+def test_the_autoencoders_unused_tables_are_read_past(caplog):
+    """inv_freqs are 1/10000^(2i/64), scales from 1 to 5; where a file has other numbers that is said."""
+    sd = weights(autoencoder_shapes(AUTOENCODER), seed=17)
+    assert sorted({(name.split(".", 1)[1], table.shape) for name, table in UNUSED.items()}) == [
+        ("frame_rot_emb.inv_freqs", (32,)), ("image_rot_emb.scales", (16,)),
+    ]  # fmt: skip
+    frequencies, scales = UNUSED["decoder.frame_rot_emb.inv_freqs"], UNUSED["encoder.image_rot_emb.scales"]
+    np.testing.assert_allclose(frequencies[[0, 1, 16, 31]], [1, 0.749894, 0.01, 1.333521e-4], rtol=1e-6)
+    np.testing.assert_allclose(scales[[0, 1, 15]], [1, 5 ** (1 / 15), 5], rtol=1e-6)
+    plain = load("autoencoder", AUTOENCODER, sd)[1]
+    halves = {name: table.astype(np.float16) for name, table in UNUSED.items()}
+    jax.tree.map(np.testing.assert_array_equal, load("autoencoder", AUTOENCODER, sd | halves)[1], plain)
+    assert not caplog.records
+    other = UNUSED | {"encoder.image_rot_emb.scales": 2 * scales}
+    jax.tree.map(np.testing.assert_array_equal, load("autoencoder", AUTOENCODER, sd | other)[1], plain)
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["encoder.image_rot_emb.scales"]
+
+
+def test_the_motion_table_has_two_names():
+    sd = weights(dit_shapes(MOTION_DIT), seed=17) | {"pos_embed": draw("pos_embed", (1, 10, 24), 17)}
+    table = draw("keyframe_pos_embed", (1, 6, 24), 17)
+    params = [
+        load("motion_dit", MOTION_DIT, sd | {name: table})[1] for name in ("keyframe_pos_embed", "content_pos_embed")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    assert np.array_equal(params[0]["content_positions"], table[0])
+    with pytest.raises(UserError, match="no place for content_pos_embed"):
+        load("motion_dit", MOTION_DIT, sd | {"keyframe_pos_embed": table, "content_pos_embed": table})
+
+
+@pytest.mark.parametrize("field, value", [
+    ("frequency_shift", 128), ("frequency_shift", "1"), ("mlp_epsilon", -1e-6), ("mlp_epsilon", float("nan")),
+    ("mlp_epsilon", True), ("hidden_size", 2**40), ("input_size", [3 * 2**20, 3 * 2**20]),
+])  # fmt: skip
+def test_numbers_that_no_dit_has_are_named(field, value):
+    with pytest.raises(UserError) as e:
+        model("content_dit", CONTENT_DIT | {field: value})
+    assert e.value.field in (f"config.{field}", "config.input_size")
+
+
+def test_empty_tensors_tell_no_sizes():
+    sd = {"x_embedder.proj.weight": np.zeros((2**40, 4, 0, 0), np.float32)}
+    assert complete("content_dit", {}, sd) == {}
 
 
 @pytest.mark.parametrize(
@@ -505,7 +549,7 @@ def test_a_motion_dit_without_a_table_needs_square_numbers_of_tokens(motion_dit)
     with pytest.raises(UserError, match=r"2x5 tokens.*pos_embed \[1,10,24\]") as e:
         load("motion_dit", MOTION_DIT, drop("pos_embed")(sd))
     assert e.value.field == "config.input_size"
-    with pytest.raises(UserError, match=r"2x3 tokens.*content_pos_embed"):
+    with pytest.raises(UserError, match=r"2x3 tokens.*keyframe_pos_embed"):
         load("motion_dit", MOTION_DIT, drop("content_pos_embed")(sd))
 
 

@@ -10,7 +10,7 @@ from fixtures.formula import draw, state_dict
 from cmd_jax import defaults
 from cmd_jax.config import check
 from cmd_jax.errors import UserError
-from cmd_jax.interop.cmd_release import load
+from cmd_jax.interop.cmd_release import UNUSED, load
 from cmd_jax.interop.cmd_stages import autoencoder_stage, denoiser_stage, release_weights
 from cmd_jax.pretrained import describe, stated_space
 from cmd_jax.sample import denoiser_stage as stage_of
@@ -102,17 +102,33 @@ def test_sampling_takes_them(folder):
 
 
 def test_what_is_converted_comes_back_bit_for_bit(folder):
-    for name, recorded in (("autoencoder", "autoencoder_pixel"), ("content", "content_dit"), ("motion", "motion_dit")):
+    """And with it all that the release's strict loading wants."""
+    for name, recorded, more in (
+        ("autoencoder", "autoencoder_pixel", UNUSED.keys()),
+        ("content", "content_dit", {"pos_embed"}),
+        ("motion", "motion_dit", {"pos_embed", "keyframe_pos_embed"}),
+    ):
         weights, npz = fixture(recorded)
-        trained = load_trained(folder / f"{name}.safetensors", name)
-        assert_same(release_weights(trained), weights | (tables(npz) if name == "motion" else {}))
+        back = release_weights(load_trained(folder / f"{name}.safetensors", name))
+        assert back.keys() == weights.keys() | more
+        assert_same({n: back[n] for n in weights}, weights)
+    assert np.array_equal(back["pos_embed"], npz["pos_embed"])
+    assert np.array_equal(back["keyframe_pos_embed"], npz["content_pos_embed"])
 
 
-def test_tables_that_were_not_stored_are_not_written(released):
-    weights, _ = fixture("motion_dit")
+def test_tables_that_were_not_stored_are_the_releases(released):
+    weights, npz = fixture("motion_dit")
     stage = denoiser_stage("motion", {"heads": 4}, weights, released["autoencoder"], NAMES)
-    assert_same(release_weights(stage), weights)
-    np.testing.assert_allclose(stage.params["positions"], released["motion"].params["positions"], atol=1e-6)
+    back = release_weights(stage)
+    np.testing.assert_allclose(back["pos_embed"], npz["pos_embed"], atol=1e-6)
+    np.testing.assert_allclose(back["keyframe_pos_embed"], npz["content_pos_embed"], atol=1e-6)
+
+
+def test_a_stage_does_not_compute_as_diffusers_does(released):
+    """Its config has no place for that, so that it would be forgotten in silence."""
+    weights, config = fixture("content_dit")[0], {"heads": 4, "frequency_shift": 1}
+    with pytest.raises(UserError, match=r"^config\.frequency_shift=1: "):
+        denoiser_stage("content", config, weights, released["autoencoder"], NAMES)
 
 
 def test_a_latent_autoencoder_belongs_to_a_vae(tmp_path):
@@ -126,7 +142,7 @@ def test_a_latent_autoencoder_belongs_to_a_vae(tmp_path):
     data = stage.config.data
     factor = AutoencoderStage(stage.config, space=stated_space(stage.facts)).space.factor
     assert (data.frames, data.height, data.width) == (6, 8 * factor, 8 * factor) and factor > 1
-    assert_same(release_weights(stage), weights)
+    assert_same(release_weights(stage), weights | UNUSED)
     with pytest.raises(UserError, match="config.mode=latent: needs the VAE"):
         autoencoder_stage(config, weights)
 
@@ -173,7 +189,7 @@ def test_an_autoencoder_trained_here_goes_to_the_release(own):
 def test_a_denoiser_trained_here_computes_the_same_there(own, name):
     stage, autoencoder = own[name], own["autoencoder"]
     weights = release_weights(stage, autoencoder)
-    assert "pos_embed" in weights and ("content_pos_embed" in weights) == (name == "motion")
+    assert "pos_embed" in weights and ("keyframe_pos_embed" in weights) == (name == "motion")
     assert ("y_embedder.embedding_table.weight" in weights) == (name == "content")
     model, shape = stage.config.model, {"content": (16, 24, 3), "motion": (4, 10, 4)}[name]
     config = {"input_size": shape[:2], "patch_size": model.patch, "in_channels": shape[2], "heads": model.heads}
