@@ -7,6 +7,7 @@ Orbax alone restores flipped bits in silence.
 """
 
 import asyncio
+import glob
 import itertools
 import json
 import logging
@@ -26,11 +27,12 @@ from jax.experimental import multihost_utils
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, sync_path
 from cmd_jax.hosts import check_tree
-from cmd_jax.manifest import CutOff, Damaged, verify, write_manifest
+from cmd_jax.manifest import MANIFEST, CutOff, Damaged, verify, write_manifest
 from cmd_jax.state import TrainState
 
 ITEMS = ("step", "params", "ema", "opt_state")  # of a TrainState, each restorable by itself
 RUN = "run.json"
+MERGED = "manifest.ocdbt"  # Orbax's, in the folder of an item, once it has merged what the processes wrote
 SAVING, DELETING = ".saving", ".deleting"  # endings of folders that are no checkpoints yet, or no longer
 ANSWER_BYTES = 8192  # of what process 0 tells the others
 BARRIER_SECONDS = 3600  # only what slow disks may need: a peer that died ends this process long before
@@ -48,6 +50,30 @@ ocp.type_handlers.register_type_handler(
 _collective = itertools.count()  # numbers what all processes do together, for the names of barriers
 
 
+class LiteralPath(type(epath.Path())):
+    """A path whose `glob` takes no character of the path itself for a pattern; Orbax looks for its own files so."""
+
+    def glob(self, pattern: str):
+        return map(type(self), glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
+
+
+def _literal(path: Path) -> LiteralPath:
+    return LiteralPath(os.path.realpath(path))  # Orbax drops LINK/.. by itself, which may lead elsewhere
+
+
+def check_name(folder: Path):
+    """UserError for a folder that TensorStore cannot name, or that Orbax takes for one of a bucket."""
+    path, problem = os.path.realpath(folder), ""
+    if path != path.encode(errors="replace").decode():
+        problem = "is not UTF-8"
+    elif re.match("/(gs|s3|az|hf)/", f"{path}/"):  # as etils has it
+        problem = f"would be taken for {path[1:3]}://"
+    elif wrong := re.search(r"gs:(?=/)|\\", f"{path}/"):
+        problem = f"holds {wrong[0]}"
+    if problem:
+        raise UserError("workdir", folder, f"{problem}, where Orbax cannot save", "rename it, or give another folder")
+
+
 def _reason(error: BaseException) -> str:
     """What went wrong in one short line; TensorStore's messages carry source locations."""
     text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
@@ -63,6 +89,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 2, read_only: bool = False):
+        check_name(folder)
         self.folder = (folder / "checkpoints").absolute()
         self._keep, self._read_only, self._first = max(keep, 1), read_only, jax.process_index() == 0
         self._good: list[int] | None = None  # steps known to be whole; None before anything was looked at
@@ -110,7 +137,7 @@ class Checkpoints:
 
         def write(name):
             args = ocp.args.StandardSave({"value": getattr(state, name)})
-            return self._handlers[name].async_save(epath.Path(folder / name), args=args)
+            return self._handlers[name].async_save(_literal(folder / name), args=args)
 
         return await asyncio.gather(*map(write, ITEMS), return_exceptions=True)
 
@@ -148,13 +175,16 @@ class Checkpoints:
         for path in done:
             path.unlink()
         for name, handler in self._handlers.items():
-            handler.finalize(epath.Path(folder / name))
+            handler.finalize(_literal(folder / name))
+            # Where Orbax finds no parts to merge it is content, and what was written cannot be restored.
+            if not (folder / name / MERGED).is_file():
+                raise RuntimeError(f"the parts of {name} were not merged")
         (folder / RUN).write_text(run + "\n")
         write_manifest(folder, step)
         os.rename(folder, self.folder / str(step))
         sync_path(self.folder)
         try:
-            self._retire(sorted([*self._good, step])[-self._keep :][0])
+            self._retire(step)
         except OSError as e:
             log.warning("old checkpoints in %s cannot be removed (%s)", self.folder, e.strerror)
 
@@ -197,11 +227,11 @@ class Checkpoints:
         config = read_json(folder / RUN).get("config")
         check_tree(f"checkpoint {folder.name}: {name}", saved, like, "use the config it was trained with", config)
         args = ocp.args.StandardRestore({"value": like})
-        return self._handlers[name].restore(epath.Path(folder / name), args=args)["value"]
+        return self._handlers[name].restore(_literal(folder / name), args=args)["value"]
 
     def shapes(self, name: str):
         """Tree of ShapeDtypeStructs of one item of the newest whole checkpoint."""
-        saved = self._handlers[name].metadata(epath.Path(self._newest_folder() / name)).tree["value"]
+        saved = self._handlers[name].metadata(_literal(self._newest_folder() / name)).tree["value"]
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
 
     def _newest_folder(self) -> Path:
@@ -246,10 +276,13 @@ class Checkpoints:
         os.rename(self.folder / str(step), path)
         return path
 
-    def _retire(self, oldest: int):
-        """Remove the checkpoints before step `oldest`; renamed first, so that none is ever half there."""
-        for step in self._steps():
-            if step < oldest:
+    def _retire(self, newest: int):
+        """Remove what is older than the `keep` newest complete checkpoints up to step `newest`, those of earlier runs
+        included; renamed first, so that none is ever half there."""
+        steps = [step for step in self._steps() if step <= newest]
+        complete = [step for step in steps if (self.folder / str(step) / MANIFEST).is_file()]
+        for step in steps:
+            if step < complete[: self._keep][-1]:
                 removed = self.folder / f"{step}{DELETING}"
                 os.rename(self.folder / str(step), removed)
                 shutil.rmtree(removed)

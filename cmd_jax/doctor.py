@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
 from cmd_jax.conditions import Classes, Texts
@@ -25,6 +24,7 @@ from cmd_jax.interop.weights import read_metadata
 from cmd_jax.models.vae import init_vae
 from cmd_jax.models.vgg import LPIPS
 from cmd_jax.pretrained import stated, stated_conditions, stated_space
+from cmd_jax.report.console import make_console
 from cmd_jax.sharding import Placed, batch_ways, check_batch, layout, make_mesh, replicated_report
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage, reads_text
 from cmd_jax.state import make_optimizer
@@ -40,9 +40,7 @@ def doctor(specification: str, overrides: dict[str, str], workdir: Path | None) 
     it is the one trained in WORKDIR or in the weights that the config names, else what the config file gives for it.
     Raises UserError where the mesh, the rules, the batch, or the stages' shapes do not fit.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=FILE_WIDTH)
+    console = make_console(file_width=FILE_WIDTH)
     config = load(specification, overrides)
     mesh = make_mesh(config.mesh)
     print_machine(console, config.mesh, mesh)
@@ -52,23 +50,23 @@ def doctor(specification: str, overrides: dict[str, str], workdir: Path | None) 
 
     group = "sampling" if config.stage == "sample" else "train"
     batch_size = config[group].batch_size
-    console.print(parameter_table(records["params"]), markup=False)
+    console.print(parameter_table(records["params"]), soft_wrap=False)
     totals = total_table(records)
     share = batch_size / batch_ways(mesh)
     sizes = (f"{batch_size * clip_bytes / MIB:,.1f}", f"{share * clip_bytes / MIB:,.1f}")
     totals.add_row(f"batch, {share:g} of {batch_size} clips on each device", "", *sizes)
-    console.print(totals)
+    console.print(totals, soft_wrap=False)
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         console.print("the mesh splits the batch only: each device holds everything else")
     else:
         lines = replicated_report(records["params"], config.mesh.report_above)
         above = f"no parameter of more than mesh.report_above={config.mesh.report_above:,} values"
-        console.print("\n".join(lines) or f"{above} is whole on each device", markup=False)
+        console.print("\n".join(lines) or f"{above} is whole on each device")
     check_batch(f"{group}.batch_size", batch_size, mesh, config.train.accumulate if group == "train" else 1)
     return 0
 
 
-def print_machine(console: Console, config, mesh):
+def print_machine(console, config, mesh):
     console.print(", ".join(f"{name} {version}" for name, version in versions().items()))
     kinds = ", ".join(sorted({d.device_kind for d in jax.devices()}))
     console.print(f"platform {jax.default_backend()}, devices: {jax.device_count()} ({kinds}), "
@@ -152,7 +150,7 @@ def abstract_key():
 class Others:
     """The stages that a config needs beside its own, found or derived from the same file; their shapes must fit."""
 
-    def __init__(self, specification: str, overrides: dict[str, str], workdir: Path | None, config, console: Console):
+    def __init__(self, specification: str, overrides: dict[str, str], workdir: Path | None, config, console):
         self.specification, self.overrides, self.workdir = specification, overrides, workdir
         self.config, self.console = config, console
 
@@ -174,7 +172,7 @@ class Others:
             data = {k: value for k, value in self.overrides.items() if k.startswith(("data.", "pretrained."))}
             path, facts = f"{file}:{','.join([name, *values])}", {}
             config = load(path, data)
-        self.console.print(f"{name}: as in {path}", markup=False)
+        self.console.print(f"{name}: as in {path}")
         if config.stage != name:
             raise UserError("weights", path, f"is a {config.stage} stage", f"give one of the {name} stage")
         for side in ("frames", "height", "width"):
@@ -224,5 +222,5 @@ class Others:
                 raise UserError("data.root", "", "not given", "set it to count them")
             return len(list_clips(data.root, data.layout, data.fold, data.split).class_names)
         except UserError as error:
-            self.console.print(f"classes counted as 0: {error}", markup=False)
+            self.console.print(f"classes counted as 0: {error}")
             return 0

@@ -13,6 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from cmd_jax import defaults
+from cmd_jax.checkpoint import check_name
 from cmd_jax.conditions import Classes
 from cmd_jax.config import divisible, from_json, to_json
 from cmd_jax.data.pipeline import video_reader
@@ -67,6 +68,7 @@ def claimed(folder: Path, config):
 
 def lock_folder(folder: Path):
     """The open lock file of a stage folder, which is made."""
+    check_name(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115
@@ -138,7 +140,7 @@ def prepare_autoencoder(config, workdir: Path, source, mesh, console, facts: dic
     if config.loss.lpips and lpips is None:
         console.print(
             "LPIPS is left out of the loss: loss.vgg is empty; give a file of VGG16-LPIPS weights (the state dict "
-            "of the PyPI package lpips), or set loss.lpips=0.0", soft_wrap=True,
+            "of the PyPI package lpips), or set loss.lpips=0.0"
         )  # fmt: skip
     if config.model.mode == "latent":
         add_part("vae", config, facts, earlier)

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from cmd_jax.conditions import Classes
@@ -24,6 +23,7 @@ from cmd_jax.hosts import whole
 from cmd_jax.models.autoencoder import Latents
 from cmd_jax.prepare import open_space
 from cmd_jax.pretrained import check_same, load_texts, stated_conditions, stated_space
+from cmd_jax.report.console import make_console
 from cmd_jax.report.samples import OutputFolder, write_samples, write_summary, writing
 from cmd_jax.report.video import to_uint8
 from cmd_jax.requests import (
@@ -292,7 +292,7 @@ def sample(config, workdir: Path) -> Path:
 
     Of several processes the first one writes, and the others return None.
     """
-    console, started = Console(quiet=not is_leader()), time.perf_counter()
+    console, started = make_console(quiet=not is_leader()), time.perf_counter()
     choose("sampling.mode", config.sampling.mode, MODES)
     output = OutputFolder(workdir, config.sampling.output)
     sampler = load_sampler(config, workdir)
@@ -303,7 +303,7 @@ def sample(config, workdir: Path) -> Path:
         note = f"mode {config.sampling.mode}, guidance {config.sampling.guidance}, seed {config.seed}"
         write_samples(folder, out, captions, f"CMD: {config.sampling.mode}", config.sampling, note=note)
         write_summary(folder, config, started, samples=len(captions))
-    console.print(f"{len(captions)} videos: {output.final}/index.html", soft_wrap=True)
+    console.print(f"{len(captions)} videos: {output.final}/index.html")
     return output.final
 
 
@@ -312,7 +312,7 @@ def evaluate(config, workdir: Path) -> dict:
 
     Prints them with counts and chance levels; writes them to summary.json beside the videos it shows.
     """
-    console, started = Console(quiet=not is_leader()), time.perf_counter()
+    console, started = make_console(quiet=not is_leader()), time.perf_counter()
     options = config.sampling
     if options.mode != "generate":
         raise UserError("sampling.mode", options.mode, "evaluate scores generated videos", "use sampling.mode=generate")
@@ -349,7 +349,7 @@ def evaluate(config, workdir: Path) -> dict:
             return scores
         write_samples(folder, {k: v[:shown] for k, v in out.items()}, captions, title, options, table, note)
         write_summary(folder, config, started, samples=len(index), sampling_seconds=round(seconds, 1), scores=scores)
-    console.print(f"scores: {output.final}/summary.json\nvideos: {output.final}/index.html", soft_wrap=True)
+    console.print(f"scores: {output.final}/summary.json\nvideos: {output.final}/index.html")
     return scores
 
 
@@ -364,8 +364,8 @@ def scored(sampler: Sampler, config, clips: Clips) -> Request:
     return of_prompts([prompts[i % len(prompts)] for i in range(count)], sampler.tokenizer)
 
 
-def _print_table(console: Console, rows: list[list[str]]):
+def _print_table(console, rows: list[list[str]]):
     table = Table(*rows[0])
     for row in rows[1:]:
         table.add_row(*row)
-    console.print(table)
+    console.print(table, soft_wrap=False)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from rich.console import Console
 
 from cmd_jax.checkpoint import Checkpoints
 from cmd_jax.config import to_json
@@ -22,6 +21,7 @@ from cmd_jax.flight import FlightRecord, explain
 from cmd_jax.hosts import digest, to_host
 from cmd_jax.peers import Peers
 from cmd_jax.prepare import claimed, prepare
+from cmd_jax.report.console import make_console
 from cmd_jax.report.training import PREVIEW_CLIPS, Metrics, StepLog
 from cmd_jax.runtime import StopRequest, peak_memory_gib
 from cmd_jax.sharding import (
@@ -77,7 +77,7 @@ def train(config, workdir: Path) -> dict:
     SystemExit(0) after SIGTERM or SIGINT, when the state is saved. A lost peer or a stall ends the process with 3.
     """
     begun = time.perf_counter()
-    console, folder = Console(quiet=not is_leader()), workdir / config.stage
+    console, folder = make_console(quiet=not is_leader()), workdir / config.stage
     mesh = make_mesh(config.mesh)
     check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulate)
     flight = FlightRecord(folder, jax.process_index())
@@ -93,7 +93,7 @@ def train(config, workdir: Path) -> dict:
         optimizer = make_optimizer(config.optimizer)
         boxed = jax.eval_shape(stage.init, jax.random.key(0))
         for line in replicated_report(layout(boxed, mesh, config.rules), config.mesh.report_above):
-            console.print(line, soft_wrap=True)
+            console.print(line)
         with contextlib.closing(Checkpoints(folder, config.train.keep)) as checkpoints:
             fresh = checkpoints.latest() is None
             given = stage.pretrained(partial(abstract, mesh=mesh, rules=config.rules)) if fresh else None
@@ -123,10 +123,7 @@ def train(config, workdir: Path) -> dict:
         if int(state.step) == config.train.steps:
             with peers.busy():
                 return finish(config, folder, state, report, loop, facts, console)
-    console.print(
-        f"stopped by {loop.stopped_by()} after step {int(state.step)}; saved; run the same command to resume",
-        soft_wrap=True,
-    )
+    console.print(f"stopped by {loop.stopped_by()} after step {int(state.step)}; saved; run the same command to resume")
     raise SystemExit(0)
 
 
@@ -155,8 +152,7 @@ def check_continues(earlier: dict, now: dict, console):
     for name in ("devices", "processes", "versions"):
         if earlier[name] != now[name]:
             console.print(
-                f"saved with {name} {earlier[name]}, resumed with {now[name]}: the last bits may differ from now on",
-                soft_wrap=True,
+                f"saved with {name} {earlier[name]}, resumed with {now[name]}: the last bits may differ from now on"
             )
 
 

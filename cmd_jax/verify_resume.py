@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from cmd_jax.checkpoint import SAVING
@@ -28,6 +27,7 @@ from cmd_jax.config import load
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, write_json
 from cmd_jax.prepare import lock_folder
+from cmd_jax.report.console import make_console
 
 FOLDER = "verify-resume"
 OURS = ("whole", "killed", "devices", "programs", "report.json", ".lock")
@@ -37,6 +37,7 @@ DIGESTS = ("params", "ema", "opt_state")
 TOLERANCE = 1e-4
 LOOK = 0.002  # seconds between two looks at a training; a save of a small model takes some 50 ms
 STOP_SECONDS = 900.0  # that a training may take to save and end after SIGTERM
+FILE_WIDTH = 200  # of the tables in output that is no terminal
 TAIL = 20  # lines shown of the log of a training that failed
 GPU_EQUAL = (
     "All starts shared their programs. Set JAX_COMPILATION_CACHE_DIR for the long run too: compiled anew after a "
@@ -247,7 +248,7 @@ def table_rows(runs: dict[str, Evidence], steps: int, interval: int) -> list[dic
     return rows
 
 
-def show(console: Console, report: dict):
+def show(console, report: dict):
     """The rows and runs of a report as tables, and its verdicts."""
 
     def number(loss):
@@ -265,17 +266,17 @@ def show(console: Console, report: dict):
             apart = "none" if apart is None else f"{apart:.1e}" if apart else "0"
             cells += ["equal" if same else "DIFFER", number(loss), apart]
         table.add_row(*cells)
-    console.print(table)
+    console.print(table, soft_wrap=False)
 
     table = Table("run", "devices", "starts", "kills (in a save)", "most repeated", "seconds", *DIGESTS)
     for name, run in report["runs"].items():
         kills = f"{len(run['kills'])} ({sum(kill['saving'] for kill in run['kills'])})"
         cells = [name, "-".join(map(str, run["devices"])), str(run["starts"]), kills, str(run["most_repeated"])]
         table.add_row(*cells, f"{run['seconds']:.0f}", *(run["digests"][d][:12] for d in DIGESTS))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     for verdict in report["verdicts"]:
         text = f"{'ok  ' if verdict['holds'] else 'FAIL'}  {verdict['claim']}: {verdict['detail']}"
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
+        console.print(text)
 
 
 # Running trainings.
@@ -534,25 +535,24 @@ def verify_resume(
     overrides = {**overrides, "processes.expected": "0"}  # the trainings are of this machine alone
     if config.stage != "autoencoder" and not config.latents.autoencoder:
         overrides["latents.autoencoder"] = str(workdir / "autoencoder")
-    console = Console()
-    console = console if console.is_terminal else Console(width=200)
+    console = make_console(file_width=FILE_WIDTH)
     folder = workdir / FOLDER
     with fresh_folder(folder):
         try:
             report = compare(specification, overrides, config, folder, kills, devices, console)
         except Failed as error:
-            console.print(str(error), soft_wrap=True, markup=False, highlight=False)
+            console.print(str(error))
             return 1
         write_json(folder / "report.json", report)
         show(console, report)
     equal = report["equal"]
-    console.print(f"{'equal' if equal else 'NOT equal'}; {folder / 'report.json'}", soft_wrap=True, highlight=False)
+    console.print(f"{'equal' if equal else 'NOT equal'}; {folder / 'report.json'}")
     if report["platform"] == "gpu":
-        console.print(GPU_EQUAL if equal else GPU_DIFFERENT, soft_wrap=True, highlight=False)
+        console.print(GPU_EQUAL if equal else GPU_DIFFERENT)
     return 0 if equal else 1
 
 
-def compare(specification, overrides, config, folder: Path, kills: int, devices, console: Console) -> dict:
+def compare(specification, overrides, config, folder: Path, kills: int, devices, console) -> dict:
     """Run the trainings and judge them -> the report."""
     stage, steps, interval = config.stage, config.train.steps, config.train.checkpoint_every
     arguments = [f"--config={specification}", "--distributed=off"]
@@ -580,11 +580,8 @@ def compare(specification, overrides, config, folder: Path, kills: int, devices,
                 break
         return made
 
-    def say(text: str):
-        console.print(text, soft_wrap=True, highlight=False)
-
     runs, struck, pace = {}, [], Pace()
-    say(f"whole: {steps} steps of {stage} on {devices[0]} {platform} devices")
+    console.print(f"whole: {steps} steps of {stage} on {devices[0]} {platform} devices")
     runs["whole"] = whole = training("whole")
     whole.start(environments[devices[0]], pace)
     runs["killed"] = killed = training("killed")
@@ -594,14 +591,14 @@ def compare(specification, overrides, config, folder: Path, kills: int, devices,
             break
         struck.append(Kill(watch.done, watch.newest, watch.newest in watch.saving))
         moment = f"in the save of step {watch.newest}" if struck[-1].saving else f"newest checkpoint {watch.newest}"
-        say(f"killed: kill {number} of {kills} after {watch.done} steps, {moment}")
+        console.print(f"killed: kill {number} of {kills} after {watch.done} steps, {moment}")
     else:
         killed.start(environments[devices[0]])
     topology = {"whole": devices[:1], "killed": devices[:1]}
     if len(devices) > 1:
         runs["devices"], topology["devices"] = training("devices"), devices
         for number, n in enumerate(devices, 1):
-            say(f"devices: to step {steps * number // len(devices)} on {n} {platform} devices")
+            console.print(f"devices: to step {steps * number // len(devices)} on {n} {platform} devices")
             stop = after(steps * number // len(devices)) if number < len(devices) else never
             runs["devices"].start(environments[n], stop)
 

@@ -17,6 +17,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.files import read_json
 from cmd_jax.hosts import check_tree, digest, to_host
 from cmd_jax.manifest import verify
+from cmd_jax.prepare import lock_folder
 from cmd_jax.state import TrainState
 from cmd_jax.trained import Trained, export, load_trained
 
@@ -82,6 +83,71 @@ def test_newest_checkpoints_are_kept_and_restored_with_optimiser_and_run(tmp_pat
     assert jax.tree.structure(restored) == jax.tree.structure(state_at(3))
     assert run == {"position": 3}
     assert len(jax.tree.leaves(count)) == len(jax.tree.leaves(state_at(3).opt_state))
+
+
+def test_as_many_are_kept_however_often_the_run_was_started(tmp_path):
+    for steps, keep, left in (
+        ((1, 2, 3), 5, ["1", "2", "3"]),
+        ((4,), 5, ["1", "2", "3", "4"]),
+        ((5, 6, 7), 5, ["3", "4", "5", "6", "7"]),
+        ((), 1, ["3", "4", "5", "6", "7"]),  # what is there is left alone until there is something newer
+        ((8,), 3, ["6", "7", "8"]),
+    ):
+        save(tmp_path, *steps, keep=keep)
+        assert steps_in(tmp_path) == left
+
+
+def test_only_complete_older_checkpoints_are_counted_and_removed(tmp_path):
+    """An emptied one would else take the place of one that a fall back needs; a newer one is none of ours to judge."""
+    save(tmp_path, 2, 4, 6, keep=3)
+    for path in (tmp_path / "checkpoints" / "4").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    with opened(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest() == 6
+        (tmp_path / "checkpoints" / "9").mkdir()
+        checkpoints.save(state_at(7), {})
+        checkpoints.wait()
+        assert steps_in(tmp_path) == ["6", "7", "9"]
+    save(tmp_path, 8, keep=2)  # which sets the empty one aside
+    assert steps_in(tmp_path) == ["7", "8"]
+
+
+@pytest.mark.parametrize("name", ["exp[lr=1e-2]", "a**b?{x}!", "-x \u00e9\u65e5\u672c 100%25 #~", 'new\nline\t"$'])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    """Orbax globs its own paths: in the first it would merge nothing of what it wrote, and the second it refuses."""
+    folder = tmp_path / name / "stage"
+    save(folder, 1, 2)
+    with opened(folder) as checkpoints:
+        restored, run = checkpoints.restore(state_at(0))
+        checkpoints.save(state_at(3), {})
+    assert digest(restored) == digest(state_at(2)) and run == {"position": 2}
+    assert steps_in(folder) == ["2", "3"] and [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["gs:/run", "logs:/logs", "a\\b", "\udcff"])
+def test_a_folder_that_the_array_store_cannot_name_is_refused_before_anything_is_made(tmp_path, name):
+    for open_folder in (Checkpoints, lock_folder):
+        with pytest.raises(UserError, match=r"^workdir=.* (is not UTF-8|holds (gs:|\\)), .*rename it, or give another"):
+            open_folder(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_is_followed_before_its_parent_is_taken(tmp_path):
+    (tmp_path / "far" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "inner")
+    save(tmp_path / "link" / ".." / "run", 1)
+    assert steps_in(tmp_path / "far" / "run") == ["1"] and not (tmp_path / "run").exists()
+
+
+def test_nothing_is_committed_that_was_not_merged(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    with opened(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._handlers["ema"], "finalize", lambda folder: None)
+        checkpoints.save(state_at(2), {})
+        with pytest.raises(UserError, match="checkpoint=2: could not be saved .*the parts of ema.*step 1 is intact"):
+            checkpoints.wait()
+    assert steps_in(tmp_path) == ["1"]
 
 
 def test_state_may_be_donated_as_soon_as_save_returns(tmp_path):

@@ -277,22 +277,22 @@ def check_gallery(folder, count):
 
 def test_sample_writes_a_gallery_from_the_stages_of_the_workdir(capsys):
     """And from their weights files alone, in a folder of their own."""
-    workdir, weights = tiny.trained(), tiny.scratch() / "exported"
-    assert command("sample", workdir, num=3, seed=5, output="gallery") == 0
-    page, section = check_gallery(workdir / "gallery", 3)
+    workdir, weights, gallery = tiny.trained(), tiny.scratch() / "exported", "gallery [bold]x :smile: %d"
+    assert command("sample", workdir, num=3, seed=5, output=gallery) == 0
+    page, section = check_gallery(workdir / gallery, 3)
     assert CLASS_NAMES[2] in page and section["items"][2]["caption"] == CLASS_NAMES[2]
-    assert f"3 videos: {workdir / 'gallery'}/index.html" in capsys.readouterr().out.replace("\n", "")
-    summary = read_json(workdir / "gallery" / "summary.json")
+    assert f"3 videos: {workdir / gallery}/index.html\n" in capsys.readouterr().out
+    summary = read_json(workdir / gallery / "summary.json")
     assert (summary["samples"], summary["seed"], summary["devices"]) == (3, 5, 1)
-    config = json.loads((workdir / "gallery" / "config.json").read_text())
-    assert config["sampling"]["output"] == "gallery" and config["seed"] == 5
+    config = json.loads((workdir / gallery / "config.json").read_text())
+    assert config["sampling"]["output"] == gallery and config["seed"] == 5
 
     weights.mkdir(exist_ok=True)
     for stage in ("autoencoder", "content", "motion"):
         export(weights / f"{stage}.safetensors", load_trained(workdir / stage, stage))
     assert command("sample", weights / "new" / "folder", num=3, seed=5, weights=weights) == 0
     for name in ("0000.mp4", "0002.gif", "0001_content.png"):
-        assert (weights / "new" / "folder" / "samples" / name).read_bytes() == (workdir / "gallery" / name).read_bytes()
+        assert (weights / "new" / "folder" / "samples" / name).read_bytes() == (workdir / gallery / name).read_bytes()
 
 
 def test_reconstructions_are_shown_beside_their_clips(workdir):

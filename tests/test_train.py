@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from rich.console import Console
 
 from cmd_jax import prepare as preparing
 from cmd_jax import train as training
@@ -24,6 +23,7 @@ from cmd_jax.data.pipeline import BatchPlan
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, write_json
 from cmd_jax.main import main
+from cmd_jax.report.console import make_console
 from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import ContentStage, MotionStage
 from cmd_jax.trained import Trained, export, load_trained
@@ -107,7 +107,9 @@ def test_latents_are_encoded_once_for_both_diffusion_stages(run, monkeypatch):
     monkeypatch.setattr(preparing, "encode_clips", None)
     for stage, kind in (("content", ContentStage), ("motion", MotionStage)):
         config = tiny.config_of(stage)
-        built, read, clips, name_of, facts = preparing.prepare(config, run, make_mesh(config.mesh), Console(), True)
+        built, read, clips, name_of, facts = preparing.prepare(
+            config, run, make_mesh(config.mesh), make_console(), True
+        )
         assert isinstance(built, kind) and clips == 48
         assert read(3, None)["content"].shape == (16, 24, 3)
         assert read(3, None)["motion"].shape == (4, 10, 4)
@@ -123,7 +125,7 @@ def test_latents_are_kept_apart_by_what_they_depend_on(run, tmp_path, monkeypatc
     )
     calls, source = [], range(8)
     facts = {"autoencoder_params": "a", "fingerprint": "f"}
-    mesh, console = make_mesh(tiny.config_of("content").mesh), Console()
+    mesh, console = make_mesh(tiny.config_of("content").mesh), make_console()
     for changes, count, seed in (
         ({}, 16, 0),
         ({"autoencoder_params": "b"}, 16, 0),
@@ -166,6 +168,7 @@ def test_autoencoder_stopped_by_a_signal_resumes_bit_for_bit(run, tmp_path, monk
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)  # a thread hears it
 
+    tmp_path /= "exp[lr=1e-2] [bold]x :smile:"
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(training.Metrics, "scalars", interrupt)
     with pytest.raises(SystemExit) as stopped:
@@ -182,7 +185,8 @@ def test_autoencoder_stopped_by_a_signal_resumes_bit_for_bit(run, tmp_path, monk
 
     monkeypatch.undo()
     training.train(tiny.config_of("autoencoder"), tmp_path)
-    assert "resuming autoencoder at step 5 of 6" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "resuming autoencoder at step 5 of 6" in out and f"; wrote {folder}/summary.json\n" in out
     resumed, whole = (read_json(workdir / "autoencoder" / "summary.json") for workdir in (tmp_path, run))
     assert resumed["digests"] == whole["digests"]
     assert metrics_of(folder) == metrics_of(run / "autoencoder")
@@ -386,7 +390,7 @@ def test_folder_without_a_checkpoint_is_taken_over(begun, run):
     with preparing.claimed(begun, config) as resuming:
         assert not resuming
         shutil.copy(next(run.glob("latents-*.npz")), begun.parent)
-        preparing.prepare(config, begun.parent, make_mesh(config.mesh), Console(), resuming)
+        preparing.prepare(config, begun.parent, make_mesh(config.mesh), make_console(), resuming)
     assert read_json(begun / "facts.json")["statistics"] == read_json(run / "content" / "facts.json")["statistics"]
 
 

@@ -121,8 +121,13 @@ class StepLog:
         self.metrics, self.flight, self.console = metrics, flight, console
         self.begun = time.perf_counter()
         self.first = self.last = None  # (step, time) of the first and last line of this run
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        columns += (TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        columns += (TimeRemainingColumn(), TextColumn("{task.fields[shown]}", markup=False))
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.progress.add_task(self.stage, total=self.options.steps, completed=start, shown="compiling")
 
@@ -169,4 +174,4 @@ class StepLog:
         if "steps_per_second" in values:
             left = (self.options.steps - done) / values["steps_per_second"]
             shown += f"  ETA {left / 60:.1f} min"
-        self.console.print(f"{self.stage} {done}/{self.options.steps}  {shown}", soft_wrap=True)
+        self.console.print(f"{self.stage} {done}/{self.options.steps}  {shown}")
