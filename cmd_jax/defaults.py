@@ -41,7 +41,7 @@ def data(**changes) -> ConfigDict:
             root="",  # folder: where
             layout="auto",  # folder: "auto", "ucf101", "classes", "metadata" or "webvid"
             fold=1,  # ucf101: split files 1, 2 or 3
-            split="train",
+            split="train",  # "train" or "test"; folder: "val" and "all" too, as far as it has them
             stride=1,  # folder: take every n-th frame
             max_bad_fraction=0.05,  # folder: more unreadable files than this is an error
             probe_timeout=20.0,  # folder: seconds a file may take to decode

@@ -220,7 +220,8 @@ class Others:
                 return len(open_source(data).class_names)
             if not data.root:  # which would be the present folder
                 raise UserError("data.root", "", "not given", "set it to count them")
-            return len(list_clips(data.root, data.layout, data.fold, data.split).class_names)
+            entries = list_clips(data.root, data.layout, data.fold, data.split).entries
+            return len({entry.label for entry in entries} - {None})
         except UserError as error:
             self.console.print(f"classes counted as 0: {error}")
             return 0

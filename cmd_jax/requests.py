@@ -80,6 +80,20 @@ def null_prompt(options, tokenizer) -> np.ndarray | None:
     return tokenizer([check_prompt(options.negative, "sampling.negative")])[0]
 
 
+def labels_of(clips: Clips, class_names: tuple[str, ...], where: str) -> np.ndarray:
+    """The clips' classes as labels of a model with `class_names`, matched by name: int32 [N].
+
+    The data may lack classes that the model knows. UserError, with `where` the data is, for what it does not know.
+    """
+    names = [clips.class_names[label] if label < len(clips.class_names) else None for label in clips.labels]
+    unknown = sorted({*names} - {None, *class_names})
+    if class_names and (unknown or not clips.class_names):
+        problem = f"its classes are not the model's: {', '.join(unknown) or 'it has none'}"
+        raise UserError("data", where, problem, "name sampling.classes")
+    number = {name: label for label, name in enumerate(class_names)}
+    return np.array([number.get(name, len(class_names)) for name in names], np.int32)
+
+
 def choose_labels(wanted: str, class_names: tuple[str, ...], count: int) -> np.ndarray:
     """`count` labels from names or numbers separated by commas, or from all classes in turn -> int32 [count]."""
     words = [w.strip() for w in wanted.split(",") if w.strip()]

@@ -32,6 +32,7 @@ from cmd_jax.requests import (
     check_wordless,
     choose_labels,
     given_prompts,
+    labels_of,
     null_prompt,
     of_labels,
     of_prompts,
@@ -282,9 +283,7 @@ def asked_of_clips(sampler: Sampler, config, clips: Clips) -> Request:
         return of_prompts([prompts[i % len(prompts)] for i in range(count)], sampler.tokenizer)
     if options.classes:
         return of_labels(choose_labels(options.classes, sampler.class_names, count), sampler.class_names)
-    if clips.class_names != sampler.class_names:
-        raise UserError("data", where, "the clips' classes are not the model's", "name sampling.classes")
-    return of_labels(clips.labels, sampler.class_names)
+    return of_labels(labels_of(clips, sampler.class_names, where), sampler.class_names)
 
 
 def sample(config, workdir: Path) -> Path:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from PIL import Image
 from processes import Job
 
+from cmd_jax import requests
 from cmd_jax import sample as sampling
 from cmd_jax.data.pipeline import to_global
 from cmd_jax.data.shapes import CLASS_NAMES, ShapesSource
@@ -211,6 +212,17 @@ def test_animate_an_image_of_another_shape(sampler, tmp_path):
     assert (out["content"][0, :, :8] == -1).all() and (out["content"][0, :, -8:] == 1).all()
     assert all(difference(out["motion"][i], out["motion"][j]) > 1e-2 for i in range(3) for j in range(i))
     assert labels.tolist() == [4, 4, 4] and captions == [CLASS_NAMES[4]] * 3
+
+
+def test_labels_of_clips_are_matched_to_the_model_s_by_name():
+    """The held-out part may lack classes, and a class that has no usable clip is none of the data's."""
+    clips = requests.Clips(np.zeros(4), np.array([1, 0, 1, 2]), None, ("b", "d"))
+    assert requests.labels_of(clips, ("a", "b", "c", "d"), "here").tolist() == [3, 1, 3, 4]  # the last has no class
+    assert requests.labels_of(clips, (), "here").tolist() == [0, 0, 0, 0]
+    with pytest.raises(UserError, match="^data=here: .*: d; name sampling.classes$"):
+        requests.labels_of(clips, ("a", "b"), "here")
+    with pytest.raises(UserError, match="^data=here: .* it has none; name sampling.classes$"):
+        requests.labels_of(clips._replace(labels=np.zeros(4, int), class_names=()), ("a",), "here")
 
 
 def test_animate_the_content_frames_of_clips(sampler):

@@ -14,7 +14,7 @@ import numpy as np
 from cmd_jax.data import probe as probing
 from cmd_jax.data import video
 from cmd_jax.data.layouts import list_clips
-from cmd_jax.data.roots import check_root, stat_inside
+from cmd_jax.data.roots import check_root, some, stat_inside
 from cmd_jax.errors import UserError
 
 CACHE_FORMAT = 1
@@ -27,18 +27,21 @@ log = logging.getLogger(__name__)
 class FolderSource:
     """Labelled or captioned clips from the video files under `root`; see `clip`.
 
-    layout: "ucf101" (class folders, and inside the root or beside it `ucfTrainTestlist/` with `trainlist0N.txt`,
-    `testlist0N.txt` for N = `fold`, and perhaps `classInd.txt`), "classes" (the top folder is the class; videos that
-    lie directly in the root have none), "metadata" (`metadata.csv` or `.jsonl` with file_name, text and perhaps label),
-    "webvid" (WebVid's CSV files in the root, and mp4 files `page_dir/videoid.mp4` below it or below `videos/` in it;
-    see `cmd_jax.data.webvid`) or "auto".
-    split: "train", "test" or "all"; only ucf101 and webvid have a test part.
+    layout: "ucf101" (class folders, or as `unrar e` leaves them all files in one, and inside the root or beside it
+    `ucfTrainTestlist/` with `trainlist0N.txt`, `testlist0N.txt` for N = `fold`, and perhaps `classInd.txt`), "classes"
+    (the top folder is the class; videos that lie directly in the root have none, or if all are named as UCF-101's the
+    class in the name), "metadata" (`metadata.csv` or `.jsonl` with file_name, text and perhaps label; several rows of a
+    file are captions of it), "webvid" (WebVid's CSV files in the root, and mp4 files `page_dir/videoid.mp4` below it or
+    below `videos/` in it; see `cmd_jax.data.webvid`) or "auto", which refuses a root that is likely a wrong one.
+    split: "train", "val", "test" or "all". Where all that a root of class folders or of a manifest holds is in folders
+    named train, val, test or the like, those are its splits; else it is all of the split train.
 
     Every file is decoded once here, in child processes (`cmd_jax.data.probe`), for `probe_timeout` seconds at most;
     `cache` is a JSON file that remembers the outcome by relative name, size and modification time. Unusable files are
     logged, kept in `bad` (name -> reason) and skipped.
 
-    class_names: sorted, or in classInd's order; () without labels. texts: one per clip in metadata and webvid, or None.
+    class_names: those with a usable clip, sorted, or in classInd's order; () without labels.
+    texts: the first caption of each clip in metadata and webvid, or None; `text` draws one of all.
     absent: how many rows of WebVid's lists name a file that is not there, which is no fault; 0 in other layouts.
     fingerprint: SHA-256 over class names and each usable clip's name, size, length, label and text.
 
@@ -73,7 +76,7 @@ class FolderSource:
         self.frames, self.height, self.width, self.stride = frames, height, width, stride
         self.random_start = random_start
 
-        entries, self.class_names, self.bad, self.absent = list_clips(self.root, layout, fold, split)
+        entries, listed, self.bad, self.absent = list_clips(self.root, layout, fold, split)
         stats = {}
         for entry in entries:
             try:
@@ -93,13 +96,16 @@ class FolderSource:
         self._report_bad(len(self.bad.keys() | {entry.name for entry in entries}), max_bad_fraction)
 
         self._entries = [entry for entry in entries if entry.name not in self.bad]
+        used = {entry.label for entry in self._entries}
+        if empty := [name for name in listed if name not in used]:
+            log.warning("classes without a usable clip are left out: %s", some(empty))
+        self.class_names = tuple(name for name in listed if name in used)
         self._lengths = [facts[entry.name]["frames"] for entry in self._entries]
         number = {name: index for index, name in enumerate(self.class_names)}
         self._labels = [number.get(entry.label, len(number)) for entry in self._entries]
-        texts = tuple(entry.text for entry in self._entries)
-        self.texts: tuple[str, ...] | None = None if None in texts else texts
+        self.texts = tuple(entry.texts[0] for entry in self._entries) if all(e.texts for e in self._entries) else None
         rows = zip(self._entries, self._lengths, self._labels, strict=True)
-        content = [self.class_names, *([e.name, stats[e.name].st_size, n, label, e.text] for e, n, label in rows)]
+        content = [self.class_names, *([e.name, stats[e.name].st_size, n, label, e.texts] for e, n, label in rows)]
         self.fingerprint = hashlib.sha256("\n".join(map(json.dumps, content)).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -119,6 +125,11 @@ class FolderSource:
         start = int(rng.integers(0, last + 1)) if self.random_start else 0
         frames = video.read_frames(os.path.join(self.root, self.name(index)), start, self.frames, self.stride)
         return video.fit(frames, self.height, self.width), self._labels[index]
+
+    def text(self, index: int, rng: np.random.Generator) -> str:
+        """The clip's caption, or one of several that `rng` draws."""
+        texts = self._entries[index].texts
+        return texts[rng.integers(len(texts))] if len(texts) > 1 else texts[0]
 
     def _report_bad(self, total: int, max_bad_fraction: float):
         bad = len(self.bad)

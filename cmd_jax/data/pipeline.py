@@ -13,12 +13,12 @@ from cmd_jax.sharding import batch_sharding
 def video_reader(source, tokenizer=None) -> Callable[[int, np.random.Generator], dict]:
     """Examples of a video source: index -> {"video": uint8 [T, H, W, 3], "label": int32 []}.
 
-    With a tokenizer they have "ids" too, int32 [L], of the clip's text.
+    With a tokenizer they have "ids" too, int32 [L], of the clip's text, of several one that the generator draws.
     """
 
     def read(index, rng):
         video, label = source.clip(index, rng)
-        ids = {} if tokenizer is None else {"ids": tokenizer([source.texts[index]])[0]}
+        ids = {} if tokenizer is None else {"ids": tokenizer([source.text(index, rng)])[0]}
         return {"video": video, "label": np.int32(label), **ids}
 
     return read

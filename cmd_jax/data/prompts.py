@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cmd_jax.data.tables import csv_columns, csv_rows, json_rows, lines, read_text
+from cmd_jax.data.webvid import untitled
 from cmd_jax.errors import UserError
 
 FIELD = "sampling.prompts_file"
@@ -81,12 +82,12 @@ def _read_text(path: str, seed: int) -> Iterator[tuple[str, str, str]]:
 
 
 def _read_csv(path: str, seed: int) -> Iterator[tuple[str, str, str]]:
-    columns = csv_columns(path, FIELD, "prompt")
+    columns = csv_columns(path, FIELD, "prompt", untitled)
     text, name = _columns(columns)
     if text is None:
         problem = f"its columns are {', '.join(columns)}, none of them {', '.join(TEXT_COLUMNS)}"
         raise UserError(FIELD, path, problem, "name the column of the texts prompt")
-    for line, (prompt, *names) in csv_rows(path, FIELD, [text, name] if name else [text], "prompt"):
+    for line, (prompt, *names) in csv_rows(path, FIELD, [text, name] if name else [text], "prompt", untitled):
         yield f"line {line}", prompt, "".join(names).strip()
 
 

@@ -1,5 +1,6 @@
 """A folder of clips as the place that no name in its lists may leave, and what its layouts find there."""
 
+import contextlib
 import os
 import stat
 from pathlib import PurePosixPath
@@ -8,14 +9,15 @@ from typing import NamedTuple
 from cmd_jax.errors import UserError
 
 NAMED_IN_ERROR = 10
+COPY = "copy what it leads to in its place, or give a root that holds both"
 
 
 class Entry(NamedTuple):
-    """One clip as its layout lists it; `name` is relative to the root."""
+    """One clip as its layout lists it; `name` is relative to the root. texts: its captions, in the list's order."""
 
     name: str
     label: str | None = None
-    text: str | None = None
+    texts: tuple[str, ...] = ()
 
 
 class Listing(NamedTuple):
@@ -50,6 +52,15 @@ def names_in(folder: str) -> list[str]:
         raise UserError("data.root", folder, problem, "give a folder that you may read") from error
 
 
+def folder_with(root: str, names: set[str]) -> str | None:
+    """The first folder of the root that holds one of the names."""
+    for folder in names_in(root):
+        with contextlib.suppress(OSError):  # a file, or not ours to read
+            if names & {*os.listdir(os.path.join(root, folder))}:
+                return folder
+    return None
+
+
 def some(names: list[str]) -> str:
     """The first of the names, and how many more there are."""
     more = len(names) - NAMED_IN_ERROR
@@ -72,19 +83,27 @@ def inside(root: str, name: str, where: str) -> str:
     name = normal(name, where)
     if not _is_inside(root, os.path.join(root, name)):
         problem = f"{name!r} is a symbolic link that leaves the data root"
-        raise UserError("data.root", where, problem, "copy there what it leads to, or give a root that holds both")
+        raise UserError("data.root", where, problem, COPY)
     return name
 
 
 def _is_inside(root: str, path: str) -> bool:
-    return os.path.commonpath([root, os.path.realpath(path)]) == root
+    """Whether it is, links followed, or is a blob of the cache of Hugging Face's hub whose snapshot the root is."""
+    path = os.path.realpath(path)
+    return os.path.commonpath([root, path]) == root or os.path.dirname(path) == _blobs(root)
+
+
+def _blobs(root: str) -> str | None:
+    """CACHE/blobs for a root in CACHE/snapshots/REVISION, where the hub's cache keeps what the links there lead to."""
+    cache, mark, below = root.rpartition("/snapshots/")
+    return f"{cache}/blobs" if mark and below else None
 
 
 def stat_inside(root: str, name: str) -> os.stat_result:
     """Raises ValueError with the reason where the name is no file of this root."""
     path = os.path.join(root, name)
     if not _is_inside(root, path):
-        raise ValueError("is a symbolic link that leaves the data root")
+        raise ValueError(f"is a symbolic link that leaves the data root: {COPY}")
     try:
         status = os.stat(path)
     except OSError as error:

@@ -75,6 +75,9 @@ class ShapesSource:
     def name(self, index: int) -> str:
         return f"shapes-{self.split}-{index:06d}"
 
+    def text(self, index: int, rng=None) -> str:
+        return self.texts[index]
+
     def clip(self, index: int, rng=None) -> tuple[np.ndarray, int]:
         """Clip `index` -> (uint8 [T,H,W,3], label); `rng` is not used: a clip is the same whenever it is asked for."""
         if not 0 <= index < self.clips:

@@ -6,10 +6,15 @@ All are UTF-8, with or without a byte order mark. `field` is the config key that
 import contextlib
 import csv
 import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from cmd_jax.errors import UserError
+
+Untitled = Callable[[list[str]], Sequence[str] | None]
+
+log = logging.getLogger(__name__)
 
 
 def read_text(path: str, field: str) -> str:
@@ -23,31 +28,31 @@ def lines(path: str, field: str) -> list[tuple[int, str]]:
         return [(number, line.strip()) for number, line in enumerate(file, 1) if line.strip()]
 
 
-def csv_columns(path: str, field: str, example: str) -> list[str]:
-    """The names in a CSV file's first line. `example` is a header to show where there is none."""
-    with _open(path, field, newline="") as file:
-        try:
-            columns = [name.strip() for name in next(csv.reader(file, strict=True), ())]
-        except csv.Error as error:
-            raise UserError(field, f"{path} line 1", str(error), f"write a header {example}") from error
-    if not any(columns):
-        raise UserError(field, path, "it is empty", f"write a header {example} and rows below it")
-    return columns
+def csv_columns(path: str, field: str, example: str, untitled: Untitled = lambda row: None) -> list[str]:
+    """The names in a CSV file's first line. `example` is a header to show where there is none.
+
+    untitled: tells the columns of a file without a title row from its first row; None for any other row.
+    """
+    return _title(path, field, example, untitled)[0]
 
 
-def csv_rows(path: str, field: str, columns: Sequence[str], example: str) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(
+    path: str, field: str, columns: Sequence[str], example: str, untitled: Untitled = lambda row: None
+) -> Iterator[tuple[int, list[str]]]:
     """(number of its last line, the values of `columns`) of each row; blank lines are passed over."""
-    header = csv_columns(path, field, example)
+    header, titled = _title(path, field, example, untitled)
     for column in columns:
         if header.count(column) != 1:
             problem = f"its columns are {', '.join(header)}, where {column} is needed once"
             raise UserError(field, path, problem, f"name the columns {example}")
+    if not titled:
+        log.info("%s has no title row: its columns are taken for %s", path, ", ".join(header))
     places = [header.index(column) for column in columns]
     with _open(path, field, newline="") as file:
         reader, line = csv.reader(file, strict=True), 0
         try:
             for row in reader:
-                if line and row:
+                if row and (line or not titled):
                     if len(row) != len(header):
                         problem = f"more or fewer fields than the {len(header)} columns"
                         remedy = "put texts with commas in double quotes"
@@ -56,6 +61,19 @@ def csv_rows(path: str, field: str, columns: Sequence[str], example: str) -> Ite
                 line = reader.line_num
         except csv.Error as error:
             raise UserError(field, f"{path} after line {line}", str(error), "mend the row") from error
+
+
+def _title(path: str, field: str, example: str, untitled: Untitled) -> tuple[list[str], bool]:
+    """The names of the columns, and whether the file itself says them in its first line."""
+    with _open(path, field, newline="") as file:
+        try:
+            first = [name.strip() for name in next(csv.reader(file, strict=True), ())]
+        except csv.Error as error:
+            raise UserError(field, f"{path} line 1", str(error), f"write a header {example}") from error
+    if not any(first):
+        raise UserError(field, path, "it is empty", f"write a header {example} and rows below it")
+    columns = untitled(first)
+    return (first, True) if columns is None else (list(columns), False)
 
 
 def json_rows(path: str, field: str) -> Iterator[tuple[int, dict]]:

@@ -11,11 +11,15 @@ from PIL import Image
 
 from cmd_jax.errors import UserError
 
-EXTENSIONS = (".avi", ".mp4", ".webm", ".mov", ".mkv")
+EXTENSIONS = (
+    ".avi", ".divx", ".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob",
+    ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".mxf", ".dv",
+)  # fmt: skip
 LONGEST_SIDE = 16384
 # FFmpeg goes by a file's content, and some formats that it knows (play lists, concat scripts) open other files and
 # addresses.
-SAFE_INPUT = {"protocol_whitelist": "file", "format_whitelist": "avi,mov,mp4,matroska,webm,mpegts,mpeg,flv,asf,ogg"}
+FORMATS = "avi,mov,mp4,matroska,webm,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,mxf,dv"
+SAFE_INPUT = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
 
 av.logging.set_level(av.logging.PANIC)
 

@@ -1,7 +1,9 @@
 """WebVid's layout: CSV files in the root list mp4 files `page_dir/videoid.mp4`, of which many may be absent."""
 
+import csv
 import logging
 import os
+import re
 
 from cmd_jax.data.roots import Entry, Listing, inside, names_in, normal, some
 from cmd_jax.data.tables import csv_rows
@@ -9,28 +11,31 @@ from cmd_jax.errors import UserError
 
 HEADER = "videoid,contentUrl,duration,page_dir,name"
 COLUMNS = ("videoid", "page_dir", "name")  # those that are read
-PARTS = {"train": "train", "test": "val"}  # split -> what the names of its lists hold
+WORDS = {"train": ("train",), "val": ("val",), "test": ("val",), "all": ("train", "val")}  # in the names of its lists
 
 log = logging.getLogger(__name__)
 
 
-def read(root: str, fold: int, split: str) -> Listing:
-    """The videos of the split's lists that are there; their texts are the column `name`.
+def read(root: str, split: str) -> Listing:
+    """The videos of the split's lists that are there; their captions are the column `name`.
 
-    The lists are all CSV files directly in the root whose names hold "train" (split train) or "val" (test) in any case,
-    or either ("all"). Rows that repeat another, text and all, count once.
+    The lists are all CSV files directly in the root whose names hold "train" (split train) or "val" (val or test) in
+    any case, or either ("all"). A row without page_dir is of a video that was never fetched. Rows that name a video
+    again give it further captions; those that repeat its caption too count once.
     """
     paths, videos = [os.path.join(root, name) for name in _lists_of(root, split)], Videos(root)
-    texts: dict[str, str] = {}  # by name
-    rows, absent, example = 0, 0, ""
+    texts: dict[str, tuple[str, ...]] = {}  # by name
+    rows, absent, repeated, example = 0, 0, 0, ""
     for path in paths:
-        for line, (video_id, page, text) in csv_rows(path, "data.root", COLUMNS, HEADER):
-            rows, where = rows + 1, f"{path} line {line}"
-            name = videos.find(page, video_id.strip(), where)
+        for line, (video_id, page, text) in csv_rows(path, "data.root", COLUMNS, HEADER, untitled):
+            rows += 1
+            name = videos.find(page, video_id.strip(), f"{path} line {line}")
             if name is None:
-                absent, example = absent + 1, example or f"{page.strip()}/{video_id.strip()}.mp4"
-            elif texts.setdefault(name, text) != text:
-                raise UserError("data.root", where, f"{name} has another text in an earlier row", "keep one row a file")
+                absent, example = absent + 1, example or os.path.join(page.strip(), f"{video_id.strip()}.mp4")
+            elif text in texts.get(name, ()):
+                repeated += 1
+            else:
+                texts[name] = (*texts.get(name, ()), text)
     read = ", ".join(map(os.path.basename, paths))
     if not rows:
         raise UserError("data.root", root, f"no rows in {read}", f"write one row a video: {HEADER}")
@@ -39,18 +44,37 @@ def read(root: str, fold: int, split: str) -> Listing:
         if videos.bad:
             problem += f" ({some([f'{name} {reason}' for name, reason in videos.bad.items()])})"
         raise UserError("data.root", root, problem, f"put them there; the folder holds {some(names_in(root))}")
-    repeated = rows - absent - len(texts)
     more = f"; {repeated} rows repeat another" if repeated else ""
     log.info("%s: %d videos are there, %d rows name one that is absent%s", read, len(texts), absent, more)
-    return Listing([Entry(name, text=text) for name, text in texts.items()], (), videos.bad, absent)
+    return Listing([Entry(name, texts=captions) for name, captions in texts.items()], (), videos.bad, absent)
+
+
+def untitled(row: list[str]) -> list[str] | None:
+    """WebVid's columns, if a list begins with this row and it is no title row but already that of a video."""
+    shown = len(row) >= 5 and re.match("https?://", row[1]) and re.match("P.*T", row[2])
+    return HEADER.split(",") if shown else None
 
 
 def lists_in(root: str) -> list[str]:
-    """Names of the CSV files in the root that are WebVid's by name and header.
+    """Names of the CSV files in the root that are WebVid's."""
+    return [name for name in _csv_files(root) if is_list(os.path.join(root, name))]
+
+
+def is_list(path: str) -> bool:
+    """Whether a CSV file is WebVid's by name and header.
 
     An incomplete header counts, and so does an empty file: `read` says what is wrong with them.
     """
-    return [name for names in _by_split(root).values() for name in names if _is_list(os.path.join(root, name))]
+    named = any(word in os.path.basename(path).lower() for word in WORDS["all"])
+    if not (named and os.path.isfile(path)):  # to open a named pipe would wait for ever
+        return False
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            first = next(csv.reader([file.readline(10_000)], skipinitialspace=True), [])
+    except (OSError, csv.Error):
+        return False
+    columns = [column.strip() for column in first]
+    return not any(columns) or bool({"videoid", "contentUrl", "page_dir"} & {*columns} or untitled(columns))
 
 
 class Videos:
@@ -71,13 +95,16 @@ class Videos:
         if not video_id or "/" in video_id or "\0" in video_id:
             raise UserError("data.root", where, f"the videoid {video_id!r} is no file name", "mend the row")
         if page not in self._pages:
-            self._pages[page] = self._list(normal(page, where), where)
+            self._pages[page] = self._list(normal(page, where) if page.strip() else "", where)
         return self._pages[page].get(video_id)
 
     def _list(self, page: str, where: str) -> dict[str, str]:
-        """A page_dir's files: videoid -> name."""
+        """A page_dir's files: videoid -> name; "" stands for those that lie beside the page_dirs."""
         found = {}
         for base, held in self._held.items():
+            if not page:
+                found |= {name.removesuffix(".mp4"): base + name for name in held if name.endswith(".mp4")}
+                continue
             if page.partition("/")[0] not in held:
                 continue
             folder = inside(self.root, base + page, where)
@@ -96,29 +123,14 @@ def _csv_files(root: str) -> list[str]:
     return [name for name in names_in(root) if name.lower().endswith(".csv") and not name.startswith(".")]
 
 
-def _by_split(root: str) -> dict[str, list[str]]:
-    return {split: [name for name in _csv_files(root) if part in name.lower()] for split, part in PARTS.items()}
-
-
 def _lists_of(root: str, split: str) -> list[str]:
-    by_split = _by_split(root)
-    if both := set(by_split["train"]) & set(by_split["test"]):
+    by_word = {word: [name for name in _csv_files(root) if word in name.lower()] for word in WORDS["all"]}
+    if both := set(by_word["train"]) & set(by_word["val"]):
         problem = "its name holds both train and val"
         raise UserError("data.root", os.path.join(root, min(both)), problem, "name it for the split that it lists")
-    names = [name for part in by_split if split in (part, "all") for name in by_split[part]]
+    names = [name for word in WORDS[split] for name in by_word[word]]
     if not names:
-        patterns = [f"*{word}*.csv" for part, word in PARTS.items() if split in (part, "all")]
-        problem = f"no {' or '.join(patterns)} in {root}; its CSV files: {some(_csv_files(root))}"
+        patterns = " or ".join(f"*{word}*.csv" for word in WORDS[split])
+        problem = f"no {patterns} in {root}; its CSV files: {some(_csv_files(root))}"
         raise UserError("data.split", split, problem, "put WebVid's list there, or use another data.split")
     return names
-
-
-def _is_list(path: str) -> bool:
-    if not os.path.isfile(path):  # to open a named pipe would wait for ever
-        return False
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            columns = {column.strip(' "') for column in file.readline(10_000).strip().split(",")}
-    except OSError:
-        return False
-    return columns == {""} or bool(columns & {"videoid", "contentUrl", "page_dir"})

@@ -7,11 +7,18 @@ import av
 import numpy as np
 
 STEP = 12  # grey levels from one frame to the next: no codec's error reaches half of it
-CODECS = {"avi": "mpeg4", "mp4": "libx264", "mov": "libx264", "webm": "libvpx-vp9", "mkv": "libx264"}
+CODECS = {
+    "avi": "mpeg4", "divx": "mpeg4", "mp4": "libx264", "m4v": "mpeg4", "mov": "libx264", "qt": "libx264",
+    "mkv": "libx264", "webm": "libvpx-vp9", "mpg": "mpeg1video", "mpeg": "mpeg2video", "mpe": "mpeg1video",
+    "m1v": "mpeg1video", "m2v": "mpeg2video", "vob": "mpeg2video", "ts": "libx264", "mts": "libx264",
+    "m2ts": "mpeg2video", "wmv": "wmv2", "asf": "wmv1", "flv": "flv", "f4v": "libx264", "3gp": "libx264",
+    "3g2": "mpeg4", "ogv": "libvpx", "mxf": "mpeg2video", "dv": "dvvideo",
+}  # fmt: skip
+FORMATS = {"divx": "avi", "qt": "mov", "mpe": "mpeg", "mts": "mpegts"}  # where the muxer is not known by the ending
 LOSSLESS = {
     "libx264": {"qp": "0", "bf": "2"},
     "libvpx-vp9": {"lossless": "1", "cpu-used": "8"},
-    "mpeg4": {"qmin": "1", "qmax": "1"},
+    **dict.fromkeys(("mpeg4", "mpeg1video", "mpeg2video", "wmv1", "wmv2", "flv"), {"qmin": "1", "qmax": "1"}),
 }
 
 
@@ -40,7 +47,7 @@ def write_clip(path, frames=None, codec=None, pix_fmt="yuv420p", rotation=0, vfl
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = numbered() if frames is None else frames
     codec = codec or CODECS[path.suffix[1:]]
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format=FORMATS.get(path.suffix[1:])) as container:
         stream = container.add_stream(codec, rate=25, options=LOSSLESS.get(codec, {}))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pix_fmt
         if rotation or vflip:

@@ -160,6 +160,210 @@ def test_metadata_without_labels_is_unlabelled(put):
     assert (got.class_names, labels(got), got.texts) == ((), [0], ("hello",))
 
 
+def test_rows_of_one_file_are_captions_of_it(put, caplog):
+    rows = "a.avi,one\nb.avi,x\n./a.avi,two\na.avi,one\na.avi,three\n"
+    with caplog.at_level(logging.INFO):
+        got = source(manifest(put("a.avi", "b.avi"), "file_name,text\n" + rows))
+    assert (names(got), got.texts) == (["a.avi", "b.avi"], ("one", "x"))
+    assert "4 captions of 2 files; 1 rows repeat another" in caplog.text
+    drawn = [got.text(0, np.random.default_rng(seed)) for seed in range(30)]
+    assert {*drawn} == {"one", "two", "three"}
+    assert drawn == [got.text(0, np.random.default_rng(seed)) for seed in range(30)]
+    # A single caption draws nothing, so that a clip has the start that it would have without captions.
+    rng = np.random.default_rng(0)
+    assert (got.text(1, rng), rng.random()) == ("x", np.random.default_rng(0).random())
+    fewer = source(manifest(put(), "file_name,text\na.avi,one\nb.avi,x\n"))
+    assert got.fingerprint != fewer.fingerprint
+
+
+def test_a_manifest_without_a_title_row(put, caplog):
+    root = manifest(put("a.avi", "b c.avi"), 'a.avi,"a dog, running",dog\nb c.avi,a cat,cat\n')
+    with caplog.at_level(logging.INFO):
+        got = source(root)
+    assert (names(got), got.texts) == (["a.avi", "b c.avi"], ("a dog, running", "a cat"))
+    assert (got.class_names, labels(got)) == (("cat", "dog"), [1, 0])
+    assert "taken for file_name, text, label" in caplog.text
+    assert source(manifest(root, "a.avi,a dog\n")).texts == ("a dog",)
+    refused("data.root", "where file_name is needed", manifest(root, "gone.avi,a dog\n"))
+
+
+# Folders of splits
+
+
+def test_folders_of_splits_are_no_classes(put, caplog):
+    folders = [f"{split}/{name}" for split in ("Training", "valid", "testing") for name in ("cat", "dog")]
+    places = [f"{folder}/{i}.avi" for folder in folders for i in "12"]
+    root = put(*places)
+    (root / "annotations").mkdir()
+    (root / "annotations/notes.txt").write_text("")
+    with caplog.at_level(logging.INFO):
+        got = source(root)
+    assert names(got) == [name for name in places if name.startswith("Training")]
+    assert (got.class_names, labels(got)) == (("cat", "dog"), [0, 0, 1, 1])
+    assert "its folders are the splits Training, testing, valid; read: Training" in caplog.text
+    assert names(source(root, split="val")) == [name for name in places if name.startswith("valid")]
+    assert names(source(root, split="test", layout="classes")) == [n for n in places if n.startswith("testing")]
+    assert labels(source(root, split="all")) == [0, 0, 1, 1] * 3
+    shutil.rmtree(root / "valid")
+    refused("data.split", "are the splits Training, testing; use test or train", root, split="val")
+
+
+def test_metadata_below_folders_of_splits(put):
+    root = put("train/a.avi", "train/sub/b.avi", "test/c.avi")
+    manifest(root, "file_name,text,label\na.avi,a dog,10\nsub/b.avi,a cat,9\n", "train/metadata.csv")
+    manifest(root, '{"file_name": "c.avi", "text": "a cow"}\n', "test/metadata.jsonl")
+    for layout in ("auto", "metadata"):
+        got = source(root, layout=layout)
+        assert (names(got), got.texts) == (["train/a.avi", "train/sub/b.avi"], ("a dog", "a cat"))
+        assert (got.class_names, labels(got)) == (("9", "10"), [1, 0])
+        assert source(root, layout=layout, split="test").texts == ("a cow",)
+        assert len(source(root, layout=layout, split="all").texts) == 3
+        refused("data.split", "use test or train", root, layout=layout, split="val")
+    assert source(root, layout="classes").class_names == ("sub",)
+    (root / "train/link.avi").symlink_to(root / "test/c.avi")  # within the root, if not within the split
+    assert len(source(manifest(root, "file_name,text\nlink.avi,x\n", "train/metadata.csv"))) == 1
+    manifest(root, "file_name,text\n../test/c.avi,x\n", "train/metadata.csv")
+    refused("data.root", "line 2: .* leaves the data root", root)
+    manifest(root, "file_name,text\na.avi,x\n", "train/sub/metadata.csv")
+    refused("data.root", "train/sub/metadata.csv is not read from here", root)
+
+
+def test_one_manifest_over_folders_of_splits(put, caplog):
+    root = manifest(put("train/a.avi", "val/b.avi"), "file_name,text\ntrain/a.avi,a dog\nval/b.avi,a cat\n")
+    assert (source(root).texts, source(root, split="val").texts) == (("a dog",), ("a cat",))
+    manifest(put("c.avi"), "file_name,text\ntrain/a.avi,a dog\nval/b.avi,a cat\nc.avi,a cow\n")
+    with caplog.at_level(logging.INFO):
+        assert len(source(root)) == 3
+    assert "not taken for splits, since c.avi is there too: train, val" in caplog.text
+
+
+def test_a_class_may_be_called_train(put, caplog):
+    root = put("train/a.avi", "bus/a.avi", "car/a.avi")
+    with caplog.at_level(logging.INFO):
+        got = source(root)
+    assert got.class_names == ("bus", "car", "train")
+    assert "not taken for splits, since bus, car is there too: train" in caplog.text
+    refused("data.split", "has no test part", root, split="test")
+
+
+# Roots that are not the ones that were meant
+
+
+def test_a_root_too_high_is_named_with_the_folder_to_give(put, tmp_path):
+    root = put("deep/UCF/Apple/a.avi", "deep/UCF/Pear/b.avi")
+    refused("data.root", f"the folders Apple, Pear of deep/UCF; give data.root={root}/deep/UCF,", root)
+    refused("data.root", f"data.root={root}/deep/UCF,", root / "deep")
+    assert source(root / "deep/UCF").class_names == ("Apple", "Pear")
+    assert source(root, layout="classes").class_names == ("deep",)
+    put("deep/UCF/Pear.avi")
+    assert source(root).class_names == ("deep",)  # its one class has videos of its own
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "file_name,text\na.avi,x\n"),
+        ("metadata.jsonl", '{"file_name": "a.avi", "text": "x"}'),
+        ("results_2M_val.csv", "videoid,contentUrl,duration,page_dir,name\n1,u,d,p,x\n"),
+        ("ucfTrainTestlist/trainlist01.txt", "Pear/a.avi 1\n"),
+    ],
+)
+def test_a_root_above_lists_is_named_with_their_folder(put, name, content):
+    root = put("other/a.avi", "mine/Pear/a.avi")
+    (root / "mine" / name).parent.mkdir(exist_ok=True)
+    manifest(root / "mine", content, name)
+    refused("data.root", f"mine/{name.split('/')[0]} is not read from here; give data.root={root}/mine,", root)
+    assert source(root, layout="classes").class_names == ("mine", "other")
+    if name.startswith("metadata"):
+        refused("data.layout", f"give data.root={root}/mine,", root, layout="metadata")
+    if name.startswith("ucf"):
+        refused("data.layout", f"give data.root={root}/mine,", root, layout="ucf101")
+
+
+def test_a_root_beside_the_class_folders_of_ucf101_is_named(ucf, tmp_path):
+    for layout in ("auto", "ucf101"):
+        refused("data.root", f"its folder data; give data.root={ucf}$", tmp_path, layout=layout)
+
+
+def test_ucf101_without_its_class_folders(ucf, tmp_path):
+    """As `unrar e` leaves it."""
+    before, lists = source(ucf), tmp_path / "ucfTrainTestlist"
+    expected = before.class_names, labels(before)
+    for path in [*ucf.glob("*/*.avi")]:
+        path.rename(ucf / path.name)
+    for folder in [*ucf.iterdir()]:
+        if folder.is_dir():
+            folder.rmdir()
+    got = source(ucf)
+    assert names(got) == [os.path.basename(name) for name in names(before)]
+    assert (got.class_names, labels(got)) == expected
+    refused("data.root", f"give data.root={ucf}", tmp_path)
+    shutil.rmtree(lists)
+    assert source(ucf).class_names == ("Apple", "Fig", "Pear")
+    assert labels(source(ucf)) == [0, 0, 1, 1, 2, 2]
+    (ucf / "other.avi").write_bytes(b"")
+    assert source(ucf).class_names == ()
+
+
+def test_classes_without_a_usable_clip_are_left_out(ucf, tmp_path, caplog):
+    (ucf / "Apple/v_Apple_g01_c01.avi").write_bytes(b"")
+    got = probed(ucf)
+    assert (got.class_names, labels(got)) == (("Pear", "Fig"), [0, 1])  # in the order of classInd.txt
+    assert "classes without a usable clip are left out: Apple" in caplog.messages
+    assert source(ucf, split="test").class_names == ("Pear", "Apple", "Fig")
+    (tmp_path / "ucfTrainTestlist").rename(tmp_path / "elsewhere")
+    (ucf / "Apple/v_Apple_g01_c02.avi").unlink()
+    (ucf / "Nothing").mkdir()
+    caplog.clear()
+    assert probed(ucf).class_names == ("Fig", "Pear")
+    assert "classes without a usable clip are left out: Apple, Nothing" in caplog.messages
+
+
+def test_classes_that_are_numbers_have_the_order_of_numbers(put):
+    assert source(put("2/a.avi", "10/a.avi")).class_names == ("2", "10")
+
+
+def test_files_passed_over_are_counted_by_kind(put, caplog):
+    root = put("c/a.avi", "c/b.m2ts")
+    for name in ("c/a.txt", "b.TXT", "c/x.jpg", "c/._a.avi", "README", "c/y.tar.gz", ".git/x.txt"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("")
+    with caplog.at_level(logging.INFO):
+        assert names(source(root)) == ["c/a.avi", "c/b.m2ts"]
+    (line,) = [message for message in caplog.messages if "passed over" in message]
+    assert {*line.partition("passed over: ")[2].split(", ")} == {
+        "2 .txt", "1 .jpg", "1 hidden", "1 without an ending", "1 .gz",
+    }  # fmt: skip
+    (root / "c/a.avi").unlink()
+    (root / "c/b.m2ts").unlink()
+    refused("data.root", r"holds no videos \(.*, but files: 2 \.txt", root)
+
+
+def test_links_of_the_hub_s_cache(tmp_path, clip_bytes):
+    """A snapshot's files are links to CACHE/blobs. No other way leads out of the root."""
+    cache = tmp_path / "datasets--a--b"
+    for name in ("blobs", "refs", "snapshots/c0ffee/run", "snapshots/c0ffee/walk"):
+        (cache / name).mkdir(parents=True)
+    snapshot, outside = cache / "snapshots/c0ffee", tmp_path / "outside.avi"
+    (cache / "blobs/0a1b").write_bytes(clip_bytes)
+    outside.write_bytes(clip_bytes)
+    (cache / "blobs/leaves").symlink_to(outside)
+    (snapshot / "run/a.avi").symlink_to("../../../blobs/0a1b")
+    (snapshot / "walk/b.avi").symlink_to("../../../blobs/0a1b")
+    assert probed(snapshot).class_names == ("run", "walk")
+    assert probed(snapshot / "run").bad == {}
+    for name, target in (("c.avi", "../../../blobs/leaves"), ("d.avi", outside), ("e.avi", "../../../refs/main")):
+        (snapshot / "run" / name).symlink_to(target)
+    (cache / "refs/main").write_bytes(clip_bytes)
+    bad = source(snapshot).bad
+    assert bad.keys() == {"run/c.avi", "run/d.avi", "run/e.avi"}
+    assert all("leaves the data root: copy what it leads to" in reason for reason in bad.values())
+    refused("data.root", f"cache of Hugging Face's hub.*; give data.root={snapshot},", cache)
+    (cache / "blobs").rename(tmp_path / "blobs")
+    (cache / "blobs").symlink_to(tmp_path / "blobs")
+    refused("data.root", "leaves the data root", snapshot)
+
+
 # Clips
 
 
@@ -284,7 +488,7 @@ def test_faults_of_the_root_and_settings(put, tmp_path):
     refused("data.layout", "use one of auto, ucf101", root, layout="classy")
     refused("data.layout", "no folder ucfTrainTestlist", root, layout="ucf101")
     refused("data.layout", "no metadata.csv or metadata.jsonl", root, layout="metadata")
-    refused("data.split", "use one of train, test, all", root, split="val")
+    refused("data.split", "use one of train, val, test, all", root, split="held-out")
     refused("data.split", "no test part", root, split="test")
     refused("data.max_bad_fraction", "not a fraction", root, max_bad_fraction=float("nan"))
     refused("data.probe_timeout", "positive", root, probe_timeout=0)
@@ -293,6 +497,7 @@ def test_faults_of_the_root_and_settings(put, tmp_path):
 def test_faults_of_ucf101_lists(ucf, tmp_path):
     lists = tmp_path / "ucfTrainTestlist"
     refused("data.fold", "use one of 1, 2", ucf, fold=3)
+    refused("data.split", "use one of train, test, all", ucf, split="val")
     (lists / "testlist01.txt").unlink()
     refused("data.fold", "use one of 2", ucf, split="test")
     (lists / "testlist02.txt").unlink()
@@ -321,7 +526,7 @@ def test_faults_of_ucf101_lists(ucf, tmp_path):
         ("file_name,text\n", "it has no rows"),
         ("file_name,caption\na.avi,x\n", "columns are file_name, caption, where text is needed"),
         ("name,text\na.avi,x\n", "where file_name is needed"),
-        ("file_name,text\na.avi,x\nb.avi,y\na.avi,z\n./b.avi,z\n", "more than once: a.avi, b.avi;"),
+        ("file_name,text,label\na.avi,x,u\na.avi,y,v\n", "line 3: a.avi has the label u in an earlier row, and v"),
         ("file_name,text\na.avi,red, big\n", "line 2: more or fewer fields"),
         ("file_name,text\na.avi\n", "line 2: more or fewer fields"),
         ('file_name,text\na.avi,"red\n', "after line 1: unexpected end of data"),

@@ -98,6 +98,25 @@ def test_fewer_clips_than_a_batch_is_an_error():
     assert sorted(BatchPlan(8, 8, seed=0).ids(0)) == list(range(8))
 
 
+def test_one_of_several_captions_is_drawn_by_seed_step_and_row():
+    class Captioned(CountedSource):
+        def text(self, index, rng):
+            return f"{index} {rng.integers(1000)}"
+
+    read, plan = (
+        video_reader(Captioned(4), lambda texts: np.array([[int(n) for n in texts[0].split()]])),
+        BatchPlan(4, 4, 0),
+    )
+    seen = set()
+    for step in range(3):
+        for row, index in enumerate(plan.ids(step)):
+            example, rng = read(int(index), plan.rng(step, row)), plan.rng(step, row)
+            assert example["video"][0, 0, 0, 0] == rng.integers(256)  # the start is drawn before, as without captions
+            assert example["ids"].tolist() == [index, drawn := rng.integers(1000)]
+            seen.add(int(drawn))
+    assert len(seen) > 8
+
+
 def test_batches_are_global_arrays_split_over_the_batch(mesh):
     batch = next(read_batches(mesh, 0, 1))
     for array in batch.values():

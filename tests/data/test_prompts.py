@@ -101,6 +101,11 @@ def test_csv_files(put, header, row, expected):
     assert read_prompts(path) == [Prompt(*expected)] * 2
 
 
+def test_webvid_s_list_without_its_title_row(put):
+    path = put("a.csv", "12,https://x/12.mp4,PT00H00M09S,0_1,a fox\n13,https://x/13.mp4,PT00H00M09S,,a cat\n")
+    assert read_prompts(path) == [("a fox", "12"), ("a cat", "13")]
+
+
 def test_json_lines(put):
     rows = [{"prompt": "a fox", "id": 3}, {"text": "ein Füchslein", "name": "x"}, {"name": "a\nhen"}]
     path = put("a.jsonl", "\n\n".join(map(json.dumps, rows)))

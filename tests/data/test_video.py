@@ -1,14 +1,15 @@
 import numpy as np
 import pytest
-from data.clip_files import numbered, numbers, quarters, write_clip, write_huge_header, write_sound
+from data.clip_files import CODECS, numbered, numbers, quarters, write_clip, write_huge_header, write_sound
 
 from cmd_jax.data import probe, video
 from cmd_jax.errors import UserError
 
 
-@pytest.mark.parametrize("suffix", ["avi", "mp4", "mov", "webm", "mkv"])
+@pytest.mark.parametrize("suffix", CODECS)
 def test_frames_are_exact_in_every_container(tmp_path, suffix):
-    path = write_clip(tmp_path / f"a.{suffix}")
+    assert f".{suffix}" in video.EXTENSIONS
+    path = write_clip(tmp_path / f"a.{suffix}", numbered(height=576, width=720) if suffix == "dv" else None)
     assert probe.inspect(str(path))["frames"] == 20
     assert numbers(video.read_frames(path, 0, 20)) == list(range(20))
     assert numbers(video.read_frames(path, 3, 5)) == [3, 4, 5, 6, 7]
