@@ -7,6 +7,7 @@ null(params, count, ids=None) -> the null condition, `count` times.
 
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +57,8 @@ class Texts:
     def null(self, params, count: int, ids=None) -> Text:
         """Of `ids` [L], a negative prompt, or of the empty text; encoded once."""
         ids = jnp.asarray(self.null_ids if ids is None else ids)[None]
-        one = self.of(params, {"ids": ids})
+        with nn.logical_axis_rules(()):  # one row cannot be split over the mesh: each device encodes it for itself
+            one = self.of(params, {"ids": ids})
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), one)
 
 

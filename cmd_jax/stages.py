@@ -22,7 +22,7 @@ from cmd_jax import defaults
 from cmd_jax.conditions import Classes, Texts, drop
 from cmd_jax.diffusion.flow import Flow
 from cmd_jax.diffusion.gaussian import PREDICTIONS, Gaussian
-from cmd_jax.diffusion.guidance import guide
+from cmd_jax.diffusion.guidance import guide, interleave, separate
 from cmd_jax.diffusion.schedules import Schedule, linear_betas, scaled_linear_betas
 from cmd_jax.errors import UserError, choose
 from cmd_jax.frames import Pixels, VAELatents
@@ -267,13 +267,12 @@ class DiffusionStage:
         """Like `denoiser`, extrapolated away from the `null` condition by `guidance`; None means unguided."""
         if guidance is None:
             return self.denoiser(params, condition, content)
-        # Both ride on a new outermost axis, so that the batch axis keeps its layout on the mesh.
-        conditions = jax.tree.map(lambda *both: jnp.stack(both), condition, null)
+        # One call of 2B rows, in which both alternate: the batch axis stays outermost and keeps its layout on the mesh.
+        conditions, contents = interleave(condition, null), interleave(content, content)
 
         def denoise(x, timesteps):
-            one = lambda c: self.apply(params, x, timesteps, c, content)  # noqa: E731
-            conditional, unconditional = jax.vmap(one)(conditions)
-            return guide(conditional, unconditional, guidance, self.process.learned_range)
+            out = self.apply(params, interleave(x, x), interleave(timesteps, timesteps), conditions, contents)
+            return guide(*separate(out), guidance, self.process.learned_range)
 
         return denoise
 

@@ -2,7 +2,9 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from cmd_jax.errors import UserError
 
@@ -26,6 +28,16 @@ def split_range(out, learned_range: bool):
     if out.shape[-1] % 2:
         raise ValueError(f"a learned range needs an even number of output channels, not {out.shape}")
     return tuple(jnp.split(out, 2, axis=-1))
+
+
+def interleave(conditional, null):
+    """Two trees of arrays [B,...] -> one of [2B,...]: row 2b is the b-th of the first, row 2b+1 that of the second."""
+    return jax.tree.map(lambda *both: rearrange(list(both), "g b ... -> (b g) ..."), conditional, null)
+
+
+def separate(both):
+    """What `interleave` put together, [2B,...] -> two arrays [B,...]."""
+    return tuple(rearrange(both, "(b g) ... -> g b ...", g=2))
 
 
 def guide(out_conditional, out_null, guidance, learned_range: bool):

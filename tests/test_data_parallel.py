@@ -1,0 +1,223 @@
+"""What each of several devices computes and sends, read from compiled programs. Run as a script it compiles them."""
+
+import json
+import subprocess
+import sys
+from functools import cache, partial
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from processes import ROOT, environment
+
+from cmd_jax import defaults
+from cmd_jax.conditions import Classes, Text, Texts
+from cmd_jax.frames import Pixels, VAELatents
+from cmd_jax.interop.diffusers import load_pipeline
+from cmd_jax.pretrained import describe, image_model, stated_space
+from cmd_jax.sample import Sampler, denoiser_stage
+from cmd_jax.sharding import batch_sharding, make_mesh, partitioning, replicated
+from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
+from cmd_jax.state import TrainState, abstract, make_optimizer, train_step
+from cmd_jax.trained import Trained
+
+WAYS, ROWS = 4, 2  # devices, and rows of a batch that each of them has
+TRAINED = ("autoencoder gaussian", "content text", "motion gaussian twice")  # twice: in two microbatches
+CACHED = {"content": (8, 16, 4), "motion": (4, 12, 4), "states": (77, 8)}
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """{name: {"products", "collectives", "rows"}} of all programs below; one process compiles them."""
+    done = subprocess.run(
+        [sys.executable, __file__], cwd=ROOT, env=environment(2 * WAYS), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["unet", "dit", "vae encode", "vae decode"])
+def test_each_device_computes_its_own_rows_and_sends_nothing(programs, name):
+    alone, spread = programs[f"{name} alone"], programs[f"{name} spread"]
+    assert alone["products"] and spread["products"] == alone["products"]
+    assert not spread["collectives"]
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_guidance_is_twice_the_rows_and_sends_nothing(programs, name):
+    """Half the batch, guided, is the work of the whole one."""
+    alone, guided = programs[f"{name} alone"], programs[f"{name} guided"]
+    assert guided["products"] == alone["products"]
+    assert not guided["collectives"]
+
+
+def test_drawing_videos_sends_nothing(programs):
+    """Conditions, noise, both denoisers and the decoders of a whole program; its convolutions are UNet and VAE."""
+    assert programs["generate text"]["rows"] == [ROWS, 2 * ROWS]
+    for name in ("generate text", "generate gaussian"):
+        assert not programs[name]["collectives"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_step_sends_gradients_only(programs, name):
+    """Sums over the rows of all devices, in one message."""
+    assert programs[f"train {name}"]["collectives"] == {"all-reduce": 1}
+
+
+# What follows runs in the process with fake devices.
+
+
+@cache
+def mesh_of(ways: int):
+    return make_mesh(defaults.stage("content").mesh, jax.devices()[:ways])
+
+
+@cache
+def pipeline():
+    return load_pipeline(tiny.pipeline_folder())
+
+
+def whole(tree, mesh):
+    """Shapes of arrays that every device has."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=replicated(mesh)), tree)
+
+
+def batch_of(rows, mesh, count):
+    """Shapes of `count` such rows, split over the mesh."""
+    split = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *np.shape(x)), x.dtype, sharding=split), rows)
+
+
+def facts_of(lowered) -> dict:
+    text = lowered.compile().as_text()
+    products = sorted([*key, count] for key, count in hlo.products(text).items())
+    return {"products": products, "collectives": hlo.collectives(text), "rows": sorted(hlo.convolved_rows(text))}
+
+
+def space_of(kind):
+    return VAELatents(*pipeline().vae) if kind == "text" else Pixels()
+
+
+def channels_of(kind):
+    return {"content": space_of(kind).channels, "motion": 4}
+
+
+def stated(kind) -> dict:
+    """What the later stages of a run would say of themselves."""
+    unit = {name: {"mean": [0.0] * n, "std": [1.0] * n} for name, n in channels_of(kind).items()}
+    facts = {"digest": "autoencoder", "autoencoder": "autoencoder", "class_names": [], "statistics": unit}
+    if kind == "text":
+        pretrained = tiny.config_of("sample,kind=text").pretrained
+        facts |= {part: describe(pretrained, part) for part in ("vae", "text_encoder")}
+        facts["image_model"] = image_model(pretrained)
+    return facts
+
+
+@cache
+def stage_of(name, kind):
+    """A stage as training has it; its frozen arrays are those of the tiny pipeline, or shapes."""
+    config, space, said = tiny.config_of(f"{name},kind={kind}"), space_of(kind), stated(kind)
+    if name == "autoencoder":
+        config.loss.update(adversarial=0.5, discriminator_channels=4, discriminator_layers=1)
+        return AutoencoderStage(config, space=space)
+    stage = stage_of("autoencoder", kind)
+    autoencoder = FrozenAutoencoder(tiny.config_of(f"autoencoder,kind={kind}"), params_of(stage, mesh_of(1)), space)
+    conditions = Classes(7)
+    if kind == "text":
+        tokenizer = pipeline().tokenizer
+        conditions = Texts(*pipeline().text_encoder, tokenizer([""])[0], tokenizer.end)
+    return diffusion_stage(config, autoencoder, conditions, said["statistics"], said.get("image_model"))
+
+
+def params_of(stage, mesh):
+    return abstract(stage.init, mesh, defaults.RULES)
+
+
+def compile_parts() -> dict:
+    """Denoisers and the VAE: with the rows of one device, and spread over the mesh."""
+    parts = {}
+
+    def add(name, function, params, rows, ways, count):
+        mesh = mesh_of(ways)
+        with partitioning(mesh, defaults.RULES):
+            jitted = jax.jit(function, out_shardings=batch_sharding(mesh))
+            parts[name] = facts_of(jitted.lower(whole(params, mesh), *batch_of(rows, mesh, count)))
+
+    text = Text(np.zeros((77, 8), np.float32), np.zeros(8, np.float32))
+    for name, of in (("unet", "content"), ("dit", "motion")):
+        stage = stage_of(of, "text")
+        features = None if of == "content" else np.zeros((8, 16), np.float32)
+        rows = np.zeros(stage.shape, np.float32), np.float32(0), text, features
+
+        def plain(params, x, t, condition, features, stage=stage):
+            return stage.guided_denoiser(params, condition, features, None, None)(x, t)
+
+        def guided(params, x, t, condition, features, null, stage=stage):
+            return stage.guided_denoiser(params, condition, features, 2.0, null)(x, t)
+
+        params = params_of(stage, mesh_of(1))
+        add(f"{name} alone", plain, params, rows, 1, 2 * ROWS)
+        add(f"{name} spread", plain, params, rows, WAYS, 2 * ROWS * WAYS)
+        add(f"{name} guided", guided, params, (*rows, text), WAYS, ROWS * WAYS)
+    space = space_of("text")
+    for name, function, frames in (
+        ("encode", space.encode, np.zeros((4, 16, 32, 3), np.uint8)),
+        ("decode", space.decode, np.zeros((4, 8, 16, 4), np.float32)),
+    ):
+        add(f"vae {name} alone", function, space.params, [frames], 1, ROWS)
+        add(f"vae {name} spread", function, space.params, [frames], WAYS, ROWS * WAYS)
+    return parts
+
+
+def compile_generate(kind) -> dict:
+    """The sampler's whole program: text guided, classes not, whose content steps add noise."""
+    mesh, count = mesh_of(WAYS), ROWS * WAYS
+    config = (
+        tiny.config_of("sample,kind=text")
+        if kind == "text"
+        else tiny.config_of("sample", sampling__guidance=1, sampling__content_solver="ddpm")
+    )
+    stages, said = {}, stated(kind)
+    for name in ("autoencoder", "content", "motion"):
+        trained = tiny.config_of(f"{name},kind={kind}")
+        if name == "autoencoder":
+            stage = AutoencoderStage(trained, space=stated_space(said))
+        else:
+            stage = denoiser_stage(trained, said, stages["autoencoder"])
+        stages[name] = Trained(trained, params_of(stage, mesh), said)
+    with partitioning(mesh, config.rules):
+        sampler = Sampler(stages, config, mesh)
+        row = {"index": np.int32(0), "variant": np.int32(0)}
+        row |= {"ids": np.zeros(77, np.int32)} if kind == "text" else {"label": np.int32(0)}
+        arguments = jax.random.key(0), sampler.guidance, sampler.null_ids
+        return facts_of(sampler._programs["generate"].lower(sampler.params, batch_of(row, mesh, count), *arguments))
+
+
+def compile_step(name, kind, accumulate=1) -> dict:
+    mesh, config, stage = mesh_of(WAYS), tiny.config_of(f"{name},kind={kind}"), stage_of(name, kind)
+    optimizer = make_optimizer(config.optimizer)
+    if kind == "text":  # encoded before: the encoders are among the parts
+        row = {name: np.zeros(shape, np.float32) for name, shape in CACHED.items()} | {"ids": np.zeros(77, np.int32)}
+    else:
+        row = {"video": np.zeros((4, 16, 24, 3), np.uint8), "label": np.int32(0)}
+    step = partial(train_step, loss_fn=stage.loss, optimizer=optimizer, ema_decay=0.5, accumulate=accumulate)
+    with partitioning(mesh, config.rules):
+        params = params_of(stage, mesh)
+        state = TrainState(np.int32(0), params, params, jax.eval_shape(optimizer.init, params))
+        arguments = whole((state, stage.frozen), mesh)
+        jitted = jax.jit(step, out_shardings=replicated(mesh))
+        batch = batch_of(row, mesh, ROWS * WAYS * accumulate)
+        return facts_of(jitted.lower(*arguments, batch, jnp.int32(0), jax.random.key(0)))
+
+
+if __name__ == "__main__":
+    programs = compile_parts()
+    for kind in ("text", "gaussian"):
+        programs[f"generate {kind}"] = compile_generate(kind)
+    for words in TRAINED:
+        name, kind, *more = words.split()
+        programs[f"train {words}"] = compile_step(name, kind, 2 if more else 1)
+    print(json.dumps(programs))
