@@ -19,9 +19,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cmd_jax.errors import UserError, choose
+from cmd_jax.runtime import check_devices, has_terminal
 
 log = logging.getLogger(__name__)
 MODES = ("auto", "off", "explicit")
+# By which JAX knows a task of SLURM, and how many there are; where Open MPI started the processes, it asks that.
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+OPEN_MPI = "OMPI_MCA_orte_hnp_uri"
 LINGER = 5.0  # seconds; more than two beats of the watch
 
 
@@ -49,12 +53,15 @@ def start(mode: str, coordinator: str, num_processes: int | None, process_id: in
         check_numbers(coordinator, num_processes, process_id)
         if process_id == 0:
             probe_port(coordinator)
-        with deadline(f"{process_id} of {num_processes}", options.start_timeout):
+        with deadline(f"this is {process_id} of {num_processes}", options.start_timeout):
             if process_id:
                 wait_for_coordinator(coordinator, options.start_timeout)
             jax.distributed.initialize(coordinator, num_processes, process_id, **times)
     elif mode == "auto":
-        with deadline("auto", options.start_timeout):
+        tasks = slurm_tasks()
+        check_slurm(tasks)
+        who = f"SLURM speaks of {tasks} tasks; --distributed=off takes this one alone" if tasks else "found by JAX"
+        with deadline(who, options.start_timeout):
             try:
                 jax.distributed.initialize(**times)
             except RuntimeError as e:
@@ -67,6 +74,7 @@ def start(mode: str, coordinator: str, num_processes: int | None, process_id: in
                     raise UserError(
                         "--distributed", mode, str(e), "name the numbers with --distributed=explicit"
                     ) from e
+    check_devices()
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         # XLA:CPU forgets the order of the collectives of a program that it reads back from the cache: the devices meet
         # them in different orders, and wait for each other until they abort.
@@ -76,6 +84,26 @@ def start(mode: str, coordinator: str, num_processes: int | None, process_id: in
             "processes.expected", options.expected, f"{jax.process_count()} processes were started",
             "start that many, or look why JAX does not see them (--distributed=explicit names them)",
         )  # fmt: skip
+
+
+def slurm_tasks() -> int:
+    """How many processes JAX will wait for because of SLURM's variables; 0 where it does not go by them."""
+    if OPEN_MPI in os.environ or not all(name in os.environ for name in SLURM):
+        return 0
+    count = os.environ["SLURM_NTASKS"]
+    return int(count) if count.isdigit() else 0
+
+
+def check_slurm(tasks: int):
+    """UserError in a shell of a SLURM job, where nobody starts the other processes that its variables speak of.
+
+    Such a shell has a terminal, which a task of srun has only with --pty; or its step is of one task, or of none.
+    """
+    step, task = os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("SLURM_TASK_PID")
+    if tasks > 1 and (step != str(tasks) or (has_terminal() and task != str(os.getpid()))):
+        problem = "this seems to be a shell of a SLURM job, where JAX would wait for as many processes"
+        remedy = "add --distributed=off to run in this one alone, or start all with srun, without --pty"
+        raise UserError("SLURM_NTASKS", tasks, problem, remedy)
 
 
 def check_numbers(coordinator: str, num_processes: int, process_id: int):
@@ -124,7 +152,7 @@ class deadline:
 
     def __init__(self, who: str, seconds: float):
         self.error = UserError(
-            "processes.start_timeout", f"{seconds:.0f}", f"not all processes connected in time (this is {who})",
+            "processes.start_timeout", f"{seconds:.0f}", f"not all processes connected in time ({who})",
             "start all of them with the same number, or raise it",
         )  # fmt: skip
         self.timer = threading.Timer(seconds, self._end)

@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from cmd_jax.errors import UserError, nearest
-from cmd_jax.runtime import keep_freed_memory
+from cmd_jax.runtime import check_devices, keep_freed_memory
 
 QUICKSTART = "--config=configs/quickstart.py"
 EXAMPLES = {
@@ -139,6 +139,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 def run(flags, overrides: dict[str, str]) -> int:
     """Do what the verb says -> exit code. Modules are imported here, since they start JAX."""
     verb = flags.verb
+    if verb in ("convert", "doctor"):
+        check_devices()
     if verb == "convert":
         from cmd_jax.convert import convert
 

@@ -1,12 +1,15 @@
-"""The process itself: memory settings that must hold before JAX starts its threads, and requests to stop."""
+"""The process itself: memory settings that must hold before JAX starts its threads, devices, and requests to stop."""
 
 import ctypes
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
+
+from cmd_jax.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
@@ -25,6 +28,40 @@ def keep_freed_memory():
         return
     for parameter, value in ((M_MMAP_THRESHOLD, 2**31 - 1), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
         mallopt(parameter, value)
+
+
+def check_devices():
+    """Start JAX's devices. UserError where those that JAX_PLATFORMS names are not here, or cannot be had."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as e:  # the latter, without a word, for cuda in a CPU build of jaxlib
+        text = " ".join(str(e).partition(" (set JAX_PLATFORMS")[0].split())
+        reason = text.partition(": ")[2] or text or "jaxlib is not built for it, or its plugin is not installed"
+        problem = f"JAX cannot start it here ({reason[:200].rstrip('.')})"
+        remedy = f"use {other_platform()}, or leave it unset"
+        raise UserError("JAX_PLATFORMS", jax.config.jax_platforms or "", problem, remedy) from e
+
+
+def other_platform() -> str:
+    """What JAX finds here where it is free to look, asked of a process of its own."""
+    command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return done.stdout.split()[-1]
+    except (OSError, subprocess.TimeoutExpired, IndexError):
+        return "cpu"
+
+
+def has_terminal() -> bool:
+    """Whether this process is controlled by a terminal, wherever its input and output go."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+        return True
+    except OSError:
+        return False
 
 
 def peak_memory_gib() -> float:

@@ -28,6 +28,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, write_json
 from cmd_jax.prepare import lock_folder
 from cmd_jax.report.console import make_console
+from cmd_jax.runtime import check_devices
 
 FOLDER = "verify-resume"
 OURS = ("whole", "killed", "devices", "programs", "report.json", ".lock")
@@ -445,6 +446,7 @@ def probe(specification: str, overrides: dict[str, str], devices: int | None):
 
     from cmd_jax.sharding import check_batch, make_mesh
 
+    check_devices()
     if devices in (None, jax.device_count()):
         config = load(specification, overrides)
         mesh = make_mesh(config.mesh)

@@ -1,14 +1,16 @@
 """What is refused before several processes start; the rest needs real ones (test_processes.py)."""
 
+import os
 import re
 import socket
 import subprocess
 import sys
 import time
 
+import jax
 import pytest
 import tiny
-from processes import environment, free_port
+from processes import environment, free_port, train
 
 from cmd_jax import distributed
 from cmd_jax.errors import UserError
@@ -60,6 +62,46 @@ def test_expected_processes_are_counted():
     with pytest.raises(UserError, match="processes.expected=4: 1 processes were started; "):
         distributed.start("off", None, None, None, tiny.config_of("autoencoder", processes__expected=4).processes)
     distributed.start("off", None, None, None, tiny.config_of("autoencoder", processes__expected=1).processes)
+
+
+TASK = dict.fromkeys(distributed.SLURM, "0") | {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_TASK_PID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "terminal", "refused"),
+    [
+        ({}, False, False),  # a task of srun
+        ({}, True, True),  # srun --ntasks=2 --pty bash
+        ({"SLURM_TASK_PID": str(os.getpid())}, True, False),  # srun --ntasks=2 --pty cmd-jax: the other one started too
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, True, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False, True),  # the shell that salloc gives
+        ({"SLURM_STEP_NUM_TASKS": None}, False, True),  # an editor's terminal on the node
+        ({"OMPI_MCA_orte_hnp_uri": "x"}, True, False),  # mpirun in such a shell
+        ({"SLURM_PROCID": None}, True, False),  # JAX looks away
+    ],
+)
+def test_a_shell_of_a_slurm_job_is_told_from_a_task(monkeypatch, changes, terminal, refused):
+    for name, value in (TASK | changes).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "has_terminal", lambda: terminal)
+    waited = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: waited.append(1))
+    if refused:
+        with pytest.raises(UserError, match="^SLURM_NTASKS=2: .*SLURM.*--distributed=off"):
+            distributed.start("auto", None, None, None, OPTIONS)
+    else:
+        distributed.start("auto", None, None, None, OPTIONS)
+    assert bool(waited) != refused
+
+
+def test_the_time_out_of_a_slurm_task_says_that_it_is_one(tmp_path):
+    """Its peer never comes."""
+    command = [sys.executable, "-m", "cmd_jax.main", *train(tmp_path), "--config.processes.start_timeout=2"]
+    env = environment(1) | TASK | {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, start_new_session=True)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("processes.start_timeout=2: ")]
+    assert "SLURM speaks of 2 tasks" in line and "--distributed=off" in line
 
 
 def test_alone_everything_agrees_and_acts_once():

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from cmd_jax import main as command
+from cmd_jax import runtime
 from cmd_jax.config import load
 from cmd_jax.errors import UserError
 from cmd_jax.main import EXAMPLES, main
 from cmd_jax.stages import AutoencoderStage
 from cmd_jax.trained import Trained, export
+from cmd_jax.verify_resume import ask
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART, UCF101 = (str(ROOT / "configs" / f"{name}.py") for name in ("quickstart", "ucf101"))
@@ -191,6 +193,37 @@ def test_out_of_memory_says_what_to_lower(monkeypatch, fails):
     monkeypatch.setattr(command, "run", run)
     line = fails("train", f"--config={QUICKSTART}", "--workdir=x")
     assert "123 bytes" in line and all(word in line for word in ("batch_size", "remat", "fsdp"))
+
+
+VERBS = {
+    "train": (f"--config={QUICKSTART}", "--workdir=x"),
+    "sample": (f"--config={QUICKSTART}:sample", "--workdir=x"),
+    "evaluate": (f"--config={QUICKSTART}:sample", "--workdir=x"),
+    "doctor": (f"--config={QUICKSTART}",),
+    "convert": ("dit", "absent.pt", "x.safetensors"),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_devices_that_are_not_here_are_one_line(monkeypatch, fails, tmp_path, verb):
+    """For cuda, JAX built for CPUs raises an AssertionError without a word."""
+
+    def devices(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(runtime, "other_platform", lambda: "cpu")
+    monkeypatch.chdir(tmp_path)
+    line = fails(verb, *VERBS[verb])
+    assert re.match(r"JAX_PLATFORMS=.*: JAX cannot start it here \(.+\); use cpu", line)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_without_the_device_that_it_is_told_to_use():
+    """verify-resume asks such a one; what would be there is found out."""
+    with pytest.raises(UserError, match="libtpu|list of known backends.*; use cpu") as error:
+        ask(os.environ | {"JAX_PLATFORMS": "tpu,rocm"}, QUICKSTART, {}, None)
+    assert (error.value.field, error.value.value) == ("JAX_PLATFORMS", "tpu,rocm")
 
 
 def test_other_exceptions_are_not_hidden(monkeypatch):

@@ -75,6 +75,27 @@ def test_the_second_signal_does_not_wait_for_a_computation(start):
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
 
 
+TERMINAL = """
+import subprocess, sys
+from cmd_jax.runtime import has_terminal
+if sys.argv[1:]:
+    import pty
+    pty.spawn([sys.executable, "-c", f"import subprocess; subprocess.run({sys.argv[1:]}, stdin=subprocess.DEVNULL)"])
+else:
+    print(has_terminal())
+"""
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_terminal_is_noticed_wherever_input_comes_from(inside):
+    plain = [sys.executable, "-c", TERMINAL]
+    command = plain + plain * inside
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, start_new_session=True
+    )
+    assert done.stdout.strip() == str(inside), done.stderr
+
+
 def test_handlers_are_put_back():
     from cmd_jax.runtime import StopRequest
 
