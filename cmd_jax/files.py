@@ -13,6 +13,7 @@ from cmd_jax.errors import UserError
 LARGEST_JSON = 2**28  # bytes
 DEEPEST_JSON = 64  # levels; what is honest needs a tenth of it
 AGAIN = "fetch or write the file again"
+POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextlib.contextmanager
@@ -53,6 +54,19 @@ def write_json(path: Path, value, sync: bool = True):
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n", sync)
 
 
+def check_content(source: Path | bytes, field: str, place=None):
+    """UserError for the text that git leaves in place of a large file where git-lfs is not installed.
+
+    source: a file, or the content of one that was read from `place`.
+    """
+    if isinstance(source, Path):
+        with open(source, "rb") as file:
+            source, place = file.read(len(POINTER)), source
+    if source.startswith(POINTER):
+        remedy = "run `git lfs pull` where it was cloned, or download the file"
+        raise UserError(field, place, "a git-lfs pointer, not the file itself", remedy)
+
+
 def parse_json(text: str | bytes, field: str, place, remedy: str = AGAIN) -> dict:
     """A JSON object from a text of any origin. UserError (field=place) for what is none, too large or too deep."""
     if len(text) > LARGEST_JSON:
@@ -86,6 +100,7 @@ def read_json(path: Path, field: str = "path", missing: str = "fetch or make it 
         raise UserError(field, path, "no such file", missing) from None
     except OSError as e:
         raise UserError(field, path, f"cannot be read ({e.strerror})", missing) from e
+    check_content(text, field, path)
     return parse_json(text, field, path, remedy)
 
 

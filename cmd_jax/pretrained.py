@@ -14,6 +14,7 @@ from cmd_jax.frames import Pixels, VAELatents
 from cmd_jax.interop.clip import load_text_encoder, text_from_config
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
 from cmd_jax.interop.diffusers import SOURCE, load_vae
+from cmd_jax.interop.folders import check_folder
 from cmd_jax.interop.sd_config import vae_from_config
 
 
@@ -21,7 +22,11 @@ def read_config(config, *parts: str) -> dict:
     """A JSON file of the folder `pretrained.path`."""
     if not config.path:
         raise UserError("pretrained.path", "", "missing", SOURCE)
-    return read_json(Path(config.path).joinpath(*parts), "pretrained.path", SOURCE, "fetch the file again")
+    check_folder("pretrained.path", config.path, SOURCE, "model_index.json")
+    path = Path(config.path).joinpath(*parts)
+    if not path.exists():
+        raise UserError("pretrained.path", config.path, f"holds no {'/'.join(parts)}", SOURCE)
+    return read_json(path, "pretrained.path", SOURCE, "fetch the file again")
 
 
 def image_model(config) -> dict:

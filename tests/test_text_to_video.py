@@ -368,7 +368,7 @@ def test_the_flags_of_the_issue(tmp_path):
         (("--prompt=a", "--config.sampling.classes=cat"), "sampling.classes=cat: the model was trained on texts"),
         (("--prompt=a", "--num=1", "--config.sampling.num=2"), "--num=1: --config.sampling.num is given too"),
         (("--prompt=a", "--config.pretrained.path="), "pretrained.path=: missing; give the folder of a Stable"),
-        (("--prompt=a", "--config.pretrained.path=nowhere"), "pretrained.path=nowhere: holds no "),
+        (("--prompt=a", "--config.pretrained.path=nowhere"), "pretrained.path=nowhere: no such folder; give the"),
         (
             ("--prompt=a", f"--config.pretrained.path={tiny.FIXTURES / 'tiny-sd15'}"),
             "pretrained.path=",

@@ -12,7 +12,8 @@ from PIL import Image
 from cmd_jax.errors import UserError, choose
 from cmd_jax.files import read_json
 from cmd_jax.interop.clip_tokenizer import VOCABULARIES, Tokenizer, check_tokenizer
-from cmd_jax.interop.torch_layout import ORDERS, Tensor, find_weights, load_params, torch_state
+from cmd_jax.interop.folders import TRANSFORMERS, check_folder, find_weights
+from cmd_jax.interop.torch_layout import ORDERS, Tensor, load_params, torch_state
 from cmd_jax.models.clip import ACTIVATIONS, CLIP, CLIPText, CLIPVision
 
 # What a config.json means that leaves a field out.
@@ -103,8 +104,6 @@ PREFIX = "text_model."
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training images
 STD = (0.26862954, 0.26130258, 0.27577711)
-
-TORCH_FILE = "pytorch_model.bin"
 
 
 def load(path: str | Path, dtype="float32", place: Callable | None = None):
@@ -207,8 +206,7 @@ def preprocess(frames: np.ndarray, size: int = 224) -> np.ndarray:
 
 
 def _read_config(folder: Path) -> dict:
-    if not folder.is_dir():
-        raise UserError("path", folder, "no such folder", "give a folder with config.json and weights")
+    check_folder("path", folder, "give a folder with config.json and weights", "config.json")
     return read_json(folder / "config.json")
 
 
@@ -294,9 +292,6 @@ def _tensor(name: str, ndim: int, prefix: str = "") -> Tensor:
 
 def _read_params(folder: Path, module, inputs: tuple, dtype, place, config: dict) -> dict:
     """Parameters of a CLIP, or of a text tower, whose weights may have names with or without PREFIX."""
-    path = folder / TORCH_FILE
-    if not path.is_file() or any(folder.glob("model*.safetensors")):
-        path = find_weights(folder, "model")
     prefix = "" if isinstance(module, CLIP) else PREFIX
 
     def rename(name):
@@ -306,7 +301,8 @@ def _read_params(folder: Path, module, inputs: tuple, dtype, place, config: dict
         return module.init(key, *inputs)["params"]
 
     blame, tensor_of = partial(_suspect, config), partial(_tensor, prefix=prefix)
-    return load_params(path, init, tensor_of, dtype, place, rename=rename, blame=blame)
+    files = find_weights(folder, TRANSFORMERS)
+    return load_params(files, init, tensor_of, dtype, place, rename=rename, blame=blame)
 
 
 def _suspect(config: dict, odd: list[str], misshapen: dict) -> str | None:

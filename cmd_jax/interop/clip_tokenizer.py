@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 from tokenizers import Tokenizer as Encoder
 
 from cmd_jax.errors import UserError, choose
-from cmd_jax.files import read_json
+from cmd_jax.files import check_content, read_json
 from cmd_jax.models.clip import CLIPText
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ class Tokenizer:
         folder = Path(folder)
         names = [name for name in VOCABULARIES + SETTINGS if (folder / name).is_file()]
         self._files = {name: (folder / name).read_bytes() for name in names}
+        for name, content in self._files.items():
+            check_content(content, "tokenizer", folder / name)
         config, special = (read_json(folder / name) if name in self._files else {} for name in SETTINGS)
         for key, only in ONLY.items():
             if config.get(key) is not None:

@@ -16,6 +16,7 @@ from cmd_jax.hosts import to_host
 from cmd_jax.interop import sd_config
 from cmd_jax.interop.clip import load_text_encoder, text_encoder_state
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
+from cmd_jax.interop.folders import DIFFUSERS, FROM_FLAX, check_folder, find_weights
 from cmd_jax.interop.sd_weights import (
     UNET_SUSPECTS,
     VAE_SUSPECTS,
@@ -26,12 +27,12 @@ from cmd_jax.interop.sd_weights import (
     vae_state,
     vae_tensor,
 )
-from cmd_jax.interop.torch_layout import find_weights, load_params
+from cmd_jax.interop.torch_layout import load_params
 from cmd_jax.interop.weights import write_safetensors
 from cmd_jax.models.unet import UNet, init_unet
 from cmd_jax.models.vae import VAE, init_vae
 
-STEM = "diffusion_pytorch_model"
+STEM = DIFFUSERS["safetensors"]
 CLASSES = sd_config.CLASSES | {"text_encoder": "CLIPTextModel"}
 SOURCE = (
     "give the folder of a Stable Diffusion 1.x or 2.x model in the diffusers layout, for example a download of "
@@ -57,13 +58,15 @@ class Pipeline(NamedTuple):
 def load_pipeline(path, dtype="float32", place=None) -> Pipeline:
     """A folder with model_index.json, as diffusers writes it. UserError for what is missing, damaged or unsupported."""
     path = Path(path)
-    if not path.is_dir():
-        raise UserError("pipeline", path, "no such folder", SOURCE)
+    check_folder("pipeline", path, SOURCE, "model_index.json")
     if not (path / "model_index.json").is_file():
         raise UserError("pipeline", path, "holds no model_index.json", SOURCE)
     index = _read_json(path / "model_index.json")
     for part, name in CLASSES.items():
         found = index.get(part)
+        if found == ["diffusers", f"Flax{name}"] or found == ["transformers", f"Flax{name}"]:
+            remedy = f"fetch the model with PyTorch's weights, {FROM_FLAX}"
+            raise UserError(f"model_index.json:{part}", found, "a model of Flax", remedy)
         if not isinstance(found, list) or found[-1:] != [name]:
             raise UserError(f"model_index.json:{part}", found, f"not a {name}", SOURCE)
     configs = {"model_index": index} | {part: _read_json(path / part / "config.json") for part in CLASSES}
@@ -92,8 +95,8 @@ def load_unet(folder, dtype="float32", place=None) -> tuple[UNet, dict]:
     config = _read_json(Path(folder) / "config.json")
     unet = sd_config.unet_from_config(config, dtype)
     blame = partial(suspect, "unet", config, UNET_SUSPECTS)
-    path = find_weights(Path(folder), STEM)
-    return unet, load_params(path, partial(init_unet, unet), unet_tensor(config), dtype, place, blame=blame)
+    files = find_weights(folder, DIFFUSERS)
+    return unet, load_params(files, partial(init_unet, unet), unet_tensor(config), dtype, place, blame=blame)
 
 
 def load_vae(folder, dtype="float32", place=None) -> tuple[VAE, dict]:
@@ -101,8 +104,8 @@ def load_vae(folder, dtype="float32", place=None) -> tuple[VAE, dict]:
     config = _read_json(Path(folder) / "config.json")
     vae = sd_config.vae_from_config(config, dtype)
     blame = partial(suspect, "vae", config, VAE_SUSPECTS)
-    path = find_weights(Path(folder), STEM)
-    return vae, load_params(path, partial(init_vae, vae), vae_tensor, dtype, place, rename=vae_rename, blame=blame)
+    files = find_weights(folder, DIFFUSERS)
+    return vae, load_params(files, partial(init_vae, vae), vae_tensor, dtype, place, rename=vae_rename, blame=blame)
 
 
 def save_pipeline(path, pipeline: Pipeline):

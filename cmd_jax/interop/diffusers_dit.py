@@ -11,11 +11,11 @@ import numpy as np
 
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json
-from cmd_jax.interop.torch_layout import find_weights, open_weights
+from cmd_jax.interop.folders import DIFFUSERS, check_folder, find_weights
+from cmd_jax.interop.torch_layout import open_weights
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is what it was a part of before diffusers 0.29
 MARKER = "pos_embed.proj.weight"
-STEM = "diffusion_pytorch_model"
 COMPUTES = {"frequency_shift": 1, "mlp_epsilon": 1e-5}
 FIXED = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True,
          "norm_elementwise_affine": False}  # fmt: skip
@@ -46,6 +46,7 @@ def read_dit_folder(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
 
     UserError for what is no such folder, for a config that facebook's DiT has no place for, and for damaged files.
     """
+    check_folder("path", folder, SOURCE, "model_index.json", "config.json")
     if (folder / "model_index.json").is_file():
         folder = folder / "transformer"
     config = read_json(folder / "config.json", "path", SOURCE)
@@ -55,7 +56,7 @@ def read_dit_folder(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
         if config.get(name, value) != value:
             field, problem = f"transformer/config.json:{name}", f"not supported, only {value}"
             raise UserError(field, config[name], problem, "give facebook's DiT")
-    with open_weights(find_weights(folder, STEM)) as weights:
+    with open_weights(find_weights(folder, DIFFUSERS)) as weights:
         state = {name: weights.read(name, (slice(None),) * len(shape)) for name, shape in weights.shapes.items()}
     told = {ours: config[theirs] for theirs, ours in SIZES.items() if theirs in config}
     if "norm_eps" in config:

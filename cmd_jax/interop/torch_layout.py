@@ -16,7 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cmd_jax.errors import UserError
-from cmd_jax.files import read_json
+from cmd_jax.files import check_content
+from cmd_jax.interop.folders import WeightFiles
 from cmd_jax.interop.weights import flatten, read_state_dict, unflatten
 
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # as safetensors and numpy say
@@ -75,59 +76,41 @@ class Weights(NamedTuple):
     read: Callable[[str, tuple[slice, ...]], np.ndarray]
 
 
-def find_weights(folder: Path, stem: str) -> Path:
-    """The weights file of a folder, or the index of several: `stem`.safetensors before a variant, that before .bin."""
-    variants = sorted({*folder.glob(f"{stem}.*.safetensors"), *folder.glob(f"{stem}.safetensors.index.*.json")})
-    plain = [folder / f"{stem}{ending}" for ending in (".safetensors", ".safetensors.index.json", ".bin")]
-    for path in (*plain[:2], *(variants if len(variants) == 1 else ()), plain[2]):
-        if path.is_file():
-            return path
-    if variants:
-        names = ", ".join(path.name for path in variants)
-        raise UserError("weights", folder, f"holds the variants {names}", f"call the wanted one {plain[0].name}")
-    raise UserError("weights", plain[0], "no such file", "fetch the whole folder, or give the right one")
-
-
 @contextlib.contextmanager
-def open_weights(path: Path) -> Iterator[Weights]:
-    """A .safetensors file, the index of several, or a torch file; UserError for what is damaged, also while reading."""
+def open_weights(files: WeightFiles) -> Iterator[Weights]:
+    """The tensors of all files. UserError for what is damaged, also while reading, and for a name in two files."""
     try:
         with contextlib.ExitStack() as stack:
-            yield _open(path, stack)
+            tensors = {}
+            for part in files.parts:
+                more = _tensors(part, stack)
+                if twice := tensors.keys() & more.keys():
+                    raise UserError("weights", part, f"{min(twice)} is in another file too", "fetch the folder again")
+                tensors |= more
+            facts = {name: _facts(tensor) for name, tensor in tensors.items()}
+            shapes, dtypes = ({name: fact[i] for name, fact in facts.items()} for i in range(2))
+            yield Weights(shapes, dtypes, lambda name, index: np.asarray(tensors[name][index]))
     except (SafetensorError, OSError) as e:
-        raise UserError("weights", path, f"damaged or incomplete ({e})", "fetch or write the file again") from e
+        raise UserError("weights", files.name, f"damaged or incomplete ({e})", "fetch or write the file again") from e
 
 
-def _open(path: Path, stack: contextlib.ExitStack) -> Weights:
-    if path.suffix == ".bin":
-        tensors = read_state_dict(path)
-        facts = {name: (array.shape, str(array.dtype)) for name, array in tensors.items()}
-    else:
-        tensors = {}
-        for part in _parts(path) if path.suffix == ".json" else [path]:
-            file = stack.enter_context(safe_open(part, framework="numpy"))
-            tensors |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        facts = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in tensors.items()}
-    shapes, dtypes = ({name: fact[i] for name, fact in facts.items()} for i in range(2))
-    return Weights(shapes, dtypes, lambda name, index: np.asarray(tensors[name][index]))
+def _tensors(path: Path, stack: contextlib.ExitStack) -> dict:
+    """By name: arrays, or slices of a safetensors file that is read as they are."""
+    if path.suffix != ".safetensors":
+        return read_state_dict(path)
+    check_content(path, "weights")
+    file = stack.enter_context(safe_open(path, framework="numpy"))
+    return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _parts(index: Path) -> list[Path]:
-    try:
-        files = sorted(set(read_json(index, "weights")["weight_map"].values()))
-        outside = [name for name in files if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError("weights", index, "not an index of weight files", "fetch the file again") from e
-    if outside:
-        raise UserError("weights", index, f"names {outside[0]}, outside its folder", "fetch the file again")
-    for name in files:
-        if not (index.parent / name).is_file():
-            raise UserError("weights", index.parent / name, f"missing, {index.name} names it", "fetch the whole folder")
-    return [index.parent / name for name in files]
+def _facts(tensor) -> tuple[tuple[int, ...], str]:
+    if isinstance(tensor, np.ndarray):
+        return tensor.shape, str(tensor.dtype)
+    return tuple(tensor.get_shape()), tensor.get_dtype()
 
 
-def load_params(path: Path, init, tensor_of, dtype="float32", place=None, rename=str, blame=None) -> dict:
-    """The parameters that init(key) would make, from a weights file; numpy arrays, or laid out as `place` says.
+def load_params(files: WeightFiles, init, tensor_of, dtype="float32", place=None, rename=str, blame=None) -> dict:
+    """The parameters that init(key) would make, from files of weights; numpy arrays, or laid out as `place` says.
 
     tensor_of: (our path, number of dimensions) -> Tensor. dtype: of the arrays, whatever the file's. rename: name in
     the file -> name of a Tensor, or None for one that is no parameter. blame: (names that are missing or left over,
@@ -138,7 +121,8 @@ def load_params(path: Path, init, tensor_of, dtype="float32", place=None, rename
     like = flatten(like)
     layout = {ours: tensor_of(ours, leaf.ndim) for ours, leaf in like.items()}
     names = {ours: tensor.names(like[ours].shape) for ours, tensor in layout.items()}
-    with open_weights(path) as weights:
+    path = files.name
+    with open_weights(files) as weights:
         stored = {}
         for name in weights.shapes:
             if (new := rename(name)) is None:

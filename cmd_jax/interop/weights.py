@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from cmd_jax.errors import UserError
-from cmd_jax.files import atomic_path
+from cmd_jax.files import atomic_path, check_content
 from cmd_jax.interop.torch_files import read_torch
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ def _existing(path) -> Path:
     if not os.path.isfile(path):  # unlike Path.is_file, False for names no file system takes
         problem = "a folder" if os.path.isdir(path) else "no such file"
         raise UserError("path", path, problem, "give the path of a file with weights")
+    check_content(path, "path")
     return path
 
 

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import peer as peers
 import pytest
-from peer import diffusers, torch
+from peer import diffusers, torch, transformers
 
-from cmd_jax.interop.diffusers import STEM, load_pipeline, load_unet, load_vae, save_pipeline
-from cmd_jax.interop.weights import flatten
+from cmd_jax.interop.diffusers import load_pipeline, load_unet, load_vae, save_pipeline
+from cmd_jax.interop.folders import DIFFUSERS, TRANSFORMERS, find_weights
+from cmd_jax.interop.torch_layout import open_weights
 
 pytestmark = peers.grouped
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -136,21 +137,30 @@ def test_vaes_of_other_shapes(settings, size, tmp_path):
         near(decoded, peer.decode(expected.mean).sample)
 
 
-def test_files_of_other_kinds_that_diffusers_writes(tmp_path):
-    """Shards with an index, torch's own format, half precision."""
-    peer = unet_of(**UNETS["no attention but in the middle"][0])
-    peer.save_pretrained(tmp_path / "whole")
-    peer.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
-    peer.save_pretrained(tmp_path / "torch", safe_serialization=False)
-    peer.half().save_pretrained(tmp_path / "half", variant="fp16")
-    names = {folder: {p.name for p in (tmp_path / folder).iterdir()} for folder in ("shards", "torch", "half")}
-    assert f"{STEM}.safetensors.index.json" in names["shards"] and len(names["shards"]) > 3
-    assert f"{STEM}.bin" in names["torch"] and f"{STEM}.fp16.safetensors" in names["half"]
-    whole = flatten(load_unet(tmp_path / "whole")[1])
-    for folder, tolerance in (("shards", 0), ("torch", 0), ("half", 1e-3)):
-        for name, array in flatten(load_unet(tmp_path / folder)[1]).items():
-            assert array.dtype == np.float32
-            np.testing.assert_allclose(array, whole[name], atol=tolerance, err_msg=f"{folder} {name}")
+@pytest.mark.parametrize("shard", [None, "5KB"])
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("variant", [None, "fp16", "non_ema"])
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+def test_every_form_of_weights_that_the_libraries_write(library, variant, safe, shard, tmp_path):
+    """Endings, variants and shards. transformers 5 writes safetensors whatever it is told, and its own shards."""
+    torch.manual_seed(0)
+    if library == "diffusers":
+        peer, stems = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2), DIFFUSERS
+    else:
+        sizes = dict(vocab_size=60, hidden_size=24, intermediate_size=50, num_attention_heads=3, num_hidden_layers=2)
+        peer, stems = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes, eos_token_id=59)), TRANSFORMERS
+    peer = peer.half() if variant == "fp16" else peer
+    options = {"max_shard_size": shard} if shard else {}
+    peer.save_pretrained(tmp_path, variant=variant, safe_serialization=safe, **options)
+    files = find_weights(tmp_path, stems)
+    assert (len(files.parts) > 1) == bool(shard)
+    assert variant is None or all(f".{variant}" in path.name for path in (files.name, *files.parts))
+    assert {part.suffix for part in files.parts} == {".safetensors" if safe or library == "transformers" else ".bin"}
+    wanted = {name: value.numpy() for name, value in peer.state_dict().items()}
+    with open_weights(files) as weights:
+        assert weights.shapes == {name: value.shape for name, value in wanted.items()}
+        for name, value in wanted.items():
+            np.testing.assert_array_equal(weights.read(name, (slice(None),) * value.ndim), value, err_msg=name)
 
 
 @pytest.mark.parametrize("folder", ["tiny-sd15", "tiny-sd21"])
