@@ -118,13 +118,13 @@ class FolderSource:
     def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """-> (video uint8 RGB [T,H,W,3], label); label is len(class_names), the null class, where the file has none.
 
-        T = frames, `stride` apart, from a start that `rng` draws (0 where random_start is off); centre crop, then
-        antialiased resize. Raises UserError if the file has changed since its test.
+        T = frames, `stride` apart, from a start that `rng` draws (0 where random_start is off); centre crop of what a
+        player shows, then antialiased resize. Raises UserError if the file has changed since its test.
         """
         last = self._lengths[index] - (self.frames - 1) * self.stride - 1
         start = int(rng.integers(0, last + 1)) if self.random_start else 0
-        frames = video.read_frames(os.path.join(self.root, self.name(index)), start, self.frames, self.stride)
-        return video.fit(frames, self.height, self.width), self._labels[index]
+        path, size = os.path.join(self.root, self.name(index)), (self.height, self.width)
+        return video.read_frames(path, start, self.frames, self.stride, size), self._labels[index]
 
     def text(self, index: int, rng: np.random.Generator) -> str:
         """The clip's caption, or one of several that `rng` draws."""

@@ -107,8 +107,9 @@ def probe(paths: Sequence[str], timeout: float, command: Sequence[str] = COMMAND
     """Decode each of `paths` once, in at most 8 children: yields (path, facts) as they come, in any order.
 
     facts: {"frames", "declared", "width", "height"} (frames that decode, frames that the header promises, 0 if it
-    doesn't say) or {"error": reason}, with "hung": timeout where it hung and "transient": true where the file could not
-    be read. `timeout` is seconds a file; a file that hangs its child, or crashes two in turn, costs that file only.
+    doesn't say, and the size at which they are shown) or {"error": reason}, with "hung": timeout where it hung and
+    "transient": true where the file could not be read. `timeout` is seconds a file; a file that hangs its child, or
+    crashes two in turn, costs that file only.
     """
     todo, done, stopped = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
     children: set[Child] = set()
@@ -186,14 +187,14 @@ def inspect(path: str) -> dict:
             for frame in video.decode(container, stream):
                 if count == 0:
                     video.to_rgb(frame)  # is there a way from its pixel format to RGB?
-                    shape = frame.width, frame.height
+                    shape, (width, height, _) = (frame.width, frame.height), video.shown(stream, frame)
                 if (frame.width, frame.height) != shape:
                     size = f"{shape[0]}x{shape[1]} to {frame.width}x{frame.height}"
                     raise video.VideoError(f"changes its frame size on the way ({size})")
                 count += 1
             if count == 0:
                 raise video.VideoError("holds no frame that decodes")
-            return {"frames": count, "declared": stream.frames, "width": shape[0], "height": shape[1]}
+            return {"frames": count, "declared": stream.frames, "width": width, "height": height}
     except video.VideoError as error:
         return {"error": str(error), **({"transient": True} if isinstance(error.__cause__, OSError) else {})}
     except MemoryError:

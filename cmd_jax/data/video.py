@@ -4,6 +4,7 @@ import contextlib
 import os
 import struct
 from collections.abc import Iterator
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -16,6 +17,7 @@ EXTENSIONS = (
     ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".mxf", ".dv",
 )  # fmt: skip
 LONGEST_SIDE = 16384
+WIDEST_PIXEL = 5  # times as wide as high, or as high as wide
 # FFmpeg goes by a file's content, and some formats that it knows (play lists, concat scripts) open other files and
 # addresses.
 FORMATS = "avi,mov,mp4,matroska,webm,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,mxf,dv"
@@ -74,11 +76,7 @@ def decode(container: av.container.InputContainer, stream: av.VideoStream) -> It
 
 def to_rgb(frame: av.VideoFrame) -> np.ndarray:
     """Decoded frame of any pixel format -> uint8 [H,W,3], upright; an alpha channel is dropped."""
-    image = frame.to_ndarray(format="rgb24")
-    matrix = next((bytes(side) for side in frame.side_data if side.type.name == "DISPLAYMATRIX"), None)
-    if matrix is None:
-        return image
-    a, b, _, c, d = struct.unpack("=5i", matrix[:20])  # pixel (x, y) belongs at (a x + c y, b x + d y)
+    image, (a, b, c, d) = frame.to_ndarray(format="rgb24"), _turn(frame)
     if abs(b) > abs(a):
         image, a, d = image.swapaxes(0, 1), c, b
     image = image[:, ::-1] if a < 0 else image
@@ -86,36 +84,67 @@ def to_rgb(frame: av.VideoFrame) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def read_frames(path: str, start: int, count: int, stride: int = 1) -> np.ndarray:
-    """Frames start, start+stride, ... of a file -> uint8 RGB [T,H,W,3] with T = count, H and W the file's own.
+def _turn(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """(a, b, c, d) of the display matrix: the pixel (x, y) belongs at (a x + c y, b x + d y) but for a scale."""
+    matrix = next((bytes(side) for side in frame.side_data if side.type.name == "DISPLAYMATRIX"), None)
+    a, b, _, c, d = struct.unpack("=5i", matrix[:20]) if matrix else (1, 0, 0, 0, 1)
+    return a, b, c, d
 
+
+def shown(stream: av.VideoStream, frame: av.VideoFrame) -> tuple[int, int, Fraction]:
+    """(width, height) at which a player shows a frame, and of `to_rgb(frame)` a pixel's width as a part of its height.
+
+    The container's word goes before the codec's, as in players; pixels are square where neither says, or what they say
+    is out of all reason.
+    """
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
+    if not 1 / WIDEST_PIXEL <= aspect <= WIDEST_PIXEL:
+        aspect = Fraction(1)
+    width, height = round(frame.width * aspect), frame.height
+    a, b, _, _ = _turn(frame)  # it is stretched before it is turned
+    return (height, width, 1 / aspect) if abs(b) > abs(a) else (width, height, aspect)
+
+
+def read_frames(path: str, start: int, count: int, stride: int = 1, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Frames start, start+stride, ... of a file -> uint8 RGB [T,H,W,3] with T = count.
+
+    H and W are the `size` that each frame is fitted to, or without one those of the file, be its pixels square or not.
     Frames are counted in presentation order whatever their time stamps. Decoding begins at the file's first frame,
     since seeking is not frame-exact in every container, and ends at the last frame asked for. Raises UserError if they
     cannot be had.
     """
-    images, wanted = [], range(start, start + count * stride, stride)
+    images, wanted, sizes = [], range(start, start + count * stride, stride), set()
     try:
         with open_video(path) as (container, stream), contextlib.closing(decode(container, stream)) as frames:
             for index, frame in enumerate(frames):
                 if index in wanted:
-                    images.append(to_rgb(frame))
+                    image, (*shape, aspect) = to_rgb(frame), shown(stream, frame)
+                    sizes.add(tuple(shape))
+                    images.append(fit(image[None], *size, aspect)[0] if size else image)
                 if len(images) == count:
                     break
         if len(images) < count:
             raise VideoError(
                 f"gives {len(images)} of the {count} frames {start}, {start + stride}, ... that it gave before"
             )
+        if len(sizes) > 1:
+            raise VideoError("changes its frame size")
         return np.stack(images)
-    except (VideoError, ValueError) as error:  # ValueError: frames of unequal size
+    except VideoError as error:
         raise UserError(
             "data.root", path, f"the file {error}", "it has changed since the run began: restore it, or restart"
         ) from error
 
 
-def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Centre crop to width:height, then antialiased bicubic resize: uint8 [T,H,W,3] -> [T,height,width,3]."""
+def fit(frames: np.ndarray, height: int, width: int, aspect: Fraction = Fraction(1)) -> np.ndarray:
+    """Centre crop to width:height as displayed, then antialiased bicubic resize: uint8 [T,H,W,3] -> [T,height,width,3].
+
+    aspect: width of a pixel of the frames as a part of its height. The crop is cut from the pixels as they are, so that
+    one resize gives square ones.
+    """
     _, h, w, _ = frames.shape
-    crop_h, crop_w = min(h, max(1, round(w * height / width))), min(w, max(1, round(h * width / height)))
+    crop_h = min(h, max(1, round(w * aspect * height / width)))
+    crop_w = min(w, max(1, round(h * width / (height * aspect))))
     top, left = (h - crop_h) // 2, (w - crop_w) // 2
     frames = frames[:, top : top + crop_h, left : left + crop_w]
     if (crop_h, crop_w) == (height, width):

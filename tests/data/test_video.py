@@ -1,3 +1,6 @@
+import struct
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from data.clip_files import CODECS, numbered, numbers, quarters, write_clip, write_huge_header, write_sound
@@ -66,6 +69,59 @@ def test_rotated_and_mirrored_video_is_turned_upright(tmp_path, rotation, vflip)
     h, w, _ = frame.shape
     for y, x in ((h // 4, w // 4), (h // 4, 3 * w // 4), (3 * h // 4, w // 4), (3 * h // 4, 3 * w // 4)):
         np.testing.assert_allclose(frame[y, x].astype(int), upright[y, x], atol=5)
+
+
+def disc(height, width, aspect):
+    """A white disc in the middle of a black frame, round as it is shown, of half its height: [T,H,W,3]."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    inside = ((x - width / 2) * float(aspect)) ** 2 + (y - height / 2) ** 2 < (height / 4) ** 2
+    return np.broadcast_to(255 * inside.astype(np.uint8)[None, :, :, None], (4, height, width, 3)).copy()
+
+
+def extent(frame):
+    """(height, width) of what is bright."""
+    bright = frame[..., 0] > 127
+    return int(bright.any(1).sum()), int(bright.any(0).sum())
+
+
+@pytest.mark.parametrize("suffix", ["avi", "mp4", "mkv", "mov", "mpeg", "ts", "wmv"])
+def test_a_disc_stays_round_where_pixels_are_not_square(tmp_path, suffix):
+    path = write_clip(tmp_path / f"a.{suffix}", disc(96, 96, Fraction(4, 3)), aspect=Fraction(4, 3))
+    facts = probe.inspect(str(path))
+    assert (facts["width"], facts["height"]) == (128, 96)
+    (frame,) = video.read_frames(path, 1, 1, size=(64, 64))
+    assert extent(frame) == (pytest.approx(32, abs=1), pytest.approx(32, abs=1))
+
+
+@pytest.mark.parametrize("rotation", [90, 180])
+def test_pixels_are_stretched_before_a_frame_is_turned(tmp_path, rotation):
+    path = write_clip(tmp_path / "a.mp4", disc(96, 72, 2), aspect=Fraction(2), rotation=rotation)
+    facts = probe.inspect(str(path))
+    assert (facts["width"], facts["height"]) == ((96, 144) if rotation == 90 else (144, 96))
+    for size in ((48, 48), (48, 72), (72, 48)):
+        high, wide = extent(video.read_frames(path, 0, 1, size=size)[0])
+        assert high == pytest.approx(wide, abs=2) and high >= 22
+
+
+def test_the_container_s_pixel_aspect_goes_before_the_codec_s(tmp_path):
+    """And what neither can mean is none."""
+    path = write_clip(tmp_path / "a.mp4", quarters(), aspect=Fraction(3, 2))
+    data = path.read_bytes()
+    assert probe.inspect(str(path))["width"] == 96
+    at = data.index(b"pasp") + 4
+    for horizontal, vertical, width in ((2, 1, 128), (1, 2, 32), (0, 0, 96), (1, 0, 96), (1000, 1, 64), (1, 1000, 64)):
+        path.write_bytes(data[:at] + struct.pack(">II", horizontal, vertical) + data[at + 8 :])
+        assert probe.inspect(str(path))["width"] == width
+
+
+def test_the_crop_is_cut_from_what_is_shown():
+    """48x48 pixels twice as wide as high are shown as 96x48, whose middle square is 24 of the columns."""
+    frames = np.zeros((1, 48, 48, 3), np.uint8)
+    frames[:, :, 12:36] = 200
+    frames[:, :, [11, 36]] = 255  # just outside: must not bleed in
+    assert (video.fit(frames, 24, 24, Fraction(2)) == 200).all()
+    assert (video.fit(frames.swapaxes(1, 2), 24, 24, Fraction(1, 2)) == 200).all()
+    assert (video.fit(frames[:, :, 12:36], 24, 24, Fraction(2)) == 200).all()
 
 
 def test_variable_frame_rate_keeps_every_frame_once(tmp_path):
