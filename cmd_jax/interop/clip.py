@@ -12,7 +12,7 @@ from PIL import Image
 from cmd_jax.errors import UserError, choose
 from cmd_jax.files import read_json
 from cmd_jax.interop.clip_tokenizer import VOCABULARIES, Tokenizer, check_tokenizer
-from cmd_jax.interop.folders import TRANSFORMERS, check_folder, find_weights
+from cmd_jax.interop.folders import TRANSFORMERS, check_folder, find_weights, note_unknown
 from cmd_jax.interop.torch_layout import ORDERS, Tensor, load_params, torch_state
 from cmd_jax.models.clip import ACTIVATIONS, CLIP, CLIPText, CLIPVision
 
@@ -67,6 +67,7 @@ INERT = {
     "typical_p",
     "use_cache",
 }
+UNSUPPORTED = ("quantization_config",)
 LEGACY_END = 2  # an eos_token_id that old files have by mistake; their towers pool at the highest id
 
 # Our names -> torch's. In `blocks` the layers are stacked; torch numbers them.
@@ -218,10 +219,11 @@ def _positive(field: str, value) -> int:
 
 def _tower(where: str, config: dict, defaults: dict) -> tuple[dict, dict]:
     """All fields of a tower, checked, and the fields that both kinds of module share."""
-    for key, value in config.items():
-        if value and key not in defaults and key not in INERT:
-            problem = "not a field whose meaning is known here"
-            raise UserError(where + key, value, problem, "remove it if the text and image features don't depend on it")
+    # Old files list every field of every model, empty where it has no meaning.
+    stated = {key: value for key, value in config.items() if value}
+    note_unknown(where.rstrip(" :."), stated, (*defaults, *INERT, *UNSUPPORTED), "transformers")
+    for key in stated.keys() & set(UNSUPPORTED):
+        raise UserError(where + key, stated[key], "not supported", "give the weights in full precision")
     config = defaults | config
     choose(f"{where}model_type", config["model_type"], (defaults["model_type"],))
     sizes = [key for key, value in defaults.items() if type(value) is int and key != "eos_token_id"]

@@ -16,7 +16,7 @@ from cmd_jax.hosts import to_host
 from cmd_jax.interop import sd_config
 from cmd_jax.interop.clip import load_text_encoder, text_encoder_state
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
-from cmd_jax.interop.folders import DIFFUSERS, FROM_FLAX, check_folder, find_weights
+from cmd_jax.interop.folders import DIFFUSERS, check_class, check_folder, find_weights
 from cmd_jax.interop.sd_weights import (
     UNET_SUSPECTS,
     VAE_SUSPECTS,
@@ -64,11 +64,7 @@ def load_pipeline(path, dtype="float32", place=None) -> Pipeline:
     index = _read_json(path / "model_index.json")
     for part, name in CLASSES.items():
         found = index.get(part)
-        if found == ["diffusers", f"Flax{name}"] or found == ["transformers", f"Flax{name}"]:
-            remedy = f"fetch the model with PyTorch's weights, {FROM_FLAX}"
-            raise UserError(f"model_index.json:{part}", found, "a model of Flax", remedy)
-        if not isinstance(found, list) or found[-1:] != [name]:
-            raise UserError(f"model_index.json:{part}", found, f"not a {name}", SOURCE)
+        check_class(f"model_index.json:{part}", found[-1] if isinstance(found, list) and found else found, name, SOURCE)
     configs = {"model_index": index} | {part: _read_json(path / part / "config.json") for part in CLASSES}
     pipeline = Pipeline(
         unet=load_unet(path / "unet", dtype, place),

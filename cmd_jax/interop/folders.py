@@ -1,5 +1,6 @@
 """Folders of models as diffusers and transformers write them: which files hold a part's weights, and what is wrong."""
 
+import functools
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ from cmd_jax.files import read_json
 DIFFUSERS = {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"}
 TRANSFORMERS = {"safetensors": "model", "bin": "pytorch_model"}
 SHARD = re.compile(r"-\d+-of-\d+\b")
+KNOWN = {"diffusers": (0, 42), "transformers": (5, 24)}  # versions whose every field of a config is known here
 FROM_FLAX = (
     "or write the folder anew with diffusers 0.35, transformers 4 and flax: "
     "StableDiffusionPipeline.from_pretrained(FOLDER, from_flax=True, safety_checker=None).save_pretrained(OTHER)"
@@ -148,3 +150,33 @@ def _snapshots(root: Path) -> list[Path]:
     except (OSError, ValueError):
         main = ""
     return sorted(folder.glob("*/"), key=lambda snapshot: (snapshot.name != main, snapshot.name))
+
+
+def check_class(field: str, found, wanted: str, remedy: str):
+    """UserError unless a file states the class `wanted`."""
+    if found == f"Flax{wanted}":
+        raise UserError(field, found, "a model of Flax", f"fetch one with PyTorch's weights, {FROM_FLAX}")
+    if found != wanted:
+        raise UserError(field, found, f"not a {wanted}", remedy)
+
+
+def note_unknown(place: str, config: dict, known, library: str = "diffusers"):
+    """Log, once a process, the fields of a config that are none of `known` and that nothing here depends on.
+
+    The library passes them over just so: trainings leave settings there, an EMA's for example. Only those of a later
+    version may mean something, which is said.
+    """
+    names = tuple(sorted(name for name in config if name not in known and not name.startswith("_")))
+    if names:
+        note(place, names, library, str(config.get(f"_{library}_version", config.get(f"{library}_version", ""))))
+
+
+@functools.cache
+def note(place: str, names: tuple[str, ...], library: str, version: str):
+    newest = ".".join(map(str, KNOWN[library]))
+    number = re.match(r"(\d+)\.(\d+)", version)
+    later = number and tuple(map(int, number.groups())) > KNOWN[library]
+    log.warning(
+        "%s: %s: no fields that %s %s has; not used%s", place, ", ".join(names), library, newest,
+        f", although {version}, which wrote them, may" if later else "",
+    )  # fmt: skip

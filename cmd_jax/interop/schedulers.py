@@ -6,6 +6,7 @@ from cmd_jax.diffusion.gaussian import Gaussian
 from cmd_jax.diffusion.multistep import FIRST_ORDER_BELOW
 from cmd_jax.diffusion.schedules import Schedule, check_count, cosine_betas, linear_betas, scaled_linear_betas
 from cmd_jax.errors import UserError, choose
+from cmd_jax.interop.folders import note_unknown
 
 SOLVERS = ("ddim", "dpmpp")
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -56,6 +57,10 @@ UNSUPPORTED_DPMPP = {
     "use_flow_sigmas": (False, None),
     "lambda_min_clipped": (-math.inf, "-Infinity", None),
 }
+# Settings of what is unsupported, and of solvers that are not here.
+FREE = ("dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps", "flow_shift", "use_dynamic_shifting",
+        "time_shift_type", "interpolation_type", "sigma_min", "sigma_max", "timestep_type")  # fmt: skip
+KNOWN = (*TRAINING, *DDIM, *DPMPP, *UNSUPPORTED, *UNSUPPORTED_DPMPP, *FREE)
 
 
 def from_scheduler_config(config: dict, solver: str = "") -> tuple[Gaussian, dict]:
@@ -77,6 +82,7 @@ def from_scheduler_config(config: dict, solver: str = "") -> tuple[Gaussian, dic
         problem = "not a JSON object"
         raise UserError("scheduler", type(config).__name__, problem, "give the folder's scheduler_config.json")
     name = choose("scheduler._class_name", config.get("_class_name"), CLASSES)
+    note_unknown("scheduler/scheduler_config.json", config, KNOWN)
     own = "dpmpp" if name == "DPMSolverMultistepScheduler" else "ddim"
     solver = choose("sampling.solver", solver or own, SOLVERS)
     _check(config, UNSUPPORTED)

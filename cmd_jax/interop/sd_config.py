@@ -1,12 +1,17 @@
 """Config files of Stable Diffusion's UNet and VAE, as diffusers writes them, as our modules.
 
-A field that is absent has diffusers' default. None is ignored that would change what is computed.
+A field that is absent has diffusers' default. None of diffusers' fields is ignored that would change what is computed;
+fields that are not diffusers' are noted.
 """
 
-from cmd_jax.errors import UserError, nearest
+import math
+
+from cmd_jax.errors import UserError
+from cmd_jax.interop.folders import check_class, note_unknown
 from cmd_jax.models.unet import UNet
 from cmd_jax.models.vae import VAE
 
+REMEDY = "take a Stable Diffusion 1.x or 2.x model"
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 UNET_FIXED = {  # fields that would change the function -> values with which they don't; the first is the default
     "act_fn": ("silu", "swish"),
@@ -31,6 +36,7 @@ UNET_FIXED = {  # fields that would change the function -> values with which the
     "num_class_embeds": (None,),
     "only_cross_attention": (False,),
     "projection_class_embeddings_input_dim": (None,),
+    "quantization_config": (None,),
     "resnet_out_scale_factor": (1,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
@@ -66,6 +72,7 @@ VAE_FIXED = {
     "latents_mean": (None,),
     "latents_std": (None,),
     "mid_block_add_attention": (True,),
+    "quantization_config": (None,),
     "shift_factor": (None,),
     "use_post_quant_conv": (True,),
     "use_quant_conv": (True,),
@@ -125,7 +132,8 @@ def vae_from_config(config: dict, dtype="float32", remat: str = "none") -> VAE:
     _types("vae", config, "up_block_types", {"UpDecoderBlock2D": False})
     if config["in_channels"] != config["out_channels"]:
         raise _bad("vae", "out_channels", config, f"differs from in_channels={config['in_channels']}")
-    if not isinstance(config["scaling_factor"], float) or not config["scaling_factor"] > 0:
+    factor = config["scaling_factor"]
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
         raise _bad("vae", "scaling_factor", config, "not a positive number")
     return VAE(
         channels=config["in_channels"],
@@ -133,23 +141,21 @@ def vae_from_config(config: dict, dtype="float32", remat: str = "none") -> VAE:
         widths=_widths("vae", config),
         layers=config["layers_per_block"],
         groups=config["norm_num_groups"],
-        scaling_factor=config["scaling_factor"],
+        scaling_factor=float(factor),
         remat=remat,
         dtype=dtype,
     )
 
 
 def _check_config(part: str, config: dict, fixed: dict, free: tuple, needed: tuple, defaults: dict) -> dict:
-    """The config with defaults, all of its fields known and supported."""
+    """The fields that matter, with defaults, all of them supported."""
     known = (*fixed, *free, *needed, *defaults)
+    note_unknown(f"{part}/config.json", config, known)
     for name in needed:
         if name not in config:
             raise UserError(f"{part}/config.json", name, "missing", "fetch the file again")
-    if config.get("_class_name", CLASSES[part]) != CLASSES[part]:
-        raise _bad(part, "_class_name", config, f"not a {CLASSES[part]}")
+    check_class(f"{part}/config.json:_class_name", config.get("_class_name", CLASSES[part]), CLASSES[part], REMEDY)
     for name, value in config.items():
-        if name not in known and not name.startswith("_"):
-            raise _bad(part, name, config, f"not a field we know; the nearest is {nearest(name, known)[0]}")
         if name in fixed and value not in fixed[name]:
             raise _bad(part, name, config, f"not supported, only {' or '.join(map(repr, fixed[name]))}")
     config = defaults | {name: value for name, value in config.items() if name in known}
@@ -160,7 +166,7 @@ def _check_config(part: str, config: dict, fixed: dict, free: tuple, needed: tup
 
 
 def _bad(part: str, name: str, config: dict, problem: str) -> UserError:
-    return UserError(f"{part}/config.json:{name}", config[name], problem, "take a Stable Diffusion 1.x or 2.x model")
+    return UserError(f"{part}/config.json:{name}", config[name], problem, REMEDY)
 
 
 def _count(value) -> bool:

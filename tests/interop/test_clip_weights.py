@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from cmd_jax import defaults
 from cmd_jax.errors import UserError
-from cmd_jax.interop import clip
+from cmd_jax.interop import clip, folders
 from cmd_jax.interop.clip_tokenizer import Tokenizer
 from cmd_jax.interop.weights import flatten
 from cmd_jax.sharding import make_mesh, partitioning
@@ -238,7 +238,7 @@ BAD_FIELDS = {
     "layer_norm_eps": (0, "not a small positive number"),
     "eos_token_id": (533, "not one of the 533 ids"),
     "model_type": ("siglip_text_model", "use one of clip_text_model"),
-    "rope_theta": (10000.0, "not a field whose meaning is known here"),
+    "quantization_config": ({"bits": 4}, "not supported"),
 }
 
 
@@ -249,6 +249,16 @@ def test_a_config_that_means_another_function_is_refused(field, tmp_path):
     change_json(folder / "config.json", **{field: value})
     text = message(clip.load_text_encoder, folder)
     assert text.startswith(f"{folder}/config.json: {field}={value}: ") and said in text
+
+
+def test_fields_of_other_models_are_noted_once(tmp_path, caplog):
+    folders.note.cache_clear()
+    folder = copied("tiny-sd15/text_encoder", tmp_path / "x")
+    change_json(folder / "config.json", rope_theta=10000.0, torchscript=False)
+    for _ in range(2):
+        assert clip.load_text_encoder(folder)[0] == encoder("tiny-sd15")[0]
+    (record,) = caplog.records
+    assert "rope_theta" in record.getMessage() and "torchscript" not in record.getMessage()
 
 
 @pytest.mark.parametrize(

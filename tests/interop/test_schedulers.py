@@ -9,6 +9,7 @@ import pytest
 
 from cmd_jax.diffusion.schedules import cosine_betas, linear_betas, scaled_linear_betas
 from cmd_jax.errors import UserError
+from cmd_jax.interop import folders
 from cmd_jax.interop.schedulers import from_scheduler_config
 
 # Stable Diffusion's, as diffusers writes it.
@@ -58,6 +59,14 @@ def test_stable_diffusion(config):
     other, options = from_scheduler_config(config, "dpmpp")
     assert options == OWN_DPM
     assert np.array_equal(other.schedule.betas, process.schedule.betas)
+
+
+def test_fields_of_no_scheduler_are_noted_once(caplog):
+    folders.note.cache_clear()
+    for _ in range(2):
+        assert from_scheduler_config({**DDIM, "tensor_format": "pt"})[1] == OWN_DDIM
+    (record,) = caplog.records
+    assert "tensor_format" in record.getMessage()
 
 
 def test_what_a_config_leaves_out():
