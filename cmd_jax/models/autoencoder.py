@@ -148,24 +148,24 @@ class Autoencoder(nn.Module):
             self.motion_channels,
             ("embed", "motion"),
             init=nn.initializers.normal(0.2 / self.width**0.5),
-            dtype=self.dtype,
+            dtype=jnp.float32,
         )
         self.embed_video = embed(("patch", "embed"))
         self.encoder = trunk()
         if self.content == "weighted":
-            self.content_logits = Unpatchify(self.patch, self.channels, dtype=self.dtype)
+            self.content_logits = Unpatchify(self.patch, self.channels)
         self.rows_to_motion, self.columns_to_motion = to_motion(), to_motion()
         self.embed_content = embed(("patch", "embed"))
         self.embed_rows, self.embed_columns = embed(("motion", "embed")), embed(("motion", "embed"))
         self.decoder = trunk()
-        self.to_video = Unpatchify(self.patch, self.channels, dtype=self.dtype)
+        self.to_video = Unpatchify(self.patch, self.channels)
 
     def _features(self, video):
         return self.encoder(self.embed_video(patchify(video, self.patch)))
 
     def _weights(self, features, video):
         if self.content == "weighted":
-            return jax.nn.softmax(self.content_logits(features).astype(jnp.float32), axis=1)
+            return jax.nn.softmax(self.content_logits(features), axis=1)
         frames = video.shape[1]
         weights = np.full(frames, 1 / frames) if self.content == "mean" else np.eye(frames)[0]
         return jnp.broadcast_to(weights.astype(np.float32)[:, None, None, None], video.shape)
@@ -178,9 +178,10 @@ class Autoencoder(nn.Module):
         """Clip [B, T, H, W, C] in [-1, 1] (pixels) or VAE latents -> Latents."""
         features = self._features(video)
         content = jnp.sum(self._weights(features, video) * video.astype(jnp.float32), axis=1)
+        features = features.astype(jnp.float32)
         rows = self.rows_to_motion(features.mean(axis=3))
         columns = self.columns_to_motion(features.mean(axis=2))
-        motion = jnp.tanh(jnp.concatenate([rows, columns], axis=2).astype(jnp.float32))
+        motion = jnp.tanh(jnp.concatenate([rows, columns], axis=2))
         return Latents(content, motion)
 
     def decode(self, latents: Latents):
@@ -188,7 +189,7 @@ class Autoencoder(nn.Module):
         content = self.embed_content(patchify(latents.content, self.patch))
         rows, columns = jnp.split(latents.motion, [content.shape[1]], axis=2)
         x = content[:, None] + self.embed_rows(rows)[:, :, :, None] + self.embed_columns(columns)[:, :, None]
-        video = self.to_video(self.decoder(x)).astype(jnp.float32)
+        video = self.to_video(self.decoder(x))
         return 2 * jax.nn.sigmoid(video) - 1 if self.mode == "pixel" else video
 
     def __call__(self, video):

@@ -151,8 +151,8 @@ class CLIP(nn.Module):
 
     def setup(self):
         self.text_projection, self.image_projection = (
-            dense(self.features, ("embed", "embed_out"), init=SMALL, use_bias=False, dtype=tower.dtype)
-            for tower in (self.text, self.vision)
+            dense(self.features, ("embed", "embed_out"), init=SMALL, use_bias=False, dtype=jnp.float32)
+            for _ in range(2)
         )
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), (), jnp.float32)
 
@@ -170,7 +170,6 @@ class CLIP(nn.Module):
 
 
 def _unit(x):
-    x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 

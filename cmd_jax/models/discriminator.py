@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from cmd_jax.errors import UserError, choose
+from cmd_jax.models.layers import group_norm
 
 KERNEL = 4
+NORM_EPSILON = 1e-6
 
 
 class PatchDiscriminator(nn.Module):
@@ -45,20 +47,13 @@ class PatchDiscriminator(nn.Module):
             halve = layer < self.layers
             x = self._conv(channels, [2 if halve and n >= 2 * KERNEL else 1 for n in x.shape[1:-1]], f"conv{layer}")(x)
             if layer > 0:
-                x = nn.GroupNorm(
-                    num_groups=None,
-                    group_size=math.gcd(16, channels),
-                    dtype=self.dtype,
-                    scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("conv_out",)),
-                    bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("conv_out",)),
-                    name=f"norm{layer}",
-                )(x)
+                groups = channels // math.gcd(16, channels)
+                x = group_norm(groups, NORM_EPSILON, dtype=self.dtype, name=f"norm{layer}")(x)
             x = nn.leaky_relu(x, 0.2)
             features.append(x)
-        logits = self._conv(1, [1] * self.dimensions, "logits")(x)
-        return logits.astype(jnp.float32), features
+        return self._conv(1, [1] * self.dimensions, "logits", jnp.float32)(x), features
 
-    def _conv(self, channels: int, strides: Sequence[int], name: str) -> nn.Conv:
+    def _conv(self, channels: int, strides: Sequence[int], name: str, dtype=None) -> nn.Conv:
         axes = ("conv_time", "conv_height", "conv_width")[-self.dimensions :]
         # He's gain for leaky ReLU 0.2: the signal keeps its size at any width, normalised or not.
         init = nn.initializers.variance_scaling(2 / (1 + 0.2**2), "fan_in", "truncated_normal")
@@ -67,7 +62,7 @@ class PatchDiscriminator(nn.Module):
             (KERNEL,) * self.dimensions,
             strides=strides,
             padding="SAME",
-            dtype=self.dtype,
+            dtype=dtype or self.dtype,
             kernel_init=nn.with_logical_partitioning(init, (*axes, "conv_in", "conv_out")),
             bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("conv_out",)),
             name=name,

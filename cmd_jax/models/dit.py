@@ -166,11 +166,11 @@ class DiT(nn.Module):
             name="final_modulation",
         )(condition)
         shift, scale = jnp.split(modulation, 2, axis=-1)
-        tokens = modulate(layer_norm(NORM_EPSILON, affine=False, dtype=self.dtype)(tokens), shift, scale)
+        tokens = modulate(layer_norm(NORM_EPSILON, affine=False, dtype=jnp.float32)(tokens), shift, scale)
         size = self.patch * self.patch * self.out_channels
-        tokens = dense(size, ("embed", "patch"), init=nn.initializers.zeros, dtype=self.dtype, name="final")(tokens)
+        tokens = dense(size, ("embed", "patch"), init=nn.initializers.zeros, dtype=jnp.float32, name="final")(tokens)
         return rearrange(
             tokens,
             "b (r s) (p q c) -> b (r p) (s q) c",
             r=rows, s=columns, p=self.patch, q=self.patch,
-        ).astype(jnp.float32)  # fmt: skip
+        )  # fmt: skip

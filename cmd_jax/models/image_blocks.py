@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from cmd_jax.models.attention import attend
-from cmd_jax.models.layers import dense
+from cmd_jax.models.layers import dense, group_norm
 
 CELLS = ("act_batch", None, None, "act_embed")  # logical axes of [B,H,W,C]; rows and columns of cells stay whole
 
@@ -25,19 +25,6 @@ def conv(features: int, *, stride: int = 1, padding=1, dtype, name: str) -> nn.C
             nn.initializers.lecun_normal(), ("conv_height", "conv_width", "conv_in", "conv_out")
         ),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
-        name=name,
-    )
-
-
-def group_norm(groups: int, epsilon: float, *, dtype, name: str) -> nn.GroupNorm:
-    """GroupNorm over cells and the channels of a group; statistics are float32."""
-    return nn.GroupNorm(
-        num_groups=groups,
-        epsilon=epsilon,
-        use_fast_variance=False,  # a difference of large squares loses what 1e-6 is to guard
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
-        dtype=dtype,
         name=name,
     )
 

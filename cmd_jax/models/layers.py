@@ -29,8 +29,22 @@ def layer_norm(epsilon: float, *, affine: bool, dtype, name: str | None = None) 
     """LayerNorm over the channels; statistics are float32."""
     return nn.LayerNorm(
         epsilon=epsilon,
+        use_fast_variance=False,  # the difference of two large squares loses the digits that the variance is made of
         use_scale=affine,
         use_bias=affine,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+        dtype=dtype,
+        name=name,
+    )
+
+
+def group_norm(groups: int, epsilon: float, *, dtype, name: str) -> nn.GroupNorm:
+    """GroupNorm over cells and the channels of a group; statistics are float32."""
+    return nn.GroupNorm(
+        num_groups=groups,
+        epsilon=epsilon,
+        use_fast_variance=False,
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
         dtype=dtype,
@@ -44,12 +58,14 @@ def patchify(x, patch: int):
 
 
 class Unpatchify(nn.Module):
-    """Transposed convolution with kernel = stride = p, as one matrix product: [..., h, w, D] -> [..., h*p, w*p, C]."""
+    """Transposed convolution with kernel = stride = p, as one matrix product: [..., h, w, D] -> [..., h*p, w*p, C].
+
+    Float32, since it is the last projection of whatever it ends.
+    """
 
     patch: int
     channels: int
     init: Callable = nn.initializers.xavier_uniform()
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -60,9 +76,9 @@ class Unpatchify(nn.Module):
         bias = self.param(
             "bias", nn.with_logical_partitioning(nn.initializers.zeros, ("channels",)), (self.channels,), jnp.float32
         )
-        x = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        x = x.astype(jnp.float32) @ kernel.astype(jnp.float32)
         x = rearrange(x, "... h w (p q c) -> ... (h p) (w q) c", p=self.patch, q=self.patch)
-        return x + bias.astype(self.dtype)
+        return x + bias.astype(jnp.float32)
 
 
 def scanned(block: type[nn.Module], depth: int, remat: str, broadcast: int) -> Callable:

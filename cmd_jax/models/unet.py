@@ -9,8 +9,8 @@ from einops import rearrange
 
 from cmd_jax.errors import UserError
 from cmd_jax.models.autoencoder import GEGLU
-from cmd_jax.models.image_blocks import Attention, ResidualBlock, conv, enlarge, group_norm
-from cmd_jax.models.layers import REMAT_POLICIES, dense, layer_norm
+from cmd_jax.models.image_blocks import Attention, ResidualBlock, conv, enlarge
+from cmd_jax.models.layers import REMAT_POLICIES, dense, group_norm, layer_norm
 
 TRANSFORMER_NORM_EPSILON = 1e-6  # of the GroupNorm before a transformer
 LAYER_NORM_EPSILON = 1e-5
@@ -140,8 +140,8 @@ class UNet(nn.Module):
             if level > 0:
                 x = conv(self.widths[level], dtype=self.dtype, name=f"up_{i}_upsample")(enlarge(x))
 
-        x = jax.nn.silu(group_norm(self.groups, self.norm_epsilon, dtype=self.dtype, name="norm_out")(x))
-        return conv(self.out_channels, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
+        x = jax.nn.silu(group_norm(self.groups, self.norm_epsilon, dtype=jnp.float32, name="norm_out")(x))
+        return conv(self.out_channels, dtype=jnp.float32, name="conv_out")(x)
 
 
 def init_unet(unet: UNet, key):

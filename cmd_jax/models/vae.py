@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from cmd_jax.errors import UserError
-from cmd_jax.models.image_blocks import Attention, ResidualBlock, conv, enlarge, group_norm
-from cmd_jax.models.layers import REMAT_POLICIES, dense
+from cmd_jax.models.image_blocks import Attention, ResidualBlock, conv, enlarge
+from cmd_jax.models.layers import REMAT_POLICIES, dense, group_norm
 
 NORM_EPSILON = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -60,8 +60,8 @@ class _Half(nn.Module):
         return self._residual(x, -1, "mid_resnet_1")
 
     def _out(self, x):
-        x = jax.nn.silu(group_norm(self.groups, NORM_EPSILON, dtype=self.dtype, name="norm_out")(x))
-        return conv(self.channels, dtype=self.dtype, name="conv_out")(x)
+        x = jax.nn.silu(group_norm(self.groups, NORM_EPSILON, dtype=jnp.float32, name="norm_out")(x))
+        return conv(self.channels, dtype=jnp.float32, name="conv_out")(x)
 
 
 class Encoder(_Half):
@@ -116,11 +116,11 @@ class VAE(nn.Module):
 
     def setup(self):
         settings = dict(widths=self.widths, layers=self.layers, groups=self.groups, remat=self.remat, dtype=self.dtype)
-        pointwise = partial(dense, axes=("conv_in", "conv_out"), dtype=self.dtype)
+        pointwise = partial(dense, axes=("conv_in", "conv_out"))
         self.encoder = Encoder(2 * self.latent_channels, **settings)
         self.decoder = Decoder(self.channels, **settings)
-        self.quant = pointwise(2 * self.latent_channels)
-        self.post_quant = pointwise(self.latent_channels)
+        self.quant = pointwise(2 * self.latent_channels, dtype=jnp.float32)
+        self.post_quant = pointwise(self.latent_channels, dtype=self.dtype)
 
     def encode(self, images) -> Moments:
         """[N,H,W,3] in [-1,1] -> moments of the unscaled latents."""
@@ -128,7 +128,7 @@ class VAE(nn.Module):
         if rows % self.factor or columns % self.factor:
             problem = f"H and W must be multiples of {self.factor}, because the VAE has {len(self.widths)} levels"
             raise UserError("images", f"{rows}x{columns}", problem, f"use a multiple of {self.factor} for each")
-        mean, log_variance = jnp.split(self.quant(self.encoder(images)).astype(jnp.float32), 2, axis=-1)
+        mean, log_variance = jnp.split(self.quant(self.encoder(images)), 2, axis=-1)
         return Moments(mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE))
 
     def latents(self, images, key=None):
@@ -140,7 +140,7 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """Scaled latents [N,h,w,C] -> pictures [N,H,W,3] float32, roughly in [-1,1]."""
-        return self.decoder(self.post_quant(latents / self.scaling_factor)).astype(jnp.float32)
+        return self.decoder(self.post_quant(latents / self.scaling_factor))
 
     def __call__(self, images):
         return self.decode(self.latents(images))

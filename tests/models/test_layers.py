@@ -8,7 +8,9 @@ from cmd_jax.models.attention import attend, rotary_table, rotate
 from cmd_jax.models.autoencoder import Autoencoder
 from cmd_jax.models.discriminator import PatchDiscriminator
 from cmd_jax.models.dit import DiT
-from cmd_jax.models.layers import Unpatchify, patchify
+from cmd_jax.models.layers import Unpatchify, group_norm, layer_norm, patchify
+from cmd_jax.models.unet import UNet
+from cmd_jax.models.vae import VAE
 from cmd_jax.models.vgg import LPIPS
 from cmd_jax.sharding import LOGICAL_AXES
 
@@ -47,6 +49,20 @@ def test_unpatchify_is_a_transposed_convolution():
     np.testing.assert_allclose(image, flipped, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_norms_keep_the_digits_of_data_far_from_zero(norm):
+    """Mean 100, deviation 1: squares of 10,000 whose difference is 1. Taken as that difference it is wrong by 1e-3."""
+    x = RNG.normal(100, 1, (8, 384)).astype(np.float32)
+    exact = x.astype(np.float64)
+    if norm == "layer":
+        module = layer_norm(1e-6, affine=False, dtype=jnp.float32)
+    else:
+        module, exact = group_norm(4, 1e-6, dtype=jnp.float32, name=None), exact.reshape(8, 4, 96)
+    found = module.init_with_output(jax.random.key(0), x)[0]
+    exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
+    assert np.abs(found - exact.reshape(x.shape)).max() < 3e-5
+
+
 def test_attention_averages_values_by_similarity():
     query, key, value = (RNG.standard_normal((2, 4, 3, 6)).astype(np.float32) for _ in range(3))
     out = attend(query, key, value)
@@ -74,6 +90,41 @@ def dit(**changes):
 
 CLIP, FRAME, ONE = ((2, 8, 16, 24, 3), (2, 16, 24, 3), (2,))
 AUTOENCODER = Autoencoder(width=16, depth=2, heads=2, head_dim=8)
+
+
+HALF = jnp.bfloat16
+UNET = UNet(4, 4, (16, 32), 1, (True, False), (False, True), (2, 2), 8, groups=8, dtype=HALF)
+
+
+@pytest.mark.parametrize(
+    "module, shapes, last",
+    [
+        (AUTOENCODER.clone(dtype=HALF), [CLIP], "content_logits rows_to_motion columns_to_motion to_video"),
+        (dit(dtype=HALF), [FRAME, ONE, ONE], "final"),
+        (UNET, [(2, 8, 12, 4), ONE, (2, 5, 8)], "conv_out"),
+        (VAE(3, 4, (8, 16), 1, groups=8, dtype=HALF), [FRAME], "encoder/conv_out quant decoder/conv_out"),
+        (PatchDiscriminator(2, 8, dtype=HALF), [FRAME], "logits"),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else "",
+)
+def test_the_last_projections_are_float32_and_no_norm_is_of_the_fast_kind(module, shapes, last):
+    """Whatever dtype the rest has: what comes out is not rounded to 8 bits, and statistics are exact."""
+    made, norms = {}, []
+
+    def record(method, arguments, options, context):
+        out, layer = method(*arguments, **options), context.module
+        if isinstance(layer, (nn.Dense, nn.Conv, Unpatchify)):
+            made["/".join(layer.path)] = out.dtype
+        if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)):
+            norms.append(layer.use_fast_variance)
+        return out
+
+    inputs = [jax.ShapeDtypeStruct(s, jnp.float32 if len(s) > 1 else jnp.int32) for s in shapes]
+    with nn.intercept_methods(record):
+        jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    exact = {name for name, dtype in made.items() if dtype == jnp.float32}
+    assert exact == set(last.split()) and len(made) > len(exact)
+    assert norms and not any(norms)
 
 
 @pytest.mark.parametrize(
