@@ -31,15 +31,12 @@ def hidden() -> Path:
     return folder
 
 
-def environment(devices: int, plain: bool = True) -> dict[str, str]:
-    """Of a process with that many fake devices and plain, quick compilations, which a second start need not repeat."""
-    flags = f"--xla_force_host_platform_device_count={devices}" + " --xla_backend_optimization_level=0" * plain
+def environment(devices: int) -> dict[str, str]:
+    """Of a process with that many fake devices."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join(map(str, (hidden(), ROOT, ROOT / "tests"))),
-        "JAX_COMPILATION_CACHE_DIR": str(tiny.scratch() / "programs-of-processes"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
 

@@ -24,12 +24,6 @@ from cmd_jax.trained import Trained, export, load_trained
 pytestmark = pytest.mark.xdist_group("tiny")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick_compiles():
-        yield
-
-
 @pytest.fixture(scope="module")
 def folder():
     return tiny.trained() / "autoencoder"

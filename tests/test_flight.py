@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
 from cmd_jax import defaults
 from cmd_jax.conditions import Classes
@@ -58,7 +57,7 @@ def content():
         "id": np.array([31, 7, 31, 900], np.int32),  # a clip may be there twice
     }
     mesh = make_mesh(config.mesh)
-    with partitioning(mesh, config.rules), tiny.quick_compiles():
+    with partitioning(mesh, config.rules):
         yield SimpleNamespace(stage=stage, boxed=boxed, params=params, batch=batch)
 
 
@@ -282,7 +281,7 @@ def test_two_processes_find_the_same():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    flags = "--xla_force_host_platform_device_count=2"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     processes = [subprocess.Popen([sys.executable, "-c", TWO, address, str(i)], **pipes) for i in range(2)]

@@ -312,7 +312,7 @@ def test_a_killed_training_is_resumed(tmp_path):
     flags += ["--config.train.steps=30", "--config.train.checkpoint_every=4", "--config.train.log_every=20"]
     running = subprocess.Popen(
         [sys.executable, LAUNCH / "local.py", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests"), "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
     )  # fmt: skip
     ledger, end = workdir / "autoencoder" / "ledger.jsonl", time.monotonic() + 120
     while not ledger.exists() or '"step": 9' not in ledger.read_text():

@@ -71,7 +71,7 @@ def run(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_small_learns_the_frames_of_clips_and_its_folder_samples(run, tmp_path, capsys):
+def test_small_learns_the_frames_of_clips_and_its_folder_samples(optimized, run, tmp_path, capsys):
     shape = {"frames": 4, "height": 16, "width": 24}
     write_clip(tmp_path / "clips" / "a" / "clip.mp4", quarters(4))
     write_clip(tmp_path / "clips" / "a" / "dark.mp4", 255 - quarters(4))

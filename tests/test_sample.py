@@ -29,12 +29,6 @@ pytestmark = pytest.mark.xdist_group("tiny")
 LABELS = np.array([0, 5, 17, 30, 47], np.int32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick_compiles():
-        yield
-
-
 def config_of(**changes):
     """The sample config; changes are keys of `sampling`, or `group__key`."""
     return tiny.config_of("sample", **{k if "__" in k else f"sampling__{k}": v for k, v in changes.items()})

@@ -17,7 +17,7 @@ def test_they_are_small_enough_for_git():
 
 
 @pytest.mark.slow
-def test_their_videos_show_what_was_asked_for(tmp_path):
+def test_their_videos_show_what_was_asked_for(optimized, tmp_path):
     """256 videos, read by the oracle: colour >= 95%, direction >= 90%, shape >= 60%; took 69 s on two cores."""
     config = f"{ROOT}/configs/quickstart.py:sample,size=long"
     assert main(["evaluate", f"--config={config}", f"--workdir={tmp_path}", "--config.seed=1"]) == 0

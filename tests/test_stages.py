@@ -1,5 +1,4 @@
 import copy
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -34,10 +33,6 @@ BATCH = {
     "label": jnp.asarray([0, 6, 2], jnp.int32),
 }
 KEY = jax.random.key(3)
-# Compiling is most of the time here: take the quickest code.
-jit = partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 PATHS = {"content": ContentStage, "motion": MotionStage}
 
 
@@ -85,7 +80,7 @@ def autoencoder():
 
 @pytest.fixture(scope="module")
 def latents(autoencoder):
-    return jax.tree.map(np.asarray, jit(autoencoder.encode)(autoencoder.params, {"video": BATCH["video"]}))
+    return jax.tree.map(np.asarray, jax.jit(autoencoder.encode)(autoencoder.params, {"video": BATCH["video"]}))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +100,7 @@ def stages(autoencoder, statistics):
 @pytest.fixture(scope="module")
 def gradients(stages):
     """name -> jitted (params, frozen, batch, key) -> ((loss, metrics), gradients of params and frozen)."""
-    return {n: jit(jax.value_and_grad(stage.loss, argnums=(0, 1), has_aux=True)) for n, stage in stages.items()}
+    return {n: jax.jit(jax.value_and_grad(stage.loss, argnums=(0, 1), has_aux=True)) for n, stage in stages.items()}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +114,7 @@ def losses(stages, latents):
             batch = {"content": latents.content, "motion": latents.motion, "label": labels}
             return other.loss(params, frozen, batch, KEY)[0]
 
-        compiled, params = jit(loss), awake(stage)
+        compiled, params = jax.jit(loss), awake(stage)
         return lambda labels, dropout: float(compiled(params, stage.frozen, jnp.asarray(labels), dropout))
 
     return {name: of(stage) for name, stage in stages.items()}
@@ -140,7 +135,7 @@ def players():
         other.loss_weights = Weights(l1=l1, l2=l2, lpips=0.0, adversarial=adversarial, feature_matching=4.0)
         return other.loss(params, {}, BATCH, KEY)
 
-    compiled = jit(jax.value_and_grad(loss, has_aux=True))
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
     return lambda *weights: compiled(params, *weights), params
 
 
@@ -165,7 +160,7 @@ def test_the_autoencoders_loss_is_its_weighted_terms(players):
     (loss, metrics), gradient = play(2.0, 3.0, 0.0)
     video = np.asarray(BATCH["video"], np.float32) / 127.5 - 1
     module = AutoencoderStage(autoencoder_config()).module
-    reconstruction, found = jit(module.apply)({"params": params["autoencoder"]}, video)
+    reconstruction, found = jax.jit(module.apply)({"params": params["autoencoder"]}, video)
     error = np.asarray(reconstruction) - video
     np.testing.assert_allclose(metrics["l1"], np.abs(error).mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["l2"], (error**2).mean(), rtol=1e-4)
@@ -198,7 +193,7 @@ def test_lpips_joins_with_its_weight_on_one_frame_of_each_clip():
         distance = LPIPS().apply({"params": frozen["lpips"]}, pick(reconstruction), pick(pixels(batch["video"])))
         return total, metrics, distance.mean()
 
-    total, metrics, expected = jit(loss)(params, stage.frozen, batch, KEY)
+    total, metrics, expected = jax.jit(loss)(params, stage.frozen, batch, KEY)
     assert metrics["lpips"] > 0
     np.testing.assert_allclose(metrics["lpips"], expected, rtol=1e-4)
     np.testing.assert_allclose(total, metrics["l1"] + 4 * metrics["lpips"], rtol=1e-5)
@@ -289,7 +284,7 @@ def test_guidance_spans_from_the_null_class_over_the_condition(stages, latents, 
     x, times = jnp.asarray(RNG.standard_normal((B, *stage.shape)), jnp.float32), jnp.array([10.0, 400.0, 990.0])
     condition = latents.content if name == "motion" else None
 
-    @jit
+    @jax.jit
     def outputs(label, guidance):
         return [
             denoise(x, times)

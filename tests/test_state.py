@@ -47,12 +47,8 @@ def optimizer_of(**changes):
     return make_optimizer(config.optimizer)
 
 
-# Compiling is most of the time here: take the quickest code.
-jit = partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 ADAM = optimizer_of(clip_norm=1.0)
-STEP = jit(partial(train_step, loss_fn=LinearStage.loss, optimizer=ADAM, ema_decay=DECAY))
+STEP = jax.jit(partial(train_step, loss_fn=LinearStage.loss, optimizer=ADAM, ema_decay=DECAY))
 
 
 def fresh(optimizer=ADAM, seed=0):
@@ -137,7 +133,7 @@ def test_a_bad_batch_changes_nothing_and_nothing_follows_it(bad, finite_loss):
 
 
 def test_a_bad_microbatch_refuses_the_step():
-    step = jit(partial(train_step, loss_fn=LinearStage.loss, optimizer=ADAM, ema_decay=DECAY, accumulate=4))
+    step = jax.jit(partial(train_step, loss_fn=LinearStage.loss, optimizer=ADAM, ema_decay=DECAY, accumulate=4))
     state = fresh()
     refused, metrics = step(state, {}, batch(x=jnp.asarray(X).at[7, 0].set(jnp.nan)), jnp.int32(0), KEY)
     assert not bool(metrics["applied"])
@@ -148,8 +144,10 @@ def test_a_bad_microbatch_refuses_the_step():
 def test_microbatches_add_up_to_the_batch(count):
     sgd = optax.sgd(0.1)  # Adam's normalisation would hide a wrong scale
     common = {"loss_fn": LinearStage.loss, "optimizer": sgd, "ema_decay": DECAY}
-    whole, expected = jit(partial(train_step, **common))(fresh(sgd), {}, batch(), jnp.int32(0), KEY)
-    parts, metrics = jit(partial(train_step, **common, accumulate=count))(fresh(sgd), {}, batch(), jnp.int32(0), KEY)
+    whole, expected = jax.jit(partial(train_step, **common))(fresh(sgd), {}, batch(), jnp.int32(0), KEY)
+    parts, metrics = jax.jit(partial(train_step, **common, accumulate=count))(
+        fresh(sgd), {}, batch(), jnp.int32(0), KEY
+    )
     for name in ("w", "b"):
         np.testing.assert_allclose(parts.params[name], whole.params[name], atol=1e-6)
         np.testing.assert_allclose(parts.ema[name], whole.ema[name], atol=1e-6)
@@ -167,7 +165,7 @@ def test_microbatches_hold_every_clip_once():
 
 def rates(optimizer, steps):
     """Adam's steps for a constant gradient are the learning rate itself."""
-    params, state, update = jnp.zeros(1), None, jit(optimizer.update)
+    params, state, update = jnp.zeros(1), None, jax.jit(optimizer.update)
     state, found = optimizer.init(params), []
     for _ in range(steps):
         updates, state = update(jnp.full(1, 0.5), state, params)

@@ -37,12 +37,6 @@ pytestmark = pytest.mark.xdist_group("text")
 PROMPTS = ["a red circle", "blue square, moving"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick_compiles():
-        yield
-
-
 config_of = lambda argument, **changes: tiny.config_of(f"{argument},kind=text", **changes)  # noqa: E731
 
 

@@ -32,12 +32,6 @@ pytestmark = pytest.mark.xdist_group("tiny")
 TIMINGS = ("steps_per_second", "clips_per_second", "wall_seconds")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with tiny.quick_compiles():
-        yield
-
-
 @pytest.fixture(scope="module")
 def run():
     return tiny.trained()
@@ -309,9 +303,6 @@ def test_sigterm_ends_a_training_process_and_it_can_be_resumed(tmp_path, capsys)
     command += [f"--workdir={tmp_path}", "--config.train.steps=1000000", "--config.optimizer.decay=constant"]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(training.__file__).parents[1]), str(Path(tiny.__file__).parent)]),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tiny.scratch() / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     with (
         open(tmp_path / "out", "w") as out,

@@ -403,12 +403,11 @@ def test_a_sampling_config_is_refused(tmp_path):
 
 @pytest.fixture
 def real(monkeypatch, tmp_path_factory):
-    """Trainings in plainly compiled programs and without TensorBoard: TensorFlow would double the time of a start."""
+    """Trainings without TensorBoard: TensorFlow would double the time of a start."""
     hidden = tmp_path_factory.mktemp("hidden")
     (hidden / "clu.py").write_text("raise ImportError('not in this test')\n")
     monkeypatch.setenv("PYTHONPATH", str(hidden), prepend=os.pathsep)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 def test_devices_that_the_batch_does_not_fit_are_refused_before_anything_is_trained(real, tmp_path):

@@ -12,7 +12,6 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from cmd_jax import defaults
 from cmd_jax.conditions import Classes
@@ -95,34 +94,16 @@ def pipeline_folder() -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def quick_compiles():
-    """Programs this small take far longer to compile than to run: compile each one once, and plainly."""
-    changes = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(scratch() / "programs"),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: jax.config.values[name] for name in changes}
-    for settings in (changes, before):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if settings is changes:
-            yield
+quick_compiles = contextlib.nullcontext  # of conftest.py now
 
 
 @functools.cache
 def trained() -> Path:
-    """A workdir with the three stages trained, the denoisers by flow matching; once a process.
-
-    Whoever asks first, its programs are those of `quick_compiles`, so that their bits can be compared with.
-    """
+    """A workdir with the three stages trained, the denoisers by flow matching; once a process."""
     workdir = scratch() / "run"
-    with quick_compiles():
-        train(config_of("autoencoder", train__preview_every=3, train__checkpoint_every=3), workdir)
-        train(config_of("motion", train__preview_every=STEPS), workdir)  # either order will do
-        train(config_of("content"), workdir)
+    train(config_of("autoencoder", train__preview_every=3, train__checkpoint_every=3), workdir)
+    train(config_of("motion", train__preview_every=STEPS), workdir)  # either order will do
+    train(config_of("content"), workdir)
     return workdir
 
 

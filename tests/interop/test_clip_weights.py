@@ -351,7 +351,7 @@ def test_a_clip_with_other_preprocessing_is_refused(changes, tmp_path):
 
 
 def test_eight_devices():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, __file__], cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"},

@@ -68,23 +68,22 @@ def swap(motion):
 
 def test_stages_compute_the_recorded_numbers(released):
     autoencoder, content, motion = (released[name] for name in ("autoencoder", "content", "motion"))
-    with tiny.quick_compiles():
-        _, npz = fixture("autoencoder_pixel")
-        module, params = AutoencoderStage(autoencoder.config).module, autoencoder.params["autoencoder"]
-        recon, latents = jax.jit(module.apply)({"params": params}, np.moveaxis(npz["x"], 1, -1))
-        assert_close(np.moveaxis(recon, -1, 2), npz["recon"])
-        assert_close(np.moveaxis(swap(latents.motion), -1, 1), npz["z_m"])
+    _, npz = fixture("autoencoder_pixel")
+    module, params = AutoencoderStage(autoencoder.config).module, autoencoder.params["autoencoder"]
+    recon, latents = jax.jit(module.apply)({"params": params}, np.moveaxis(npz["x"], 1, -1))
+    assert_close(np.moveaxis(recon, -1, 2), npz["recon"])
+    assert_close(np.moveaxis(swap(latents.motion), -1, 1), npz["z_m"])
 
-        _, npz = fixture("content_dit")
-        apply = jax.jit(stage_of(content.config, content.facts, autoencoder).apply)
-        out = apply(content.params, np.moveaxis(npz["x"], 1, -1), npz["t"], npz["y"], None)
-        assert_close(np.moveaxis(out, -1, 1), npz["out"])
+    _, npz = fixture("content_dit")
+    apply = jax.jit(stage_of(content.config, content.facts, autoencoder).apply)
+    out = apply(content.params, np.moveaxis(npz["x"], 1, -1), npz["t"], npz["y"], None)
+    assert_close(np.moveaxis(out, -1, 1), npz["out"])
 
-        _, npz = fixture("motion_dit")
-        apply = jax.jit(stage_of(motion.config, motion.facts, autoencoder).apply)
-        x, frame = swap(np.moveaxis(npz["x"], 1, -1)), np.moveaxis(npz["content"], 1, -1)
-        out = apply(motion.params, x, npz["t"], np.array([0, 3, 7]), frame)  # any class: the release has none here
-        assert_close(np.moveaxis(swap(out), -1, 1), npz["out"])
+    _, npz = fixture("motion_dit")
+    apply = jax.jit(stage_of(motion.config, motion.facts, autoencoder).apply)
+    x, frame = swap(np.moveaxis(npz["x"], 1, -1)), np.moveaxis(npz["content"], 1, -1)
+    out = apply(motion.params, x, npz["t"], np.array([0, 3, 7]), frame)  # any class: the release has none here
+    assert_close(np.moveaxis(swap(out), -1, 1), npz["out"])
 
 
 def test_sampling_takes_them(folder):
@@ -92,11 +91,10 @@ def test_sampling_takes_them(folder):
     config.weights = str(folder)
     config.data.update(frames=4, height=16, width=16)
     config.sampling.update(batch_size=2, content_steps=2, motion_steps=2)
-    with tiny.quick_compiles():
-        sampler = load_sampler(check(config), folder)
-        assert sampler.class_names == tuple(NAMES)
-        index = np.arange(2)
-        out = sampler.generate({"label": np.array([0, 6]), "index": index, "variant": 0 * index})
+    sampler = load_sampler(check(config), folder)
+    assert sampler.class_names == tuple(NAMES)
+    index = np.arange(2)
+    out = sampler.generate({"label": np.array([0, 6]), "index": index, "variant": 0 * index})
     assert out["video"].shape == (2, 4, 16, 16, 3) and np.isfinite(out["video"]).all()
     assert not np.allclose(out["content"][0], out["content"][1])
 
@@ -203,9 +201,8 @@ def test_a_denoiser_trained_here_computes_the_same_there(own, name):
     x, frame = draw("x", (2, *shape), 1), draw("content", (2, 16, 24, 3), 1)
     label, t = np.array([0, 2]) if name == "content" else np.zeros(2, int), np.array([3.0, 700.0])
     ours = stage_of(stage.config, stage.facts, autoencoder)
-    with tiny.quick_compiles():
-        expected = jax.jit(ours.apply)(stage.params, x, t, label, frame)
-        found = jax.jit(module.apply)({"params": params}, x, t, label, frame)
+    expected = jax.jit(ours.apply)(stage.params, x, t, label, frame)
+    found = jax.jit(module.apply)({"params": params}, x, t, label, frame)
     assert_close(np.asarray(found), np.asarray(expected))
 
 

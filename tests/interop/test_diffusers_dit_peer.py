@@ -4,8 +4,9 @@ import json
 
 import jax
 import numpy as np
+import peer as peers
 import pytest
-import tiny
+from peer import diffusers, torch
 
 from cmd_jax.convert import load_converted
 from cmd_jax.errors import UserError
@@ -13,9 +14,7 @@ from cmd_jax.interop.diffusers_dit import in_facebooks_names, read_dit_folder
 from cmd_jax.interop.weights import read_state_dict
 from cmd_jax.main import main
 
-torch = pytest.importorskip("torch", reason="torch, of the peers extra, is not installed")
-diffusers = pytest.importorskip("diffusers", reason="diffusers, of the peers extra, is not installed")
-
+pytestmark = peers.grouped
 SIZES = dict(num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=6, num_layers=2, sample_size=8,
              patch_size=2, num_embeds_ada_norm=5, norm_num_groups=1)  # fmt: skip
 
@@ -49,8 +48,7 @@ def test_a_converted_folder_computes_what_diffusers_does(model, folder, tmp_path
     x, t, y = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)), [3, 500, 999], [0, 3, 5]
     with torch.no_grad():
         expected = model(x, torch.tensor(t), torch.tensor(y)).sample.numpy()
-    with tiny.quick_compiles():
-        found = jax.jit(module.apply)({"params": params}, x.permute(0, 2, 3, 1).numpy(), np.array(t), np.array(y))
+    found = jax.jit(module.apply)({"params": params}, x.permute(0, 2, 3, 1).numpy(), np.array(t), np.array(y))
     assert np.abs(np.moveaxis(found, -1, 1) - expected).max() <= 1e-4 * np.abs(expected).max()
 
 

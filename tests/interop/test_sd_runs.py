@@ -1,6 +1,6 @@
 """Whole runs, from prompts to latents, against those that the original pipelines gave (tests/fixtures/tiny-sd*)."""
 
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -12,10 +12,6 @@ from cmd_jax.diffusion.guidance import guide
 from cmd_jax.interop.diffusers import load_pipeline
 from cmd_jax.interop.schedulers import from_scheduler_config
 
-# Compiling is most of the time here: take the quickest code.
-jit = partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PROMPTS = ("a red cat running", "The dog walking! in the snow, 4k")
 NEGATIVE = ("the dog", "cat")
@@ -31,7 +27,7 @@ def encoder(folder):
     """Texts -> states [B, L, E]."""
     pipeline, _ = loaded(folder)
     module, params = pipeline.text_encoder
-    states = jit(lambda params, ids: module.apply({"params": params}, ids)[0])
+    states = jax.jit(lambda params, ids: module.apply({"params": params}, ids)[0])
     return lambda texts: states(params, jnp.asarray(pipeline.tokenizer(list(texts))))
 
 
@@ -42,7 +38,7 @@ def sampler(folder, solver):
     process, options = from_scheduler_config(pipeline.scheduler, solver)
     unet, params = pipeline.unet
 
-    @jit
+    @jax.jit
     def sample(params, noise, text, null):
         def denoise(x, timesteps):
             one = lambda states: unet.apply({"params": params}, x, timesteps, states)  # noqa: E731
