@@ -32,9 +32,10 @@ def hidden() -> Path:
 
 
 def environment(devices: int) -> dict[str, str]:
-    """Of a process with that many fake devices."""
+    """Of a process with that many fake devices; several must not take programs from a cache (see distributed.start)."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": str(int(devices == 1)),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join(map(str, (hidden(), ROOT, ROOT / "tests"))),
     }

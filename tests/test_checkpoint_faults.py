@@ -403,8 +403,14 @@ def mesh_of(*shape):
     return Mesh(devices, ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 
 
+def devices(count):
+    """In a child process; several must not take programs from a cache (see distributed.start)."""
+    jax.config.update("jax_num_cpu_devices", count)
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 def reshard(pipe, folder):
-    jax.config.update("jax_num_cpu_devices", 8)
+    devices(8)
     state, digests, shards = sharded_state(mesh_of(8, 1), 1)[0], [], []
     for step, shape in enumerate([(8, 1), (2, 4), (1, 1), (8, 1)], 1):
         with contextlib.closing(Checkpoints(folder)) as checkpoints:
@@ -434,7 +440,7 @@ def error_of(function, *arguments):
 def one_of_two(pipe, index, port, work):
     """What a process of two makes of the folders that the test has prepared."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_num_cpu_devices", 2)
+    devices(2)
     jax.distributed.initialize(f"localhost:{port}", 2, index)
     mesh, told = mesh_of(2, 2), {}
     for name in ("damaged", "older"):

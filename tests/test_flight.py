@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from processes import environment
 
 from cmd_jax import defaults
 from cmd_jax.conditions import Classes
@@ -281,9 +282,7 @@ def test_two_processes_find_the_same():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    flags = "--xla_force_host_platform_device_count=2"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment(2)}
     processes = [subprocess.Popen([sys.executable, "-c", TWO, address, str(i)], **pipes) for i in range(2)]
     try:
         outputs = [p.communicate(timeout=120) for p in processes]

@@ -1,6 +1,7 @@
 """Two real processes of four devices each: they train, agree, stop together, die, and resume."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.timeout(300)
 grouped = pytest.mark.xdist_group("processes")  # by the run that they compare with
 LONG = ("--config.train.steps=100000", "--config.optimizer.decay=constant")
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+STEADY = ("--config.optimizer.decay=constant", "--config.optimizer.learning_rate=1e-3", *MESH)  # train.steps may change
 
 
 def checkpoints(folder):
@@ -24,30 +26,21 @@ def checkpoints(folder):
 def whole(tmp_path_factory):
     """The run that was left alone: 12 steps on 2 processes x 4 devices."""
     folder = tmp_path_factory.mktemp("whole")
-    with Job(folder, *train(folder, "autoencoder", "--config.train.steps=12", *MESH)) as job:
+    more = ("--config.train.steps=12", "--config.train.checkpoint_every=4", "--config.train.keep=3", *STEADY)
+    with Job(folder, *train(folder, "autoencoder", *more)) as job:
         assert job.wait() == [0, 0], job.out(0) + job.out(1)
     return folder
 
 
 @grouped
-def test_two_processes_train_as_one(whole, tmp_path):
-    """The same clips at each step, and the same loss but for the last bits, as one process with eight devices."""
-    summary = read_json(whole / "autoencoder" / "summary.json")
-    assert (summary["devices"], summary["processes"], summary["step"]) == (8, 2, 12)
-    with Job(tmp_path, *train(tmp_path, "autoencoder", "--config.train.steps=12", *MESH), count=1, devices=8) as job:
-        assert job.wait() == [0], job.out()
-    two, one = steps(whole / "autoencoder"), steps(tmp_path / "autoencoder")
-    assert [line["ids"] for line in two] == [line["ids"] for line in one]
-    assert len({line["ids"] for line in two}) == 12
-    losses = [[float.fromhex(line["loss"]) for line in run] for run in (two, one)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert (whole / "autoencoder" / "ema.safetensors").exists()
-
-
-@grouped
 def test_killed_peer_is_named_and_the_job_resumes_bit_for_bit(whole, tmp_path):
     folder = tmp_path / "autoencoder"
-    more = ("--config.train.steps=12", "--config.train.checkpoint_every=3", "--config.processes.peer_timeout=5", *MESH)
+    more = (
+        "--config.train.steps=12",
+        "--config.train.checkpoint_every=3",
+        "--config.processes.peer_timeout=5",
+        *STEADY,
+    )
     slow = "--config.data.threads=1"
     with Job(tmp_path / "first", *train(tmp_path, "autoencoder", *more, slow)) as job:
         job.until(lambda: checkpoints(folder))
@@ -73,21 +66,27 @@ def test_killed_peer_is_named_and_the_job_resumes_bit_for_bit(whole, tmp_path):
 
 
 @grouped
-def test_a_save_of_two_processes_is_restored_by_one_and_back(whole, tmp_path):
-    folder, digests = tmp_path / "autoencoder", []
-    for legs, (count, devices, until) in enumerate([(2, 4, 4), (1, 8, 8), (2, 4, 12)]):
-        more = ("--config.optimizer.decay=constant", f"--config.train.steps={until}", *MESH)
-        with Job(tmp_path / str(legs), *train(tmp_path, "autoencoder", *more), count=count, devices=devices) as job:
+def test_a_save_of_two_processes_is_gone_on_with_by_one_and_back(whole, tmp_path):
+    """The same clips at each step, and the same loss but for the last bits, by one process with eight devices."""
+    summary = read_json(whole / "autoencoder" / "summary.json")
+    assert (summary["devices"], summary["processes"], summary["step"]) == (8, 2, 12)
+    assert (whole / "autoencoder" / "ema.safetensors").exists()
+    folder = tmp_path / "autoencoder"
+    shutil.copytree(whole / "autoencoder", folder)
+    for path in (folder / "checkpoints" / "8", folder / "checkpoints" / "12"):
+        shutil.rmtree(path)
+    for count, devices, begun in ((1, 8, 4), (2, 4, 8)):
+        more = (f"--config.train.steps={begun + 4}", *STEADY)
+        with Job(tmp_path / str(begun), *train(tmp_path, "autoencoder", *more), count=count, devices=devices) as job:
             assert set(job.wait()) == {0}, job.out()
-            assert legs == 0 or f"resuming autoencoder at step {until - 4} of {until}" in job.out()
-        digests.append(read_json(folder / "summary.json")["digests"])
-    assert [(line["processes"], line["start"]) for line in ledger(folder) if "start" in line] == [
-        (2, 0),
-        (1, 4),
-        (2, 8),
-    ]
-    assert [line["step"] for line in steps(folder)] == list(range(12))
-    assert [line["ids"] for line in steps(folder)] == [line["ids"] for line in steps(whole / "autoencoder")]
+            assert f"resuming autoencoder at step {begun} of {begun + 4}" in job.out()
+    starts = [(line["processes"], line["start"]) for line in ledger(folder) if "start" in line]
+    assert starts[-2:] == [(1, 4), (2, 8)]
+    alone, again = steps(whole / "autoencoder"), steps(folder)
+    assert [line["step"] for line in alone] == list(range(12)) and len({line["ids"] for line in alone}) == 12
+    assert [(line["step"], line["ids"]) for line in again[-8:]] == [(line["step"], line["ids"]) for line in alone[4:]]
+    losses = [[float.fromhex(line["loss"]) for line in run[-8:]] for run in (again, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_sigterm_to_one_stops_both_at_the_same_step(tmp_path):
@@ -147,9 +146,12 @@ def test_an_error_of_one_process_ends_both_with_its_line(tmp_path):
 
 
 def test_only_one_of_two_processes_starts(tmp_path):
-    for start in (0, 1):
-        more = train(tmp_path, "autoencoder", "--config.processes.start_timeout=4")
-        with Job(tmp_path / f"logs-{start}", *more, start=[start]) as job:
+    more = train(tmp_path, "autoencoder", "--config.processes.start_timeout=4")
+    with (
+        Job(tmp_path / "0", *more, start=[0]) as first,
+        Job(tmp_path / "1", *more, start=[1]) as second,  # of a job of its own
+    ):
+        for start, job in enumerate((first, second)):
             assert job.wait(60) == [2]
             (line,) = job.out(start).splitlines()[-1:]
             assert line.startswith(("processes.start_timeout=4: not all", "--coordinator=127.0.0.1:"))
