@@ -4,15 +4,16 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import peer as peers
 import pytest
 from fixtures.formula import state_dict
+from peer import torch
 
 from cmd_jax.errors import UserError
 from cmd_jax.interop.cmd_stages import autoencoder_stage, denoiser_stage, release_weights
 from cmd_jax.interop.weights import read_state_dict
 
-torch = pytest.importorskip("torch", reason="torch, of the peers extra, is not installed")
-
+pytestmark = peers.grouped
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LAYOUTS = {
     "zip": {},
@@ -91,19 +92,18 @@ def test_what_wrappers_put_before_names(tmp_path, prefix, caplog):
         read_state_dict(tmp_path / "both.pt")
 
 
-class Named(torch.nn.Module):
+def named(shapes):
     """A module with parameters of these names and shapes."""
-
-    def __init__(self, shapes):
-        super().__init__()
-        for name, shape in shapes.items():
-            *path, last = name.split(".")
-            module = self
-            for part in path:
-                if part not in dict(module.named_children()):
-                    module.add_module(part, torch.nn.Module())
-                module = getattr(module, part)
-            module.register_parameter(last, torch.nn.Parameter(torch.zeros(shape)))
+    whole = torch.nn.Module()
+    for name, shape in shapes.items():
+        *path, last = name.split(".")
+        module = whole
+        for part in path:
+            if part not in dict(module.named_children()):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(last, torch.nn.Parameter(torch.zeros(shape)))
+    return whole
 
 
 def test_the_releases_strict_loading_takes_what_we_write():
@@ -126,7 +126,7 @@ def test_the_releases_strict_loading_takes_what_we_write():
         (content, "content_dit", {"pos_embed": (1, 64, 48)}),
         (motion, "motion_dit", tables),
     ):
-        there = Named({n: value.shape for n, value in states[name].items()} | more)
+        there = named({n: value.shape for n, value in states[name].items()} | more)
         weights = {n: torch.from_numpy(np.ascontiguousarray(value)) for n, value in release_weights(stage).items()}
         there.load_state_dict(weights, strict=True)
         assert all(np.array_equal(dict(there.named_parameters())[n].detach(), v) for n, v in states[name].items())
