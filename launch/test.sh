@@ -12,4 +12,4 @@ ruff check .
 ruff format --check .
 # One XLA thread pool a worker: on few cores two workers share them well.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-python -m pytest -n "${TEST_WORKERS:-2}" --dist loadgroup "${marks[@]}" "$@"
+python -m pytest -n "${TEST_WORKERS:-2}" --dist loadgroup --no-loadscope-reorder "${marks[@]}" "$@"

@@ -6,6 +6,13 @@ import tempfile
 
 import pytest
 
+# What starts processes, or compiles most, goes first, so that no worker is left with it at the end.
+LONGEST = (
+    "test_processes", "test_text_to_video", "test_train", "test_devices", "test_verify_resume", "test_eight_devices",
+    "test_data_parallel", "test_unet", "test_diffusers_peer", "test_autoencoder", "test_clip", "test_dit", "test_vae",
+    "test_stages", "test_sd_runs", "test_flops",
+)  # fmt: skip
+
 programs = tempfile.TemporaryDirectory(prefix="cmd-jax-programs-")  # of the first pytest; workers have its environment
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", programs.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -21,3 +28,12 @@ def optimized(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of a file share what they compile, so one worker has them all, unless they name a wider group."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    place = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
