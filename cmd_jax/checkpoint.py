@@ -14,7 +14,9 @@ import logging
 import os
 import re
 import shutil
+import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,10 +40,21 @@ ANSWER_BYTES = 8192  # of what process 0 tells the others
 BARRIER_SECONDS = 3600  # only what slow disks may need: a peer that died ends this process long before
 
 log = logging.getLogger(__name__)
-# Orbax logs the errors of its threads with two tracebacks each, and raises them too, which is where we tell of them; it
-# also warns of what is meant below.
-NOISE = ("_SignalingThread.run() raised", "overriding jax.Array")
-logging.getLogger("absl").addFilter(lambda record: not any(words in record.getMessage() for words in NOISE))
+# Orbax raises the first error of its threads, which is where we tell of it. It logs it too, with two tracebacks; leaves
+# other tasks behind, whose errors asyncio logs with one each, or that never began, of which Python warns; and closes
+# event loops that TensorStore still answers to. It also warns of what is meant below.
+NOISE = {"absl": ("_SignalingThread.run() raised", "overriding jax.Array"), "asyncio": ("/orbax/", " OCDBT database ")}
+for _logger, _noise in NOISE.items():
+    logging.getLogger(_logger).addFilter(lambda record, noise=_noise: not any(x in record.getMessage() for x in noise))
+warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited", RuntimeWarning)
+
+
+def _unraisable(told, before=sys.unraisablehook):
+    if told.object is not None or str(told.exc_value) != "Event loop is closed":
+        before(told)
+
+
+sys.unraisablehook = _unraisable
 # Orbax cuts an array that several devices hold whole into as many slices, to write each from another one. For small
 # arrays that costs far more than it saves: four seconds for 300 arrays on 8 devices.
 ocp.type_handlers.register_type_handler(

@@ -20,7 +20,8 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 def atomic_path(path, sync: bool = True) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it becomes `path` upon success and vanishes upon failure.
 
-    Missing parent folders are made. sync: it is on the disk, its name too, when this returns.
+    Missing parent folders are made. sync: it is on the disk, its name too, when this returns. An OSError of it names
+    `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +33,10 @@ def atomic_path(path, sync: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
         if sync:
             sync_path(path.parent)
+    except OSError as e:
+        if e.filename in (None, str(temporary)):  # a write, whose errors name no file, or what nobody would know
+            e.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -235,7 +235,7 @@ def command(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        remedy = "free space or mend its rights, or give another --workdir"
+        remedy = "free space or mend its rights, or give another folder"
         return fail(UserError("file", error.filename or "?", error.strerror or str(error), remedy), debug)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's name for it

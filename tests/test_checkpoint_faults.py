@@ -12,6 +12,8 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -301,6 +303,39 @@ def test_file_that_cannot_be_written_keeps_the_step_before(tmp_path, too_large):
     check_whole(tmp_path, 6, rows)
     save(tmp_path, 9, rows=rows)
     check_whole(tmp_path, 9, rows)
+
+
+CROWDED = """
+import gc, logging, resource, sys
+from pathlib import Path
+import jax.numpy as jnp, numpy as np
+from cmd_jax.checkpoint import Checkpoints
+from cmd_jax.errors import UserError
+from cmd_jax.state import TrainState
+logging.basicConfig()
+rng = np.random.default_rng(0)
+tree = {str(i): jnp.asarray(rng.normal(size=(40, 30)).astype(np.float32)) for i in range(100)}
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+for step in range(1, 4):
+    checkpoints = Checkpoints(Path(sys.argv[1]))
+    checkpoints.save(TrainState(jnp.int32(step), tree, tree, (tree,)), {})
+    try:
+        checkpoints.wait()
+    except UserError as error:
+        print(error)
+    checkpoints.close()
+    gc.collect()
+"""
+
+
+def test_arrays_that_find_no_room_are_told_of_once(tmp_path):
+    """Not also by the tasks that Orbax forgets, nor by TensorStore, which answers to event loops that it has closed."""
+    command = [sys.executable, "-c", CROWDED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+    assert [line.partition(" (")[0] for line in done.stdout.splitlines()] == [
+        f"checkpoint={step}: could not be saved" for step in (1, 2, 3)
+    ]
 
 
 def kill(*arguments, **options):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from cmd_jax import main as command
 from cmd_jax import runtime
 from cmd_jax.config import load
 from cmd_jax.errors import UserError
+from cmd_jax.files import write_json
 from cmd_jax.main import EXAMPLES, main
 from cmd_jax.stages import AutoencoderStage
 from cmd_jax.trained import Trained, export
@@ -193,6 +195,20 @@ def test_out_of_memory_says_what_to_lower(monkeypatch, fails):
     monkeypatch.setattr(command, "run", run)
     line = fails("train", f"--config={QUICKSTART}", "--workdir=x")
     assert "123 bytes" in line and all(word in line for word in ("batch_size", "remat", "fsdp"))
+
+
+def test_a_file_that_finds_no_room_is_named(monkeypatch, fails, tmp_path):
+    """The errors of writes name none."""
+
+    def write_text(path, *_):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr(command, "run", lambda *_: write_json(tmp_path / "facts.json", {}))
+    line = fails("train", f"--config={QUICKSTART}", "--workdir=x")
+    assert line.startswith(f"file={tmp_path / 'facts.json'}: No space left on device; free space")
+    assert not list(tmp_path.iterdir())
 
 
 VERBS = {
