@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from cmd_jax import defaults
 from cmd_jax.errors import UserError, choose, nearest
+from cmd_jax.files import check_path
 from cmd_jax.interop.diffusers import SOURCE
 from cmd_jax.stages import build_autoencoder, build_denoiser, build_process, reads_text
 
@@ -127,13 +128,14 @@ NOT_NEGATIVE = {
     "cache_clips", "clip", "guidance", "report_above", "expected", "stall_timeout",
 }  # fmt: skip
 FRACTIONS = {"ema_decay", "label_dropout", "max_bad_fraction", "b1", "b2", "eta"}
+PATHS = {"root", "path", "vgg", "autoencoder", "weights", "image", "prompts_file"}  # texts that are paths
 DTYPES = ("float32", "bfloat16")
 SEEDS = 2**32  # jax.random.key takes a seed modulo this
 
 
 def check(config: ConfigDict) -> ConfigDict:
-    """The checks that need no data: signs, ranges, choices, and sizes that patches must divide."""
-    _check_signs(config, "")
+    """The checks that need no data: signs, ranges, paths, choices, and sizes that patches must divide."""
+    _check_values(config, "")
     if config.seed >= SEEDS:
         raise UserError("seed", config.seed, "too large", f"use at most {SEEDS - 1}")
     if "model" in config:
@@ -203,10 +205,12 @@ def divisible(field: str, size: int, by_field: str, by: int):
         raise UserError(field, size, f"not a multiple of {by_field}={by}", f"use {max(by, round(size / by) * by)}")
 
 
-def _check_signs(config: ConfigDict, prefix: str):
+def _check_values(config: ConfigDict, prefix: str):
     for key, value in config.items():
         if isinstance(value, ConfigDict):
-            _check_signs(value, f"{prefix}{key}.")
+            _check_values(value, f"{prefix}{key}.")
+        elif isinstance(value, str) and key in PATHS:
+            check_path(prefix + key, value)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             if not math.isfinite(value):
                 raise UserError(f"{prefix}{key}", value, "not a finite number", "give one")

@@ -4,6 +4,7 @@ A process that fails for itself tells the others through its heartbeat file (pee
 same place, like the opening of the data, goes through `leader_first`.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cmd_jax.errors import UserError, choose
+from cmd_jax.errors import UserError, choose, tell
 from cmd_jax.runtime import check_devices, has_terminal
 
 log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class deadline:
         self.timer.daemon = True
 
     def _end(self):
-        print(self.error, file=sys.stderr, flush=True)
+        tell(self.error)
         os._exit(2)
 
     def __enter__(self):
@@ -211,8 +212,10 @@ def run_id() -> str:
 
 def leave(code: int, last_words: str = ""):
     """End this process of several at once: an orderly end would wait for peers that may be gone."""
-    print(last_words, end="", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    if last_words:
+        tell(last_words.rstrip("\n"))
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     # The others read why; the coordinator leaves last, since its end aborts them.
     if jax.process_count() > 1 and is_leader():
         time.sleep(LINGER)

@@ -1,6 +1,8 @@
 """The one kind of error a user is shown: `field=value: what is wrong; what to do`."""
 
+import contextlib
 import difflib
+import sys
 from collections.abc import Iterable
 
 LONGEST_VALUE = 120
@@ -15,6 +17,12 @@ class UserError(Exception):
             shown = shown[:LONGEST_VALUE] + "..."
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
         super().__init__(" ".join(f"{field}={shown}: {problem}; {remedy}".split()))
+
+
+def tell(text):
+    """A line on stderr, if there still is someone who reads: a closed terminal must not stop what comes after it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:

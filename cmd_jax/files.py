@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -107,6 +108,13 @@ def read_json(path: Path, field: str = "path", missing: str = "fetch or make it 
         raise UserError(field, path, f"cannot be read ({e.strerror})", missing) from e
     check_content(text, field, path)
     return parse_json(text, field, path, remedy)
+
+
+def check_path(field: str, text: str):
+    """UserError for a path with a scheme (gs://, s3://, file://), which would become a local folder of that name."""
+    if scheme := re.match(r"[A-Za-z][\w+.-]+:(?=/)", text):
+        problem = f"{scheme[0]}// is not supported, only paths of a file system"
+        raise UserError(field, text, problem, "give one, like that of a mounted bucket")
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from cmd_jax.errors import UserError, nearest
+from cmd_jax.errors import UserError, nearest, tell
+from cmd_jax.files import check_path
 from cmd_jax.runtime import check_devices, keep_freed_memory
 
 QUICKSTART = "--config=configs/quickstart.py"
@@ -44,6 +45,17 @@ SAMPLING = {  # flags of `sample` -> what they stand for, and the keys that they
     "seed": ("N", "of the noise", ("seed",)),
     "num": ("N", "videos; with prompts: of each", ("sampling.num",)),
 }
+PATHS = (
+    "--config",
+    "--workdir",
+    "--prompts-file",
+    "INPUT",
+    "OUTPUT",
+    "--architecture",
+    "--classes",
+    "--pretrained",
+    "--unet",
+)
 DISTRIBUTED = ("train", "sample", "evaluate")  # what several processes do together
 
 
@@ -114,6 +126,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     for flag in rest:
         name, equals, value = flag.partition("=")
         if not name.startswith("--config.") or not equals:
+            check_blank(flag, arguments)
             flags = ["--config=FILE", "--workdir=DIR", "--debug", "--config.KEY=VALUE"]
             if known.verb in DISTRIBUTED:
                 flags += ["--distributed=auto", "--coordinator=HOST:PORT", "--num-processes=N", "--process-id=I"]
@@ -129,11 +142,26 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
             if twice := overrides.keys() & set(keys):
                 raise UserError(f"--{flag}", value, f"--config.{min(twice)} is given too", "give one of the two")
             overrides |= dict.fromkeys(keys, value)
+    for flag in PATHS:
+        check_path(flag, getattr(known, flag.strip("-").replace("-", "_").lower(), None) or "")
     needed = {"doctor": ("config",), "convert": ()}.get(known.verb, ("config", "workdir"))
     for flag in needed:
         if not getattr(known, flag):
             raise UserError(f"--{flag}", "", "missing", f"see cmd-jax {known.verb} --help")
     return known, overrides
+
+
+def check_blank(word: str, arguments: list[str]):
+    """UserError for an unknown word where a blank stands in place of a `=`, behind one, or in a text."""
+    place = arguments.index(word)
+    before, after = arguments[place - 1], (arguments[place + 1 :] or ["--"])[0]
+    if word.startswith("--config.") and "=" not in word:
+        given = not after.startswith("--")
+        problem = "a blank stands in place of =" if given else "has no value"
+        raise UserError(word, "", problem, f"write {word}={after if given else 'VALUE'}")
+    if not word.startswith("-") and before.startswith("--"):
+        remedy = f"write {before}{word}" if before.endswith("=") else "write texts with blanks in quotes"
+        raise UserError("flag", word, "a blank stands before it, and it belongs to no flag", remedy)
 
 
 def run(flags, overrides: dict[str, str]) -> int:
@@ -201,7 +229,7 @@ def check_stage(verb: str, stage: str):
 def fail(error: UserError, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(error, file=sys.stderr)
+    tell(error)
     return 2
 
 

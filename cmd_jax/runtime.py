@@ -1,15 +1,17 @@
 """The process itself: memory settings that must hold before JAX starts its threads, devices, and requests to stop."""
 
+import contextlib
 import ctypes
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, tell
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
@@ -69,15 +71,32 @@ def peak_memory_gib() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
+def is_heard(number: int) -> bool:
+    """Whether a signal is meant for this process: not a SIGHUP that its parent had it ignore, like nohup."""
+    return number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+
+
+def drop_terminal():
+    """Have output that went to a terminal, which is being closed, go nowhere: to write to it would be an error."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # os.isatty denies it once the terminal is gone
+                os.dup2(null, descriptor)
+    os.close(null)
+
+
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into `signal`, which the training loop reads; a second one ends at once.
+    """Turns the first SIGTERM, SIGINT or SIGHUP into `signal`, which the training loop reads.
+
+    A second one ends at once, but for SIGHUP, of which a terminal that closes may send several.
 
     Until the loop sets `running` there is nothing to save: the first one ends the process with 0, `farewell`, and
     after the calls that `first` was given. A thread hears the signals, since Python's own handlers wait while
-    the main thread compiles or computes.
+    the main thread compiles or computes. A SIGHUP that is ignored, as by nohup, stays ignored.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self, farewell: str):
         self.farewell, self.signal, self.running, self._calls = farewell, None, False, []
@@ -89,7 +108,7 @@ class StopRequest:
     def __enter__(self):
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
+        self._before = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS if is_heard(number)}
         self._wakeup = signal.set_wakeup_fd(self._write)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -101,13 +120,17 @@ class StopRequest:
                 self._receive(number)
 
     def _receive(self, number: int):
+        if number == signal.SIGHUP:
+            drop_terminal()
+            if self.signal:
+                return
         if self.signal:
             os._exit(128 + number)
         self.signal = number
         if not self.running:
             for call in self._calls:
                 call()
-            print(self.farewell, file=sys.stderr, flush=True)
+            tell(self.farewell)
             os._exit(0)
 
     def __exit__(self, *error):

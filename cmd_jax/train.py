@@ -1,7 +1,6 @@
 """The one training loop. It knows a stage only through its interface (see stages.py)."""
 
 import contextlib
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from cmd_jax.checkpoint import Checkpoints
 from cmd_jax.config import to_json
 from cmd_jax.data.pipeline import BatchPlan, batches
 from cmd_jax.distributed import is_leader, leave, of_leader, run_id
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, tell
 from cmd_jax.files import read_json, versions, write_json, write_text
 from cmd_jax.flight import FlightRecord, explain
 from cmd_jax.hosts import digest, to_host
@@ -50,7 +49,7 @@ def watched(config, folder: Path, flight: FlightRecord, stop: StopRequest):
             if kind != "peer-failed":
                 flight.write(kind, message=text, **facts)
         finally:
-            leave(0 if text == STOPPED_EARLY else 2 if kind == "peer-failed" else 3, f"{text}\n")
+            leave(0 if text == STOPPED_EARLY else 2 if kind == "peer-failed" else 3, text)
 
     options, count = config.processes, jax.process_count()
     with Peers(
@@ -65,7 +64,7 @@ def watched(config, folder: Path, flight: FlightRecord, stop: StopRequest):
         except Exception as error:
             if count > 1:
                 # A collective that breaks off is a lost peer as a rule; the watch will soon know which, and ends this.
-                print(f"{type(error).__name__}: {error}; looking for a lost peer", file=sys.stderr, flush=True)
+                tell(f"{type(error).__name__}: {error}; looking for a lost peer")
                 time.sleep(options.peer_timeout * 1.5)
             raise
 
@@ -74,7 +73,7 @@ def train(config, workdir: Path) -> dict:
     """Train the config's stage in WORKDIR/STAGE, resuming what is there; returns its summary.
 
     Errors: UserError for a folder that holds another run, data or weights that do not fit, a loss that is not finite.
-    SystemExit(0) after SIGTERM or SIGINT, when the state is saved. A lost peer or a stall ends the process with 3.
+    SystemExit(0) after a request to stop, when the state is saved. A lost peer or a stall ends the process with 3.
     """
     begun = time.perf_counter()
     console, folder = make_console(quiet=not is_leader()), workdir / config.stage

@@ -28,7 +28,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, write_json
 from cmd_jax.prepare import lock_folder
 from cmd_jax.report.console import make_console
-from cmd_jax.runtime import check_devices
+from cmd_jax.runtime import check_devices, is_heard
 
 FOLDER = "verify-resume"
 OURS = ("whole", "killed", "devices", "programs", "report.json", ".lock")
@@ -495,7 +495,7 @@ def with_devices(environment: dict[str, str], platform: str, available: int, dev
 
 @contextlib.contextmanager
 def fresh_folder(folder: Path):
-    """An empty folder of our own; a SIGTERM within it unwinds, so that no training is left behind."""
+    """An empty folder of our own; a SIGTERM or SIGHUP within it unwinds, so that no training is left behind."""
     with lock_folder(folder):
         if foreign := sorted({path.name for path in folder.iterdir()} - set(OURS)):
             problem = f"holds {foreign[0]}, which verify-resume did not write, and would be emptied"
@@ -505,11 +505,13 @@ def fresh_folder(folder: Path):
                 shutil.rmtree(path)
             elif path.name != ".lock":
                 path.unlink()
-        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        unwound = filter(is_heard, (signal.SIGTERM, signal.SIGHUP))
+        before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in unwound}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def verify_resume(

@@ -9,9 +9,10 @@ starts `python -m cmd_jax.main train ... --distributed=explicit --coordinator=12
 
 A process that is killed, aborts, crashes or fails ends the others, and all are started again (training resumes from its
 checkpoint), up to `--restarts` times. Not so after exit code 2, an error that a restart does not mend. `--step-timeout`
-does the same to a job whose heartbeats (WORKDIR/STAGE/processes/*.json) show no new step. SIGTERM or SIGINT is passed
-on, so that training saves and ends; a second one kills. All output is kept in WORKDIR/launch-I.log (--distributed=auto:
-launch-HOST.log); the screen is spared the C++ messages, and what the other processes say after one has died.
+does the same to a job whose heartbeats (WORKDIR/STAGE/processes/*.json) show no new step. SIGTERM, SIGINT or SIGHUP is
+passed on, so that training saves and ends; a second one kills. All output is kept in WORKDIR/launch-I.log
+(--distributed=auto: launch-HOST.log); the screen is spared the C++ messages, and what the other processes say after one
+has died.
 
 Exit codes: 0 finished, or stopped on request; 2 an error to be mended first; 3 still failing after all restarts;
 128 + signal after a second signal.
@@ -149,11 +150,12 @@ def free_port() -> int:
 
 
 def workdir_of(command: list[str]) -> Path | None:
-    """The --workdir of the command; None if it has none, which the command itself will say."""
+    """The --workdir of the command; None if it has none, or one of a bucket, which the command itself will say."""
     for flag, following in zip(command, [*command[1:], ""], strict=True):
         name, equals, value = flag.partition("=")
-        if name == "--workdir" and (value if equals else following):
-            return Path(value if equals else following).expanduser().absolute()
+        place = value if equals else following
+        if name == "--workdir" and place and not re.match(r"[A-Za-z][\w+.-]+:/", place):
+            return Path(place).expanduser().absolute()
     return None
 
 
@@ -258,8 +260,9 @@ class Supervisor:
         """Run the job to its end -> exit code."""
         signal.set_wakeup_fd(self.wakes.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # only so that `wait` wakes up
-        for stop in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(stop, lambda received, _: self.signals.append(received))
+        for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if stop != signal.SIGHUP or signal.getsignal(stop) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(stop, self.receive)
         restart, restarts = 0, self.options.restarts
         while True:
             code = self.attempt(restart)
@@ -280,6 +283,10 @@ class Supervisor:
             end = time.monotonic() + self.options.pause
             while time.monotonic() < end and not self.signals:
                 self.wait(end - time.monotonic())
+
+    def receive(self, number: int, _):
+        if number != signal.SIGHUP or not self.signals:  # a terminal that closes may send it several times
+            self.signals.append(number)
 
     def attempt(self, restart: int) -> int:
         """One start of all processes, to the end of all -> exit code; PEER_FAULT for all that a restart may mend."""

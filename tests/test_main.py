@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
+from cmd_jax import defaults, runtime
 from cmd_jax import main as command
-from cmd_jax import runtime
-from cmd_jax.config import load
+from cmd_jax.config import PATHS, load
 from cmd_jax.errors import UserError
 from cmd_jax.files import write_json
 from cmd_jax.main import EXAMPLES, main
@@ -57,8 +58,14 @@ def train_fails(fails, tmp_path):
         (["train", "--config=x", "--workdir="], r"--workdir=: missing; see cmd-jax train --help"),
         (["train", "--config=x", "--wrokdir=y"], r"flag=--wrokdir=y: not a flag of train; did you mean --workdir=DIR"),
         (["train", "--config=x", "--work=y"], r"flag=--work=y: not a flag of train; did you mean --workdir=DIR"),
-        (["train", "--config=x", "--workdir=y", "--config.seed", "3"], r".*did you mean --config.KEY=VALUE"),
-        (["train", "--config=x", "--workdir=y", "z"], r"flag=z: not a flag of train; .*"),
+        (["train", "--config=x", "--workdir=y", "--config.seed", "3"], r".*blank.*; write --config.seed=3"),
+        (["train", "--config=x", "--config.seed", "-3", "--workdir=y"], r".*blank.*; write --config.seed=-3"),
+        (["train", "--config=x", "--config.seed", "--workdir=y"], r"--config.seed=: .*; write --config.seed=VALUE"),
+        (["train", "--config=x", "--config.seed"], r"--config.seed=: has no value; write --config.seed=VALUE"),
+        (["train", "--config=x", "--config.seed=", "3"], r"flag=3: .*blank.*; write --config.seed=3"),
+        (["train", "--config=x", "--workdir=", "here"], r"flag=here: .*blank.*; write --workdir=here"),
+        (["sample", "--config=x", "--prompt=a", "boat"], r"flag=boat: .*blank.* in quotes"),
+        (["train", "--config=x", "--workdir=y", "z"], r"flag=z: .*belongs to no flag; .*"),
         (["train", "--debug=1"], r"command=cmd-jax train: argument --debug: ignored explicit argument '1'; see .*"),
         (["train", "--config=absent.py:content", "--workdir=y"], r"config=absent.py: no such file; .*"),
         (["train", f"--config={QUICKSTART}:contents", "--workdir=y"], r"config=contents: not one of the choices; .*"),
@@ -75,6 +82,45 @@ def test_a_wrong_command_line_is_one_line_and_2(fails, tmp_path, monkeypatch, ar
     line = fails(*arguments)
     assert re.fullmatch(message, line), line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["gs://bucket/run", "hdfs:///r", "file:///r", "s3:/b/r"])
+@pytest.mark.parametrize(
+    "field, arguments",
+    [
+        ("--workdir", ("train", f"--config={QUICKSTART}", "--workdir=PLACE")),
+        ("--workdir", ("doctor", f"--config={QUICKSTART}", "--workdir=PLACE")),
+        ("--config", ("train", "--config=PLACE", "--workdir=x")),
+        ("data.root", ("train", f"--config={QUICKSTART}", "--workdir=x", "--config.data.root=PLACE")),
+        ("loss.vgg", ("train", f"--config={QUICKSTART}", "--workdir=x", "--config.loss.vgg=PLACE")),
+        ("pretrained.path", ("train", f"--config={QUICKSTART}", "--workdir=x", "--config.pretrained.path=PLACE")),
+        (
+            "latents.autoencoder",
+            ("train", f"--config={QUICKSTART}:content", "--workdir=x", "--config.latents.autoencoder=PLACE"),
+        ),
+        ("weights", ("sample", f"--config={QUICKSTART}:sample", "--workdir=x", "--config.weights=PLACE")),
+        ("sampling.image", ("sample", f"--config={QUICKSTART}:sample", "--workdir=x", "--config.sampling.image=PLACE")),
+        ("--prompts-file", ("sample", f"--config={QUICKSTART}:sample", "--workdir=x", "--prompts-file=PLACE")),
+        ("INPUT", ("convert", "dit", "PLACE", "x.safetensors")),
+        ("OUTPUT", ("convert", "dit", "x.pt", "PLACE")),
+        ("--unet", ("convert", "stable-diffusion", "x", "y", "--unet=PLACE")),
+    ],
+)
+def test_a_path_with_a_scheme_is_no_local_folder(fails, tmp_path, monkeypatch, place, field, arguments):
+    monkeypatch.chdir(tmp_path)
+    line = fails(*(argument.replace("PLACE", place) for argument in arguments))
+    scheme = place.partition(":")[0]
+    assert line.startswith(f"{field}={place}: {scheme}:// is not supported") and not list(tmp_path.iterdir())
+
+
+def test_every_key_that_is_a_path_is_known_as_one():
+    """By what the defaults say of their texts, all of which are empty for paths."""
+    texts = set()
+    for stage in ("autoencoder", "content", "motion", "sample"):
+        texts |= {key for key, value in flatten_dict(defaults.stage(stage).to_dict(), sep=".").items() if value == ""}
+    words = {"mesh.preset", "sampling.classes", "sampling.prompt", "sampling.negative"}
+    words |= {"sampling.content_solver", "sampling.motion_solver"}
+    assert {key for key in texts if key.rpartition(".")[2] not in PATHS} == words
 
 
 @pytest.mark.parametrize(

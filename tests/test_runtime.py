@@ -1,5 +1,6 @@
 """Requests to stop, sent to real processes."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def start():
 
 
 @pytest.mark.parametrize("busy", ["", IN_C])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_before_the_loop_clears_up_and_ends_with_0(start, number, busy):
     process, begun = start(False, busy), time.monotonic()
     process.send_signal(number)
@@ -64,6 +65,61 @@ def test_a_signal_in_the_loop_only_sets_the_flag_and_a_second_one_ends_at_once(s
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_a_terminal_that_closes_sends_several_sighups(start):
+    process = start(True)
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline() == f"heard {int(signal.SIGHUP)}\n"
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_what_nohup_started_goes_on(start):
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the process inherits
+    try:
+        process = start(True)
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == f"heard {int(signal.SIGTERM)}\n"
+
+
+TALKER = """
+import sys, time
+from pathlib import Path
+from cmd_jax.errors import tell
+from cmd_jax.report.console import make_console
+from cmd_jax.runtime import StopRequest
+console = make_console()
+with StopRequest("") as stop:
+    stop.running = True
+    while not stop.signal:
+        console.print("a step")
+    time.sleep(0.2)
+    console.print("saved")
+    tell("and said")
+Path(sys.argv[1]).write_text(str(stop.signal))
+"""
+
+
+def test_a_run_whose_terminal_is_closed_still_saves(tmp_path):
+    """It writes to it all the time; each write is an error from then on."""
+    ours, theirs = os.openpty()
+    script = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{TALKER}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "saved"],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    assert b"a step" in os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "saved").read_text() == str(int(signal.SIGHUP))
 
 
 def test_the_second_signal_does_not_wait_for_a_computation(start):
