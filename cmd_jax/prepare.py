@@ -34,7 +34,7 @@ from cmd_jax.trained import Trained, load_trained
 # What may change between the runs of one stage folder, and what too where the learning rate does not depend on it.
 RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")
 RESUMABLE += ("data.prefetch", "data.root", "data.probe_timeout", "mesh.", "processes.", "rules", "latents.autoencoder")
-RESUMABLE += ("pretrained.path",)
+RESUMABLE += ("pretrained.path", "train.accumulate", "model.remat")  # the last two: fewer devices may need them
 RESUMABLE_CONSTANT = ("train.steps", "optimizer.steps")
 
 log = logging.getLogger(__name__)

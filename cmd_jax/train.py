@@ -141,18 +141,22 @@ def position(config, step: int, facts: dict) -> dict:
 
 
 def check_continues(earlier: dict, now: dict, console):
-    """The checkpoint must be of the same key and order of clips; of other versions or devices it is told."""
+    """The checkpoint must be of the same key and order of clips; what else may change bits is told."""
     for name in ("key", "order", "examples"):
         if earlier[name] != now[name]:
             raise UserError(
                 f"checkpoint.{name}", earlier[name], f"this run has {now[name]}",
                 "resume with the seed, batch size and data it was started with, or start anew in another --workdir",
             )  # fmt: skip
-    for name in ("devices", "processes", "versions"):
-        if earlier[name] != now[name]:
-            console.print(
-                f"saved with {name} {earlier[name]}, resumed with {now[name]}: the last bits may differ from now on"
-            )
+    earlier, now = (
+        {name: run[name] for name in ("devices", "processes", "versions")}
+        | {"model.remat": run["config"]["model"]["remat"], "train.accumulate": run["config"]["train"]["accumulate"]}
+        for run in (earlier, now)
+    )
+    for name, value in earlier.items():
+        if value != now[name]:
+            what = "microbatches draw other noise" if name == "train.accumulate" else "the last bits may differ"
+            console.print(f"saved with {name} {value}, resumed with {now[name]}: {what} from now on")
 
 
 class Loop:

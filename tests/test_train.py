@@ -1,4 +1,5 @@
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -323,8 +324,15 @@ def test_sigterm_ends_a_training_process_and_it_can_be_resumed(tmp_path, capsys)
     assert f"stopped by signal 15 after step {step}; saved" in (tmp_path / "out").read_text()
 
     config.train.steps = config.optimizer.steps = step + 1
+    config.train.accumulate, config.model.remat = 2, "full"  # as fewer devices may need it
     assert training.train(config, tmp_path)["step"] == step + 1
-    assert f"resuming autoencoder at step {step} of {step + 1}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"resuming autoencoder at step {step} of {step + 1}" in out
+    assert "saved with model.remat none, resumed with full: the last bits may differ from now on" in out
+    assert "saved with train.accumulate 1, resumed with 2: microbatches draw other noise from now on" in out
+    done = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    wanted = hashlib.sha256(BatchPlan(48, 4, 0).ids(step).astype(np.int64).tobytes()).hexdigest()[:16]
+    assert [line["ids"] for line in done if line.get("step") == step] == [wanted]
 
 
 # What is refused.
@@ -364,6 +372,7 @@ def test_folder_of_another_run_is_refused(begun, changes, field):
         {},
         {"train__steps": 9},
         {"train__log_every": 5, "train__checkpoint_every": 7, "train__keep": 1, "train__preview_every": 2},
+        {"train__accumulate": 4, "model__remat": "dots"},
         {"data__threads": 1, "data__prefetch": 1, "latents__autoencoder": "elsewhere"},
     ],
 )
