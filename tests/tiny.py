@@ -3,7 +3,6 @@
 Classes at 4x16x24; or, of kind text, captions at 4x16x32, whose frames are latents of `pipeline_folder`. H != W.
 """
 
-import contextlib
 import functools
 import os
 import tempfile
@@ -92,9 +91,6 @@ def pipeline_folder() -> Path:
         tokenizer = Tokenizer(FIXTURES / size.tokenizer / "tokenizer")
         save_pipeline(folder, make_pipeline.make(size, tokenizer, seed=0, dtype="float32"))
     return folder
-
-
-quick_compiles = contextlib.nullcontext  # of conftest.py now
 
 
 @functools.cache
