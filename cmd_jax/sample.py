@@ -11,7 +11,6 @@ from rich.table import Table
 
 from cmd_jax.conditions import Classes
 from cmd_jax.data.pipeline import local_rows, to_global
-from cmd_jax.diffusion.flow import Flow
 from cmd_jax.diffusion.guidance import check_guidance
 from cmd_jax.diffusion.schedules import check_count
 from cmd_jax.distributed import is_leader
@@ -20,6 +19,7 @@ from cmd_jax.evaluation import shapes_oracle
 from cmd_jax.evaluation.reconstruction import psnr
 from cmd_jax.frames import pixels
 from cmd_jax.hosts import whole
+from cmd_jax.keys import derive
 from cmd_jax.models.autoencoder import Latents
 from cmd_jax.prepare import open_space
 from cmd_jax.pretrained import check_same, load_texts, stated_conditions, stated_space
@@ -52,7 +52,7 @@ class Sampler:
 
     A program maps a batch to {"video": [B, T, H, W, 3] and "image": [B, H, W, 3], roughly in [-1, 1], "content":
     [B, H, W, C], "motion": [B, T, h+w, K]}, split over the mesh like the batch; "image" is the content frame as pixels.
-    Sample i draws from fold_in(key(seed), i) alone, so its video does not depend on the batch it is made in.
+    Sample i draws from keys below its own alone, so its video does not depend on the batch it is made in.
     """
 
     def __init__(self, stages: dict[str, Trained], config, mesh):
@@ -60,7 +60,7 @@ class Sampler:
         trained, place = stages["autoencoder"], partial(abstract, mesh=mesh, rules=config.rules)
         self.autoencoder = FrozenAutoencoder(trained.config, trained.params, open_space(config, trained.facts, place))
         self.params = {"autoencoder": self.autoencoder.params}
-        self.statistics, self.denoisers, self.null_ids = {}, {}, None
+        self.statistics, self.denoisers, self.solvers, self.null_ids = {}, {}, {}, None
         if "content" in stages:
             self._open_conditions(stages["content"].facts, config, place)
         for name in ("content", "motion"):
@@ -102,13 +102,14 @@ class Sampler:
 
     def _check_options(self, name, stage):
         """Before anything is compiled, and by the names the user knows."""
-        steps, solver, process = self.options[f"{name}_steps"], self.options[f"{name}_solver"], stage.process
-        choose(f"sampling.{name}_solver", solver or stage.solvers[0], stage.solvers)
-        if self.options.eta and (solver or stage.solvers[0]) != "ddim":
-            raise UserError("sampling.eta", self.options.eta, f"the {name} solver is not ddim", "set it to 0.0")
-        # With the spacing "even" dpmpp steps to clean data from the timestep before the least noisy one.
-        most = None if isinstance(process, Flow) else len(process.schedule) - (solver == "dpmpp")
-        check_count(f"sampling.{name}_steps", steps, most)
+        if wanted := self.options[f"{name}_solver"]:
+            choose(f"sampling.{name}_solver", wanted, stage.solvers)
+        process, options = stage.solver(wanted)
+        solver = self.solvers[name] = options["solver"]
+        if self.options.eta and solver != "ddim":
+            problem = f"the {name} solver is {solver}, not ddim"
+            raise UserError("sampling.eta", self.options.eta, problem, "set it to 0.0")
+        check_count(f"sampling.{name}_steps", self.options[f"{name}_steps"], process.most_steps(**options))
 
     # Programs, pure functions of their arguments.
 
@@ -116,10 +117,9 @@ class Sampler:
         """Content frames (content=None) or motion latents [B, ...], one key a sample."""
         stage, options = self.denoisers[name], self.options
         eta = {"eta": options.eta} if options.eta else {}
-        steps, solver = options[f"{name}_steps"], options[f"{name}_solver"]
         return stage.sample(
             params[name], self.statistics[name], condition, content, keys,
-            guidance=guidance, null=null, steps=steps, solver=solver, **eta,
+            guidance=guidance, null=null, steps=options[f"{name}_steps"], solver=self.solvers[name], **eta,
         )  # fmt: skip
 
     def _finish(self, params, content, motion):
@@ -136,9 +136,12 @@ class Sampler:
 
     def _keys(self, key, batch):
         """-> (content keys [B], motion keys [B]). Samples of one "index" share the content key, not the motion key."""
-        split = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)), out_axes=1)
-        content, motion = split(batch["index"])
-        return content, jax.vmap(jax.random.fold_in)(motion, batch["variant"])
+
+        def of(index, variant):
+            sample = derive(key, "sample", index)
+            return derive(sample, "content"), derive(sample, "motion", variant)
+
+        return jax.vmap(of)(batch["index"], batch["variant"])
 
     def _generate(self, params, batch, key, guidance, null_ids=None):
         """Classes or texts -> content -> motion -> video."""

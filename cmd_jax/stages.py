@@ -29,6 +29,7 @@ from cmd_jax.frames import Pixels, VAELatents
 from cmd_jax.interop.diffusers import load_unet
 from cmd_jax.interop.schedulers import SOLVERS, from_scheduler_config
 from cmd_jax.interop.sd_config import unet_from_config
+from cmd_jax.keys import derive
 from cmd_jax.models.autoencoder import CONTENTS, MODES, POSITIONS, Autoencoder, Latents
 from cmd_jax.models.discriminator import (
     PatchDiscriminator,
@@ -106,9 +107,9 @@ class AutoencoderStage:
 
     def init(self, key):
         video = jnp.zeros(self.video_shape)
-        params = {"autoencoder": self.module.init(key, video)["params"]}
+        params = {"autoencoder": self.module.init(derive(key, "autoencoder"), video)["params"]}
         for name, module in self.discriminators.items():
-            params[name] = module.init(jax.random.fold_in(key, len(params)), self._view(name, video, 0))["params"]
+            params[name] = module.init(derive(key, name), self._view(name, video, 0))["params"]
         return params
 
     def pretrained(self, place):
@@ -120,7 +121,7 @@ class AutoencoderStage:
 
     def loss(self, params, frozen, batch, key):
         video, weights = self.frames(frozen, batch), self.loss_weights
-        frame = jax.random.randint(key, video.shape[:1], 0, video.shape[1])
+        frame = jax.random.randint(derive(key, "frame"), video.shape[:1], 0, video.shape[1])
         reconstruction, latents = self.module.apply({"params": params["autoencoder"]}, video)
         mse = jnp.mean(jnp.square(reconstruction - video), axis=(1, 2, 3, 4))
         terms = {"l1": jnp.mean(jnp.abs(reconstruction - video)), "l2": mse.mean()}
@@ -277,18 +278,17 @@ class DiffusionStage:
         return denoise
 
     def loss(self, params, frozen, batch, key):
-        keys = dict(zip(("noise", "label"), jax.random.split(key), strict=True))
         latents = jax.lax.stop_gradient(self.autoencoder.encode(frozen["autoencoder"], batch))
         x0, content = self.split(latents, frozen["statistics"])
-        dropped = jax.random.bernoulli(keys["label"], self.label_dropout, (len(x0),))
+        dropped = jax.random.bernoulli(derive(key, "label"), self.label_dropout, (len(x0),))
         null = self.conditions.null(frozen["conditions"], len(x0))
         condition = jax.lax.stop_gradient(drop(self.conditions.of(frozen["conditions"], batch), null, dropped))
-        t, noise = self.process.draw(keys["noise"], x0)
+        t, noise = self.process.draw(key, x0)
         losses, metrics = self.process.loss(self.denoiser(params, condition, content), x0, t, noise)
         return losses.mean(), jax.tree.map(jnp.mean, metrics)
 
-    def solver(self, name: str) -> tuple:
-        """A solver, by default the process's first -> (process, keyword arguments of its `sample`)."""
+    def solver(self, name: str = "") -> tuple:
+        """The solver of that name, or the one it has by default -> (process, keyword arguments of its `sample`)."""
         if isinstance(self.process, Flow):
             return self.process, {"solver": name or "euler"}
         # iDDPM's spacing, which starts at the noisiest timestep.
@@ -302,17 +302,17 @@ class DiffusionStage:
         """Reverse process for each key: -> content frames [B, H, W, C] or motion latents, in their own units."""
         features = self.content_features(params, None if content is None else normalize(content, statistics["content"]))
         denoise = self.guided_denoiser(params, condition, features, guidance, null)
-        noise_keys, step_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        noise = jax.vmap(lambda key: jax.random.normal(key, self.shape))(noise_keys)
+        noise = jax.vmap(lambda key: jax.random.normal(derive(key, "noise"), self.shape))(keys)
         process, options = self.solver(solver)
-        x = process.sample(denoise, noise, step_keys, steps=steps, **{**options, **more})
+        x = process.sample(denoise, noise, keys, steps=steps, **{**options, **more})
         return denormalize(x, statistics[self.name])
 
     def _sample_batch(self, params, frozen, batch, key, content):
-        keys = jax.random.split(key, len(next(iter(batch.values()))))
+        rows = jnp.arange(len(next(iter(batch.values()))))
+        keys = jax.vmap(lambda row: derive(key, "sample", row))(rows)
         condition = self.conditions.of(frozen["conditions"], batch)
-        most = PREVIEW_STEPS if isinstance(self.process, Flow) else len(self.process.schedule)
-        steps = min(PREVIEW_STEPS, most)
+        process, options = self.solver()
+        steps = min(PREVIEW_STEPS, process.most_steps(**options) or PREVIEW_STEPS)
         return self.sample(params, frozen["statistics"], condition, content, keys, steps=steps, solver="")
 
 
@@ -359,7 +359,7 @@ class FineTunedContentStage(ContentStage):
     def apply(self, params, x, timesteps, condition, content):
         return self.module.apply({"params": params}, x, timesteps, condition.states)
 
-    def solver(self, name):
+    def solver(self, name=""):
         return from_scheduler_config(self.image_model["scheduler"], name)
 
 

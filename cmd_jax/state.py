@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cmd_jax.keys import derive
 from cmd_jax.sharding import shardings_of
 
 
@@ -34,14 +35,20 @@ def abstract(init, mesh, rules):
     return jax.tree.map(one, boxed, shardings_of(boxed, mesh, rules), is_leaf=is_boxed)
 
 
+def learning_rate(config, update):
+    """Of update 0, 1, ...: it rises to learning_rate in `warmup_steps` equal steps, of which the first is no zero, and
+    from there with decay "cosine" falls to zero at update `steps`."""
+    warmup = config.warmup_steps
+    rate = config.learning_rate * jnp.minimum((update + 1) / max(warmup, 1), 1.0)
+    if config.decay == "cosine":
+        past = jnp.clip((update - warmup) / (config.steps - warmup), 0.0, 1.0)
+        rate *= 0.5 * (1.0 + jnp.cos(jnp.pi * past))
+    return rate
+
+
 def make_optimizer(config) -> optax.GradientTransformation:
     """Adam with warm-up, optional cosine decay to zero at `steps`, and optional clipping by global norm."""
-    rate = config.learning_rate
-    if config.decay == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, config.warmup_steps, config.steps)
-    else:
-        schedule = optax.linear_schedule(0.0 if config.warmup_steps else rate, rate, max(config.warmup_steps, 1))
-    adam = optax.adam(schedule, b1=config.b1, b2=config.b2, eps=config.eps)
+    adam = optax.adam(partial(learning_rate, config), b1=config.b1, b2=config.b2, eps=config.eps)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam) if config.clip_norm else adam
 
 
@@ -61,7 +68,7 @@ def init_state(stage, optimizer, seed: int, mesh, rules, pretrained=None) -> Tra
             return state
         return state.replace(params=pretrained, ema=jax.tree.map(jnp.copy, pretrained))
 
-    key = jax.random.key(seed)
+    key = derive(jax.random.key(seed), "parameters")
     shardings = shardings_of(jax.eval_shape(boxed, key), mesh, rules)
     return jax.jit(make, out_shardings=shardings)(key, pretrained)
 
@@ -80,10 +87,11 @@ def _split(batch, count: int, index):
 def train_step(state: TrainState, frozen, batch, step, key, *, loss_fn, optimizer, ema_decay, accumulate=1):
     """One optimiser update; pure, so a resumed run repeats it bit for bit.
 
-    loss_fn(params, frozen, batch, key) -> (loss, metrics). `step` is the step this batch is meant for. If loss or
-    gradient is not finite, or an earlier step was refused, the state comes back unchanged and metrics["applied"] is 0.
+    loss_fn(params, frozen, batch, key) -> (loss, metrics); the key of a step is derived from `key`, that of the run.
+    `step` is the step this batch is meant for. If loss or gradient is not finite, or an earlier step was refused, the
+    state comes back unchanged and metrics["applied"] is 0.
     """
-    key = jax.random.fold_in(key, state.step)
+    key = derive(key, "step", state.step)
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
         (loss, metrics), grads = gradient(state.params, frozen, batch, key)
@@ -93,7 +101,7 @@ def train_step(state: TrainState, frozen, batch, step, key, *, loss_fn, optimize
             return jax.tree.map(jnp.add, total, one(i)), None
 
         def one(i):
-            return gradient(state.params, frozen, _split(batch, accumulate, i), jax.random.fold_in(key, i))
+            return gradient(state.params, frozen, _split(batch, accumulate, i), derive(key, "microbatch", i))
 
         total, _ = jax.lax.scan(microstep, one(0), jnp.arange(1, accumulate))
         (loss, metrics), grads = jax.tree.map(lambda x: x / accumulate, total)

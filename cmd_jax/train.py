@@ -18,6 +18,7 @@ from cmd_jax.errors import UserError, tell
 from cmd_jax.files import read_json, versions, write_json, write_text
 from cmd_jax.flight import FlightRecord, explain
 from cmd_jax.hosts import digest, to_host
+from cmd_jax.keys import derive
 from cmd_jax.peers import Peers
 from cmd_jax.prepare import claimed, prepare
 from cmd_jax.report.console import make_console
@@ -171,7 +172,7 @@ class Loop:
         self.plan, self.facts = plan, facts
         self.checkpoints, self.report, self.peers, self.stop, self.begun = checkpoints, report, peers, stop, begun
         self.compile_seconds, self.first_step_seconds, self.save_seconds, self.saved = 0.0, None, 0.0, None
-        self.run_key, self.preview_key = jax.random.split(jax.random.key(config.seed))
+        self.key = jax.random.key(config.seed)
         # Constants of every step, put where they are needed once; the autoencoder was read into its shards.
         whole = replicated(mesh)
         self.frozen = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, whole), stage.frozen)
@@ -215,7 +216,7 @@ class Loop:
         with self.report.progress:
             for step, batch in zip(range(start, options.steps), data, strict=False):
                 flag = asked if self.stop.signal else quiet
-                arguments = (self.frozen, batch, jnp.int32(step), self.run_key, flag)
+                arguments = (self.frozen, batch, jnp.int32(step), self.key, flag)
                 if update is None:
                     batch = jax.block_until_ready(batch)
                     update = self._compile(state, *arguments)
@@ -231,7 +232,7 @@ class Loop:
                     self.save(state)
                 if options.preview_every and (done % options.preview_every == 0 or done == options.steps):
                     with self.peers.busy():
-                        key = jax.random.fold_in(self.preview_key, done)
+                        key = derive(self.key, "preview", done)
                         pictures = self._preview(state.ema, self.frozen, batch, key)
                         self.report.metrics.preview(done, jax.tree.map(np.asarray, pictures))
                 if stopping:
@@ -266,7 +267,7 @@ class Loop:
         """What was not finite in a refused step, and where; the refusal itself must not get lost over it."""
         try:
             accumulate = self.config.train.accumulate
-            return explain(self.stage.loss, state, self.frozen, batch, self.run_key, self.boxed, accumulate)
+            return explain(self.stage.loss, state, self.frozen, batch, self.key, self.boxed, accumulate)
         except Exception as e:
             return {"not_explained": f"{type(e).__name__}: {e}"}
 

@@ -32,6 +32,7 @@ from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
 from cmd_jax.interop.diffusers import Pipeline, save_pipeline
 from cmd_jax.interop.sd_config import CLASSES, unet_from_config, vae_from_config
 from cmd_jax.interop.weights import flatten, unflatten
+from cmd_jax.keys import derive
 from cmd_jax.models.clip import CLIPText
 from cmd_jax.models.unet import init_unet
 from cmd_jax.models.vae import VAE, init_vae
@@ -270,15 +271,16 @@ def vae_loss(vae: VAE, params, images, key):
 
 def train_vae(vae: VAE, frames: np.ndarray, steps: int, seed: int) -> tuple[VAE, dict]:
     """frames uint8 [N,H,W,3] -> (the VAE with the scaling factor that gives them latents of unit variance, params)."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, min(WARMUP, steps // 4), steps, LEARNING_RATE / 100)
+    warmup, low = min(WARMUP, steps // 4), LEARNING_RATE / 100
+    rate = optax.warmup_cosine_decay_schedule(low, LEARNING_RATE, warmup, steps, low)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
     key, params = jax.random.key(seed), draw(init_vae, vae, (seed, 0), "float32")
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, frames, number):
-        choice, noise = jax.random.split(jax.random.fold_in(key, number))
-        images = normalise(frames[jax.random.randint(choice, (BATCH,), 0, len(frames))])
-        (_, metrics), grads = jax.value_and_grad(partial(vae_loss, vae), has_aux=True)(params, images, noise)
+        images = normalise(frames[jax.random.randint(derive(key, "frame", number), (BATCH,), 0, len(frames))])
+        loss = jax.value_and_grad(partial(vae_loss, vae), has_aux=True)
+        (_, metrics), grads = loss(params, images, derive(key, "noise", number))
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, metrics
 

@@ -21,6 +21,7 @@ import numpy as np
 from cmd_jax.config import load
 from cmd_jax.errors import UserError
 from cmd_jax.interop.diffusers import load_unet
+from cmd_jax.keys import derive
 from cmd_jax.pretrained import describe, stated, stated_conditions, stated_space
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.trained import Trained, export
@@ -34,7 +35,7 @@ def drawn(stage, seed: int) -> dict:
     def make(key):
         return jax.tree.map(lambda x: x.astype(jnp.float16), nn.unbox(stage.init(key)))
 
-    return jax.tree.map(np.asarray, jax.jit(make)(jax.random.key(seed)))
+    return jax.tree.map(np.asarray, jax.jit(make)(derive(jax.random.key(seed), "parameters")))
 
 
 def main():

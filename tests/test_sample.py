@@ -156,7 +156,7 @@ def test_gaussian_models_of_half_precision_sample():
 
 
 def test_eta_is_refused_where_the_solver_has_none():
-    with pytest.raises(UserError, match="sampling.eta=0.5: the content solver is not ddim; set it to 0.0"):
+    with pytest.raises(UserError, match="sampling.eta=0.5: the content solver is euler, not ddim; set it to 0.0"):
         build(eta=0.5)
 
 

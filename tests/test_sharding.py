@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh
 
 from cmd_jax import defaults
 from cmd_jax.errors import UserError
+from cmd_jax.keys import derive
 from cmd_jax.models.autoencoder import Autoencoder
 from cmd_jax.models.discriminator import PatchDiscriminator
 from cmd_jax.models.dit import DiT
@@ -384,7 +385,7 @@ def check_mesh():
         state, metrics = step(state, stage.frozen, one, jnp.int32(0), key)
         assert bool(metrics["applied"]) and gate_of(state).sharding == gate_of(layout)
     params, batch = alone
-    loss, _ = jax.jit(stage.loss)(params, stage.frozen, batch, jax.random.fold_in(key, 0))
+    loss, _ = jax.jit(stage.loss)(params, stage.frozen, batch, derive(key, "step", 0))
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
 
 

@@ -12,6 +12,7 @@ from cmd_jax.conditions import Classes
 from cmd_jax.data.sources import channel_statistics
 from cmd_jax.errors import UserError
 from cmd_jax.frames import pixels
+from cmd_jax.keys import derive
 from cmd_jax.models.autoencoder import Latents
 from cmd_jax.models.vgg import LPIPS, lpips_params
 from cmd_jax.stages import (
@@ -188,7 +189,7 @@ def test_lpips_joins_with_its_weight_on_one_frame_of_each_clip():
     def loss(params, frozen, batch, key):
         total, metrics = stage.loss(params, frozen, batch, key)
         reconstruction, _ = stage.module.apply({"params": params["autoencoder"]}, pixels(batch["video"]))
-        frames = jax.random.randint(key, (2,), 0, T)
+        frames = jax.random.randint(derive(key, "frame"), (2,), 0, T)
         pick = lambda x: jnp.stack([x[i, frames[i]] for i in range(2)])  # noqa: E731
         distance = LPIPS().apply({"params": frozen["lpips"]}, pick(reconstruction), pick(pixels(batch["video"])))
         return total, metrics, distance.mean()
@@ -249,7 +250,7 @@ def test_a_gradient_reaches_every_parameter_and_nothing_frozen(stages, gradients
     params = awake(stage)
     (loss, metrics), (ours, frozen) = gradients[name](params, stage.frozen, BATCH, KEY)
     assert np.isfinite(loss) and set(metrics) == ({"mse", "vb"} if name == "content" else {"mse"})
-    dropped = jax.random.bernoulli(jax.random.split(KEY)[1], stage.label_dropout, (B,))
+    dropped = jax.random.bernoulli(derive(KEY, "label"), stage.label_dropout, (B,))
     used = {CLASSES if drop else int(label) for drop, label in zip(dropped, BATCH["label"], strict=True)}
     for key, leaf in names(ours).items():
         if key != "blocks/key/bias":  # a softmax doesn't see what a key's bias adds to all its logits

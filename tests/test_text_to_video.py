@@ -23,6 +23,7 @@ from cmd_jax.flops import count
 from cmd_jax.frames import VAELatents, pixels
 from cmd_jax.interop.diffusers import load_pipeline
 from cmd_jax.interop.schedulers import from_scheduler_config
+from cmd_jax.keys import derive
 from cmd_jax.main import main
 from cmd_jax.models.clip import mean_pool
 from cmd_jax.prepare import prepare
@@ -241,8 +242,8 @@ def test_step_zero_samples_are_those_of_the_pretrained_pipeline(sampler):
     def denoise(x, t):
         return guide(*jax.vmap(lambda s: unet.apply({"params": params}, x, t, s))(states), 7.5, False)
 
-    keys = [jax.random.split(jax.random.fold_in(jax.random.key(0), i))[0] for i in range(2)]
-    noise = jnp.stack([jax.random.normal(jax.random.split(key)[0], (8, 16, 4)) for key in keys])
+    keys = [derive(derive(jax.random.key(0), "sample", i), "content") for i in range(2)]
+    noise = jnp.stack([jax.random.normal(derive(key, "noise"), (8, 16, 4)) for key in keys])
     latents = jax.jit(partial(process.sample, denoise, keys=None, steps=3, **options))(noise)
     assert relative(out["content"], latents) <= 1e-4
     images = pipeline().vae[0].apply({"params": pipeline().vae[1]}, latents, method="decode")
@@ -413,15 +414,34 @@ def test_parts_of_another_model_are_refused(tmp_path):
     other = tiny.FIXTURES / "tiny-sd15"
     with pytest.raises(UserError, match="its vae is not the one that the autoencoder was trained with"):
         train(config_of("content", latents__cache_clips=48, pretrained__path=other), trained())
-    content = load_trained(trained() / "content", "content")
+    facts = load_trained(trained() / "motion", "motion").facts
+    assert facts["text_encoder"]["digest"] != "other"
+    config = exported(tmp_path, "motion", text_encoder={**facts["text_encoder"], "digest": "other"})
+    with pytest.raises(UserError, match="^weights=motion: its classes or text encoder differ from the content stage's"):
+        sampling.load_sampler(config, tmp_path)
+
+
+def exported(folder, changed, **facts):
+    """The settings for weights files of the run here, where one stage has other facts."""
     for name in ("autoencoder", "content", "motion"):
         stage = load_trained(trained() / name, name)
-        facts = stage.facts
-        if name == "motion":
-            facts = facts | {"text_encoder": {**facts["text_encoder"], "digest": "other"}}
-        export(tmp_path / f"{name}.safetensors", Trained(stage.config, stage.params, facts))
-    assert content.facts["text_encoder"]["digest"] != "other"
+        stated = stage.facts | (facts if name == changed else {})
+        export(folder / f"{name}.safetensors", Trained(stage.config, stage.params, stated))
     config = settings()
-    config.weights = str(tmp_path)
-    with pytest.raises(UserError, match="^weights=motion: its classes or text encoder differ from the content stage's"):
+    config.weights = str(folder)
+    return config
+
+
+def test_eta_and_steps_are_checked_for_the_solver_that_the_scheduler_is_for(tmp_path):
+    """Not for the first of those there are: an empty solver is the folder's own."""
+    model = load_trained(trained() / "content", "content").facts["image_model"]
+    scheduler = model["scheduler"] | {"_class_name": "DPMSolverMultistepScheduler"}
+    config = exported(tmp_path, "content", image_model=model | {"scheduler": scheduler})
+    config.sampling.content_steps = 999
+    assert sampling.load_sampler(config, tmp_path).solvers == {"content": "dpmpp", "motion": "ddim"}
+    config.sampling.content_steps = 1000
+    with pytest.raises(UserError, match="^sampling.content_steps=1000: more than the 999 training steps; use 1 to 999"):
+        sampling.load_sampler(config, tmp_path)
+    config.sampling.update(content_steps=3, eta=0.5)
+    with pytest.raises(UserError, match="^sampling.eta=0.5: the content solver is dpmpp, not ddim; set it to 0.0"):
         sampling.load_sampler(config, tmp_path)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from cmd_jax.diffusion.gaussian import check_clip, column, item_mean
 from cmd_jax.diffusion.schedules import check_count
 from cmd_jax.errors import choose
+from cmd_jax.keys import derive
 
 # The model is told 1000 t, so that timestep features made for 1000-step diffusion serve both.
 TIME_SCALE = 1000.0
@@ -35,9 +36,9 @@ class Flow:
 
     def draw(self, key, x0):
         """Data [B,...] -> (t [B] float32 in (0,1), standard normal noise [B,...])."""
-        key_t, key_noise = jax.random.split(key)
-        t = jax.nn.sigmoid(self.time_mean + self.time_std * jax.random.normal(key_t, x0.shape[:1], jnp.float32))
-        return t, jax.random.normal(key_noise, x0.shape, jnp.float32)
+        normal = jax.random.normal(derive(key, "timestep"), x0.shape[:1], jnp.float32)
+        t = jax.nn.sigmoid(self.time_mean + self.time_std * normal)
+        return t, jax.random.normal(derive(key, "noise"), x0.shape, jnp.float32)
 
     def add_noise(self, x0, t, noise):
         """The point of the path at t [B]."""
@@ -50,6 +51,10 @@ class Flow:
         velocity = jnp.asarray(denoise(self.add_noise(x0, t, noise), TIME_SCALE * t), jnp.float32)
         mse = item_mean(jnp.square(velocity - (noise - x0)))
         return mse, {"mse": mse}
+
+    def most_steps(self, solver: str = "euler") -> int | None:
+        """How many steps a solver can take: any number."""
+        return None
 
     def sample(self, denoise, noise, keys, *, steps: int, solver: str = "euler"):
         """x at t=1 [B,...] standard normal -> x0 [B,...] float32, on a uniform grid of `steps` steps.

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmd_jax.diffusion.guidance import split_range
-from cmd_jax.diffusion.multistep import FIRST_ORDER_BELOW, dpmpp_coefficients, dpmpp_timesteps
+from cmd_jax.diffusion.multistep import FIRST_ORDER_BELOW, dpmpp_coefficients, dpmpp_timesteps, most_timesteps
 from cmd_jax.diffusion.schedules import Schedule, spaced_timesteps
 from cmd_jax.errors import UserError, choose
+from cmd_jax.keys import derive
 
 PREDICTIONS = ("eps", "v", "x0")
 
@@ -55,9 +56,8 @@ class Gaussian:
 
     def draw(self, key, x0):
         """Data [B,...] -> (t [B] uniform over the schedule, standard normal noise [B,...] float32)."""
-        key_t, key_noise = jax.random.split(key)
-        t = jax.random.randint(key_t, x0.shape[:1], 0, len(self.schedule))
-        return t, jax.random.normal(key_noise, x0.shape, jnp.float32)
+        t = jax.random.randint(derive(key, "timestep"), x0.shape[:1], 0, len(self.schedule))
+        return t, jax.random.normal(derive(key, "noise"), x0.shape, jnp.float32)
 
     def loss(self, denoise, x0, t, noise):
         """-> (loss [B], {"mse": [B]}, and {"vb": [B]} in bits with a learned range), means over all but the batch axis.
@@ -167,6 +167,10 @@ class Gaussian:
         added = jnp.exp(0.5 * reverse.log_variance) * noise
         return reverse.mean + jnp.where(column(t > 0, x_t), added, 0.0)
 
+    def most_steps(self, solver: str = "ddim", spacing: str | None = None, **_) -> int:
+        """How many steps a solver can take, given other arguments of `sample`."""
+        return most_timesteps(len(self.schedule), spacing) if solver == "dpmpp" else len(self.schedule)
+
     def sample(
         self,
         denoise,
@@ -183,8 +187,8 @@ class Gaussian:
     ):
         """The whole reverse process: x_T [B,...] standard normal -> x0 [B,...] float32.
 
-        keys: one PRNG key per sample ([B] typed or [B,2] raw); the step of kept index i draws from fold_in(key, i), so
-            a sample is the same in any batch. May be None where no noise is added: dpmpp, ddim with eta 0.
+        keys: one PRNG key per sample ([B] typed or [B,2] raw), from which the step of kept index i derives its own, so
+            that a sample is the same in any batch. May be None where no noise is added: dpmpp, ddim with eta 0.
         steps: kept steps of the schedule, by the rule `spacing` of `spaced_timesteps`, for dpmpp of `dpmpp_timesteps`
             (None: ddim for ddim, even for ddpm, linspace for dpmpp).
         solver: ddim, ddpm (ancestral), dpmpp (DPM-Solver++(2M), deterministic, of second order).
@@ -279,4 +283,4 @@ def _at(table: np.ndarray, t, x):
 
 def _noise(keys, i, shape):
     """Normal noise [B, *shape] for step i, each sample from its own key."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(keys)
+    return jax.vmap(lambda key: jax.random.normal(derive(key, "solver", i), shape, jnp.float32))(keys)

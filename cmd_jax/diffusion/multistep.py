@@ -14,11 +14,17 @@ def dpmpp_timesteps(total: int, count: int, spacing: str, offset: int = 0) -> np
     The rules of `spaced_timesteps` that begin at 0 or the offset (all but trailing) are cut for one step more, whose
     least noisy timestep is left out: a last step from there would gain nothing, and one of second order to there
     extrapolates too far, since log signal-to-noise changes fastest near clean data.
-    UserError (sampling.steps) unless 1 <= count <= total, or < total where one more is needed.
+    UserError (sampling.steps) unless 1 <= count <= `most_timesteps`.
     """
     if spacing == "trailing":
         return spaced_timesteps(total, count, spacing)
-    return spaced_timesteps(total, check_count("sampling.steps", count, total - 1) + 1, spacing, offset)[1:]
+    count = check_count("sampling.steps", count, most_timesteps(total, spacing))
+    return spaced_timesteps(total, count + 1, spacing, offset)[1:]
+
+
+def most_timesteps(total: int, spacing: str | None) -> int:
+    """How many of `total` timesteps `dpmpp_timesteps` can keep."""
+    return total if spacing == "trailing" else total - 1
 
 
 def dpmpp_coefficients(schedule: Schedule, first_order_below: int = FIRST_ORDER_BELOW) -> np.ndarray:
