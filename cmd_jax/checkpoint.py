@@ -27,13 +27,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from cmd_jax.errors import UserError
-from cmd_jax.files import read_json, sync_path
+from cmd_jax.files import read_json, sync_path, write_text
 from cmd_jax.hosts import check_tree
 from cmd_jax.manifest import MANIFEST, CutOff, Damaged, verify, write_manifest
 from cmd_jax.state import TrainState
 
 ITEMS = ("step", "params", "ema", "opt_state")  # of a TrainState, each restorable by itself
 RUN = "run.json"
+RUN_LIKE = {"config?": {"model?": dict, ...: object}, ...: object}
 MERGED = "manifest.ocdbt"  # Orbax's, in the folder of an item, once it has merged what the processes wrote
 SAVING, DELETING = ".saving", ".deleting"  # endings of folders that are no checkpoints yet, or no longer
 ANSWER_BYTES = 8192  # of what process 0 tells the others
@@ -192,7 +193,7 @@ class Checkpoints:
             # Where Orbax finds no parts to merge it is content, and what was written cannot be restored.
             if not (folder / name / MERGED).is_file():
                 raise RuntimeError(f"the parts of {name} were not merged")
-        (folder / RUN).write_text(run + "\n")
+        write_text(folder / RUN, run + "\n", sync=False)  # the manifest's writer brings all to the disk
         write_manifest(folder, step)
         os.rename(folder, self.folder / str(step))
         sync_path(self.folder)
@@ -227,7 +228,7 @@ class Checkpoints:
         """The newest whole checkpoint, laid out as `like` (arrays or ShapeDtypeStructs with shardings), and its run."""
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         state = TrainState(**{name: self.restore_item(name, getattr(like, name)) for name in ITEMS})
-        return state, read_json(self.folder / str(self.latest()) / RUN)
+        return state, read_json(self.folder / str(self.latest()) / RUN, "checkpoint", like=RUN_LIKE)
 
     def restore_item(self, name: str, like=None):
         """One item of the newest whole checkpoint; without `like`, as host arrays.
@@ -237,7 +238,7 @@ class Checkpoints:
         saved, folder = self.shapes(name), self._newest_folder()
         if like is None:
             like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), saved)
-        config = read_json(folder / RUN).get("config")
+        config = read_json(folder / RUN, "checkpoint", like=RUN_LIKE).get("config")
         check_tree(f"checkpoint {folder.name}: {name}", saved, like, "use the config it was trained with", config)
         args = ocp.args.StandardRestore({"value": like})
         return self._handlers[name].restore(_literal(folder / name), args=args)["value"]

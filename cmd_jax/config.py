@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import sys
 import traceback
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 from cmd_jax import defaults
 from cmd_jax.errors import UserError, choose, nearest
-from cmd_jax.files import check_path
+from cmd_jax.files import check_like, check_path
 from cmd_jax.interop.diffusers import SOURCE
 from cmd_jax.stages import build_autoencoder, build_denoiser, build_process, reads_text
 
@@ -104,17 +105,44 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
-def from_json(text: str) -> ConfigDict:
-    """A config that was written by `to_json`; keys that are newer than it have their defaults."""
+def from_dict(values: dict, field: str, place) -> ConfigDict:
+    """The config that `to_json` wrote as these values; keys that are newer than it have their defaults.
+
+    UserError (field=place) for keys that no config has, and for values that none can have.
+    """
+
+    def like(default):
+        if isinstance(default, dict):
+            return {f"{key}?": like(value) for key, value in default.items()}
+        return [[str, [str]]] if isinstance(default, tuple) else type(default)
 
     def filled(values: dict, default: dict) -> dict:
-        both = {k: filled(v, default[k]) if isinstance(default.get(k), dict) else v for k, v in values.items()}
-        return default | both
+        return default | {k: filled(v, default[k]) if isinstance(v, dict) else v for k, v in values.items()}
 
-    config = ConfigDict(json.loads(text))
-    return ConfigDict(filled(config.to_dict(), defaults.like(config).to_dict()))
+    def refuse(problem: str) -> UserError:
+        return UserError(field, place, f"its config is damaged: {problem}", "give the stage as training wrote it")
+
+    stage = values.get("stage")
+    if stage not in STAGES:
+        raise refuse(f"there is no stage {stage}")
+    default = defaults.stage("fine_tuned_content" if stage == "content" and "diffusion" not in values else stage)
+    if problem := check_like(values, like(default.to_dict())):
+        raise refuse(problem)
+    config = ConfigDict(filled(values, default.to_dict()))
+    try:
+        check_trained(config)
+    except UserError as e:
+        raise refuse(f"{e.field}={e.value}: {e.problem}") from e
+    return config
 
 
+# What no model or clip has more of; numbers beyond it are slips, and arrays of them would fill the memory.
+LARGEST = {
+    "frames": 2**14, "height": 2**14, "width": 2**14, "channels": 2**14, "motion_channels": 2**14, "patch": 2**12,
+    "content_patch": 2**12, "depth": 2**10, "heads": 2**10, "head_dim": 2**12, "timesteps": 10**6,
+    "discriminator_channels": 2**12, "discriminator_layers": 16, "rotary_base": 1e12,
+}  # fmt: skip
+LARGEST_CLIP = 2**34  # pixels
 # Numbers that must be positive, wherever they appear; those that may be zero; and those from zero to one.
 POSITIVE = {
     "frames", "height", "width", "stride", "steps", "batch_size", "patch", "depth", "heads", "head_dim", "channels",
@@ -134,8 +162,19 @@ SEEDS = 2**32  # jax.random.key takes a seed modulo this
 
 
 def check(config: ConfigDict) -> ConfigDict:
-    """The checks that need no data: signs, ranges, paths, choices, and sizes that patches must divide."""
+    """The checks that need no data: signs, ranges, paths, choices, sizes that patches must divide, and what goes together."""
+    check_trained(config)
+    _check_pretrained(config)
+    if config.stage == "autoencoder":
+        _check_inputs(config)
+    return config
+
+
+def check_trained(config: ConfigDict):
+    """The checks that hold for a trained stage too, wherever its inputs lie now."""
     _check_values(config, "")
+    if math.prod(config.data[side] for side in ("frames", "height", "width")) > LARGEST_CLIP:
+        raise UserError("data.frames", config.data.frames, "its clips are larger than any", "use smaller ones")
     if config.seed >= SEEDS:
         raise UserError("seed", config.seed, "too large", f"use at most {SEEDS - 1}")
     if "model" in config:
@@ -152,7 +191,7 @@ def check(config: ConfigDict) -> ConfigDict:
             raise UserError(
                 "optimizer.warmup_steps", warmup, f"not below train.steps={steps}", f"use at most {steps - 1}"
             )
-    _check_pretrained(config)
+    choose("pretrained.dtype", config.pretrained.dtype, DTYPES)
     # Building a module refuses unknown choices; doing it here spares the user the opening of the data before that.
     if config.stage == "autoencoder":
         _check_autoencoder(config)
@@ -163,11 +202,9 @@ def check(config: ConfigDict) -> ConfigDict:
         if config.latents.normalize and config.diffusion.clip:
             problem = "clips pixels, but latents.normalize=True diffuses in other units"
             raise UserError("diffusion.clip", config.diffusion.clip, problem, "set one of the two off")
-    return config
 
 
 def _check_pretrained(config: ConfigDict):
-    choose("pretrained.dtype", config.pretrained.dtype, DTYPES)
     if config.pretrained.path:
         divisible("data.frames", config.data.frames, "pretrained.vae_frames", config.pretrained.vae_frames)
     if config.stage in ("content", "motion") and reads_text(config) and not config.pretrained.path:
@@ -175,17 +212,23 @@ def _check_pretrained(config: ConfigDict):
 
 
 def _check_autoencoder(config: ConfigDict):
-    model, loss = config.model, config.loss
+    model = config.model
     build_autoencoder(model)
     needed = 4 if model.position == "rotary" else 1
     divisible("model.head_dim", model.head_dim, "what axial rotary positions need", needed)
-    if loss.vgg and not loss.lpips:
-        raise UserError("loss.lpips", 0.0, "loss.vgg is given but would not be used", "set loss.lpips=4.0")
     if model.mode == "pixel":
         for side in ("height", "width"):
             divisible(f"data.{side}", config.data[side], "model.patch", model.patch)
         if model.channels != 3:
             raise UserError("model.channels", model.channels, "clips have 3 channels", "use 3, or model.mode=latent")
+
+
+def _check_inputs(config: ConfigDict):
+    """What an autoencoder is given must fit its mode and its loss."""
+    model, loss = config.model, config.loss
+    if loss.vgg and not loss.lpips:
+        raise UserError("loss.lpips", 0.0, "loss.vgg is given but would not be used", "set loss.lpips=4.0")
+    if model.mode == "pixel":
         if config.latents.cache_clips:
             problem = "pixels have no VAE latents to keep"
             raise UserError("latents.cache_clips", config.latents.cache_clips, problem, "use 0, or model.mode=latent")
@@ -212,11 +255,13 @@ def _check_values(config: ConfigDict, prefix: str):
         elif isinstance(value, str) and key in PATHS:
             check_path(prefix + key, value)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not math.isfinite(value):
+            if not abs(value) <= sys.float_info.max:  # true of integers that no float holds, and of nan
                 raise UserError(f"{prefix}{key}", value, "not a finite number", "give one")
             # optimizer.steps only mirrors train.steps, which is what the user sets.
             if key in POSITIVE and value <= 0 and prefix + key != "optimizer.steps":
                 raise UserError(f"{prefix}{key}", value, "must be positive", "give a number above zero")
+            if value > LARGEST.get(key, value):
+                raise UserError(f"{prefix}{key}", value, "larger than any", f"use at most {LARGEST[key]}")
             if key in NOT_NEGATIVE and value < 0:
                 raise UserError(f"{prefix}{key}", value, "must not be negative", "give zero or more")
             if key in FRACTIONS and not 0 <= value <= 1:

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from cmd_jax import __version__
 from cmd_jax.errors import UserError, choose
+from cmd_jax.files import parse_json, read_json
 from cmd_jax.hosts import check_tree
 from cmd_jax.interop import cmd_release, diffusers_dit, i3d
 from cmd_jax.interop.cmd_stages import autoencoder_stage, denoiser_stage, release_weights
@@ -329,15 +330,7 @@ def _given(text: str | None) -> dict:
         if any(not key.strip() or not value.strip() for key, _, value in pairs):
             raise UserError("--architecture", text, "not key=value separated by commas", remedy)
         return {key.strip(): _value(value.strip()) for key, _, value in pairs}
-    if not path.is_file():
-        raise UserError("--architecture", path, "no such file", remedy)
-    try:
-        architecture = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError, OSError) as e:
-        raise UserError("--architecture", path, f"not readable as JSON ({e})", remedy) from e
-    if not isinstance(architecture, dict):
-        raise UserError("--architecture", path, "not a JSON object", remedy)
-    return architecture
+    return read_json(path, "--architecture", missing=remedy, remedy=remedy)
 
 
 def _value(text: str):
@@ -347,7 +340,7 @@ def _value(text: str):
         return [int(side) for side in sides]
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -384,10 +377,18 @@ def _read_ours(source: Path, kind: str) -> tuple[dict, dict, tuple[str, ...]]:
         raise UserError("weights", source, f"states no {KIND}, so `cmd-jax convert` did not write it", remedy)
     if texts[KIND] != kind:
         raise UserError("kind", kind, f"{source.name} holds a {texts[KIND]}", f"use {texts[KIND]}")
-    architecture = json.loads(texts[ARCHITECTURE])
+    try:
+        architecture = MODELS[kind].architecture(parse_json(texts[ARCHITECTURE], "architecture", source), {})
+        optional = parse_json(texts[OPTIONAL], "optional", source, like=[str])
+        for name in optional:
+            choose("optional", name, MODELS[kind].optional)
+        wanted = MODELS[kind].describe(architecture)[1]
+    except UserError as e:
+        problem = f"its metadata are damaged: {e.field}={e.value}: {e.problem}"
+        raise UserError("weights", source, problem, "convert the original again") from e
     params = unflatten({name: array.astype(np.float32) for name, array in read_state_dict(source).items()})
-    check_tree("weights", params, MODELS[kind].describe(architecture)[1], OURS)
-    return architecture, params, tuple(json.loads(texts[OPTIONAL]))
+    check_tree("weights", params, wanted, OURS)
+    return architecture, params, tuple(optional)
 
 
 # Stable Diffusion.

@@ -3,7 +3,6 @@
 Everything is worked out from shapes: no parameter is ever made.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -14,13 +13,12 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from cmd_jax.conditions import Classes, Texts
-from cmd_jax.config import from_json, load
+from cmd_jax.config import load
 from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.sources import open_source
 from cmd_jax.errors import UserError
-from cmd_jax.files import read_json, versions
+from cmd_jax.files import versions
 from cmd_jax.frames import Pixels, VAELatents
-from cmd_jax.interop.weights import read_metadata
 from cmd_jax.models.vae import init_vae
 from cmd_jax.models.vgg import LPIPS
 from cmd_jax.pretrained import stated, stated_conditions, stated_space
@@ -28,6 +26,7 @@ from cmd_jax.report.console import make_console
 from cmd_jax.sharding import Placed, batch_ways, check_batch, layout, make_mesh, replicated_report
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage, reads_text
 from cmd_jax.state import make_optimizer
+from cmd_jax.trained import read_stage
 
 MIB = 2**20
 FILE_WIDTH = 1000  # of output that is no terminal: nothing is cut off
@@ -157,13 +156,8 @@ class Others:
     def stage(self, name: str) -> tuple[ConfigDict, dict]:
         """-> (its config, its facts or {} where it is not trained yet)."""
         path, must_be = self._where(name)
-        if path and path.suffix == ".safetensors":
-            texts = read_metadata(path)
-            if not {"config", "facts"} <= texts.keys():
-                raise UserError("weights", path, "holds no config of cmd_jax", "give a file that training exported")
-            config, facts = from_json(texts["config"]), json.loads(texts["facts"])
-        elif path and (path / "config.json").is_file():
-            config, facts = from_json((path / "config.json").read_text()), read_json(path / "facts.json")
+        if path and (path.suffix == ".safetensors" or (path / "config.json").is_file()):
+            config, facts = read_stage(path, name)
         elif must_be:
             raise UserError("latents.autoencoder", path, f"holds no trained {name} stage", "train it there first")
         else:
@@ -173,8 +167,6 @@ class Others:
             path, facts = f"{file}:{','.join([name, *values])}", {}
             config = load(path, data)
         self.console.print(f"{name}: as in {path}")
-        if config.stage != name:
-            raise UserError("weights", path, f"is a {config.stage} stage", f"give one of the {name} stage")
         for side in ("frames", "height", "width"):
             if self.config.data[side] != config.data[side]:
                 problem = f"the {name} of {path} is for {config.data[side]}"

@@ -5,18 +5,26 @@ import difflib
 import sys
 from collections.abc import Iterable
 
-LONGEST_VALUE = 120
+LONGEST_VALUE, LONGEST_PROBLEM = 120, 600
 
 
 class UserError(Exception):
     """Something the user can mend. `main` prints it as one line and exits with code 2."""
 
     def __init__(self, field: str, value, problem: str, remedy: str):
-        shown = " ".join(str(value).replace("\0", "\\0").split())
-        if len(shown) > LONGEST_VALUE:
-            shown = shown[:LONGEST_VALUE] + "..."
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
-        super().__init__(" ".join(f"{field}={shown}: {problem}; {remedy}".split()))
+        field, value, problem = _short(field), _short(str(value)), _short(problem, LONGEST_PROBLEM)
+        super().__init__(f"{field}={value}: {problem}; {printable(remedy)}")
+
+
+def _short(text: str, length: int = LONGEST_VALUE) -> str:
+    shown = printable(text[: 2 * length])
+    return shown if len(shown) <= length else shown[:length] + "..."
+
+
+def printable(text: str) -> str:
+    """One line, and nothing that a terminal would obey: names and values may come from any file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
 def tell(text):
@@ -27,7 +35,7 @@ def tell(text):
 
 def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
     """The `count` choices that look most like `word`, best first (every choice may be the answer to a typo)."""
-    ranked = sorted(choices, key=lambda c: -difflib.SequenceMatcher(None, str(word).lower(), c.lower()).ratio())
+    ranked = sorted(choices, key=lambda c: -difflib.SequenceMatcher(None, str(word)[:100].lower(), c.lower()).ratio())
     return ranked[:count]
 
 

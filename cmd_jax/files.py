@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -73,8 +74,17 @@ def check_content(source: Path | bytes, field: str, place=None):
         raise UserError(field, place, "a git-lfs pointer, not the file itself", remedy)
 
 
-def parse_json(text: str | bytes, field: str, place, remedy: str = AGAIN) -> dict:
-    """A JSON object from a text of any origin. UserError (field=place) for what is none, too large or too deep."""
+# What JSON may be, as `check_like` takes it: bool, int, float (a finite number), str, list, dict, None, or object for
+# anything; range(a, b), a whole number within; a tuple, any one of its likes; [like], a list of such; [like, like], so
+# many items; {key: like}, an object with these keys, "key?" if it may lack it, and `...` for all others.
+Like = type | range | tuple | list | dict | None
+COUNT = range(2**63)
+KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", list: "a list",
+         dict: "an object", object: ""}  # fmt: skip
+
+
+def parse_json(text: str | bytes, field: str, place, remedy: str = AGAIN, like: Like = dict):
+    """The JSON that a text of any origin holds. UserError (field=place) if it is not `like`, too large or too deep."""
     if len(text) > LARGEST_JSON:
         raise UserError(field, place, f"JSON of {len(text)} bytes, more than any such file needs", remedy)
     try:
@@ -83,19 +93,70 @@ def parse_json(text: str | bytes, field: str, place, remedy: str = AGAIN) -> dic
     except (ValueError, RecursionError) as e:
         reason = str(e) if isinstance(e, ValueError) else "nested too deep"
         raise UserError(field, place, f"not readable as JSON ({reason[:200]})", remedy) from e
-    if not isinstance(value, dict):
+    if like is dict and not isinstance(value, dict):
         raise UserError(field, place, "not a JSON object", remedy)
     level = [value]
     for _ in range(DEEPEST_JSON):
-        inner = (x.values() if isinstance(x, dict) else x for x in level)
-        level = [x for values in inner for x in values if isinstance(x, dict | list)]
+        level = [x for x in level if isinstance(x, dict | list)]
         if not level:
-            return value
-    raise UserError(field, place, f"JSON nested more than {DEEPEST_JSON} levels deep", remedy)
+            break
+        level = [x for values in level for x in (values.values() if isinstance(values, dict) else values)]
+    else:
+        raise UserError(field, place, f"JSON nested more than {DEEPEST_JSON} levels deep", remedy)
+    if problem := check_like(value, like):
+        raise UserError(field, place, problem, remedy)
+    return value
 
 
-def read_json(path: Path, field: str = "path", missing: str = "fetch or make it first", remedy: str = AGAIN) -> dict:
-    """The JSON object that a file holds. UserError (field=path) if there is none; missing: what to do about no file."""
+def check_like(value, like: Like, name: str = "") -> str:
+    """What is wrong with a value of JSON, a part of which is called `name`; "" if it is `like`."""
+    if isinstance(like, tuple):
+        problems = [check_like(value, one, name) for one in like]
+        return "" if "" in problems else problems[0]
+    if isinstance(like, dict) and isinstance(value, dict):
+        known = {key.rstrip("?"): one for key, one in like.items() if key is not ...}
+        for key in like.keys() - {...}:
+            if not key.endswith("?") and key not in value:
+                return f"{name or 'it'} lacks {key}"
+        for key, inner in value.items():
+            if key not in known and ... not in like:
+                return f"{name or 'it'} has {_shown(key)}, which nothing here is called"
+            if problem := check_like(inner, known[key] if key in known else like[...], f"{name}.{key}".lstrip(".")):
+                return problem
+        return ""
+    if isinstance(like, list) and isinstance(value, list):
+        if len(like) > 1 and len(value) != len(like):
+            return f"{name or 'it'} has {len(value)} items, not {len(like)}"
+        likes = like if len(like) > 1 else like * len(value)
+        pairs = enumerate(zip(value, likes, strict=True))
+        return next(filter(None, (check_like(inner, one, f"{name}[{i}]") for i, (inner, one) in pairs)), "")
+    match like:
+        case None:
+            fits, kind = value is None, "nothing"
+        case range():
+            fits, kind = type(value) is int and value in like, f"a whole number from {like.start} to {like.stop - 1}"
+        case type():
+            wanted = (int, float) if like is float else (like,)
+            fits = type(value) in wanted and (like is not float or abs(value) <= sys.float_info.max) or like is object
+            kind = KINDS[like]
+        case _:
+            fits, kind = False, KINDS[type(like)]
+    return "" if fits else f"{name or 'it'} is {_shown(value)}, not {kind}"
+
+
+def _shown(value) -> str:
+    """Short, whatever it is."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def read_json(
+    path: Path, field: str = "path", missing: str = "fetch or make it first", remedy: str = AGAIN, like: Like = dict
+):
+    """The JSON that a file holds. UserError (field=path) if there is no file, or if it is not `like`.
+
+    missing: what to do about no file.
+    """
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # to open a named pipe would wait for ever
@@ -107,7 +168,7 @@ def read_json(path: Path, field: str = "path", missing: str = "fetch or make it 
     except OSError as e:
         raise UserError(field, path, f"cannot be read ({e.strerror})", missing) from e
     check_content(text, field, path)
-    return parse_json(text, field, path, remedy)
+    return parse_json(text, field, path, remedy, like)
 
 
 def check_path(field: str, text: str):

@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cmd_jax.errors import UserError
-from cmd_jax.files import sync_path, write_text
+from cmd_jax.files import COUNT, check_like, parse_json, sync_path, write_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+LIKE = {"format": COUNT, "step": COUNT, "digest": str, "files": {...: {"size": COUNT, "sha256": str}}}
 HASH_THREADS = 4
 
 
@@ -62,15 +63,16 @@ def verify(folder: Path):
     except OSError as e:
         raise Damaged(f"{MANIFEST} cannot be read ({e.strerror})") from None
     try:
-        manifest = json.loads(text)
-        genuine = manifest["digest"] == digest_of(manifest)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        genuine = False
-    if not genuine:
+        manifest = parse_json(text, MANIFEST, folder, like={"format": COUNT, "digest": str, ...: object})
+    except UserError as e:
+        raise Damaged(f"{MANIFEST} is damaged: {e.problem}") from None
+    if manifest["digest"] != digest_of(manifest):
         raise Damaged(f"{MANIFEST} is damaged")
     if manifest["format"] > FORMAT:
         problem = f"written in format {manifest['format']}, this cmd_jax reads up to {FORMAT}"
         raise UserError("checkpoint", folder, problem, "use the cmd_jax that wrote it, or a newer one")
+    if problem := check_like(manifest, LIKE):
+        raise Damaged(f"{MANIFEST} is damaged: {problem}")
     if str(manifest["step"]) != folder.name:
         raise Damaged(f"is that of step {manifest['step']} under another name")
 

@@ -11,9 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cmd_jax.errors import UserError
-from cmd_jax.files import write_text
+from cmd_jax.files import COUNT, parse_json, write_text
 
 log = logging.getLogger(__name__)
+
+HEARTBEAT = {
+    "run": str, "process": COUNT, "count": COUNT, "host": str, "pid": COUNT, "step": (COUNT, None), "time": float,
+    "state": str, "message": str, "fault": str,
+}  # fmt: skip
 
 
 class Peers:
@@ -122,11 +127,10 @@ class Peers:
         for i in self._changed:
             try:
                 seen = (self.folder / f"{i}.json").read_bytes()
-                record = json.loads(seen)
-                ours = record["run"] == self.run
-            except (OSError, ValueError, KeyError, TypeError):
+                record = parse_json(seen, "heartbeat", i, like=HEARTBEAT)
+            except (OSError, UserError):
                 continue
-            if ours and seen != self._seen.get(i):
+            if record["run"] == self.run and seen != self._seen.get(i):
                 self._seen[i], self._records[i], self._changed[i] = seen, record, now
 
     def _watch(self):

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from cmd_jax import defaults
 from cmd_jax.checkpoint import check_name
 from cmd_jax.conditions import Classes
-from cmd_jax.config import divisible, from_json, to_json
+from cmd_jax.config import divisible, from_dict, to_json
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.sources import STATISTICS_CLIPS, channel_statistics, encode_clips, latent_reader, open_source
 from cmd_jax.distributed import agree, is_leader, leader_first, of_leader
@@ -29,7 +29,7 @@ from cmd_jax.pretrained import check_same, describe, image_model, load_space, lo
 from cmd_jax.sharding import partitioning
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, check_grids, diffusion_stage, reads_text
 from cmd_jax.state import abstract
-from cmd_jax.trained import Trained, load_trained
+from cmd_jax.trained import Trained, check_facts, load_trained
 
 # What may change between the runs of one stage folder, and what too where the learning rate does not depend on it.
 RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")
@@ -87,7 +87,8 @@ def lock_folder(folder: Path):
 def check_same_run(folder: Path, config):
     """UserError for the first key that a resumed run may not change."""
     free = RESUMABLE + (RESUMABLE_CONSTANT if config.optimizer.decay == "constant" else ())
-    texts = to_json(from_json((folder / "config.json").read_text())), to_json(config)
+    path = folder / "config.json"
+    texts = to_json(from_dict(read_json(path, "workdir"), "workdir", path)), to_json(config)
     old, new = (flatten_dict(json.loads(text), sep=".") for text in texts)
     # train.* first: optimizer.steps follows train.steps, which is what the user knows.
     for key in sorted(old.keys() | new.keys(), key=lambda key: (not key.startswith("train."), key)):
@@ -109,7 +110,10 @@ def prepare(config, workdir: Path, mesh, console, resuming: bool):
     facts = {"class_names": list(source.class_names), "fingerprint": source.fingerprint, "clips": len(source)}
     if source.bad and is_leader():
         write_json(folder / "bad_files.json", source.bad)
-    earlier = read_json(folder / "facts.json") if resuming and (folder / "facts.json").exists() else {}
+    earlier = {}
+    if resuming and (folder / "facts.json").exists():
+        earlier = read_json(folder / "facts.json", "workdir")
+        check_facts(earlier, config, "workdir", folder / "facts.json")
     check_unchanged(
         "fingerprint", facts, earlier, "data", config.data.root or config.data.source,
         "the dataset changed since this run was started",

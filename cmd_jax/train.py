@@ -15,7 +15,7 @@ from cmd_jax.config import to_json
 from cmd_jax.data.pipeline import BatchPlan, batches
 from cmd_jax.distributed import is_leader, leave, of_leader, run_id
 from cmd_jax.errors import UserError, tell
-from cmd_jax.files import read_json, versions, write_json, write_text
+from cmd_jax.files import COUNT, check_like, read_json, versions, write_json, write_text
 from cmd_jax.flight import FlightRecord, explain
 from cmd_jax.hosts import digest, to_host
 from cmd_jax.keys import derive
@@ -37,6 +37,12 @@ from cmd_jax.sharding import (
 from cmd_jax.state import abstract, init_state, make_optimizer, train_step
 from cmd_jax.trained import Trained, export
 
+# What a checkpoint says of its run, for `check_like`: see `position`.
+RUN = {
+    "step": COUNT, "examples": COUNT, "order": dict, "key": list, "devices": COUNT, "processes": COUNT, "versions": dict,
+    "config": {"model": {"remat": str, ...: object}, "train": {"accumulate": COUNT, ...: object}, ...: object},
+    ...: object,
+}  # fmt: skip
 STOPPED_EARLY = "stopped by a signal before the first step; nothing to save"
 
 
@@ -143,6 +149,8 @@ def position(config, step: int, facts: dict) -> dict:
 
 def check_continues(earlier: dict, now: dict, console):
     """The checkpoint must be of the same key and order of clips; what else may change bits is told."""
+    if problem := check_like(earlier, RUN):
+        raise UserError("checkpoint", now["step"], f"its run.json is damaged: {problem}", "bring back a copy of it")
     for name in ("key", "order", "examples"):
         if earlier[name] != now[name]:
             raise UserError(

@@ -11,12 +11,36 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
+from cmd_jax import defaults
 from cmd_jax.checkpoint import Checkpoints
-from cmd_jax.config import from_json
+from cmd_jax.config import from_dict
 from cmd_jax.errors import UserError
-from cmd_jax.files import parse_json, read_json
+from cmd_jax.files import COUNT, check_like, parse_json, read_json
 from cmd_jax.hosts import check_tree, digest
 from cmd_jax.interop.weights import flatten, read_metadata, read_state_dict, unflatten, write_safetensors
+from cmd_jax.stages import reads_text
+
+WRITTEN = "give the stage as training wrote it"
+# What a stage says of what it was trained on, for `check_like`.
+PART = {"config": dict, "digest": str, ...: (str, dict)}  # of a pretrained model: cmd_jax.pretrained
+CHANNELS = {"mean": [float], "std": [float]}
+FACTS = {
+    "class_names?": [str],
+    "clips?": COUNT,
+    "fingerprint?": str,  # of the data
+    "digest?": str,  # of the parameters as they were trained, which rounded ones keep
+    "autoencoder?": str,  # digest of the autoencoder that a denoiser belongs to
+    "autoencoder_params?": str,  # digest of the very numbers it was trained with
+    "statistics?": {"content": CHANNELS, "motion": CHANNELS},
+    "vae?": PART,
+    "text_encoder?": PART,
+    "image_model?": {"unet": dict, "scheduler": dict},
+    "converted?": {
+        "cmd_jax": str,
+        "config": dict,
+        "tables?": [str],
+    },  # interop.cmd_stages
+}
 
 
 class Trained(NamedTuple):
@@ -34,29 +58,55 @@ def load_trained(path: Path | str, stage: str, place: Callable[[ConfigDict, dict
     into their shards, one at a time. Without it they are numpy arrays.
     """
     path = Path(path)
+    config, facts = read_stage(path, stage)
     if path.suffix == ".safetensors":
-        metadata = read_metadata(path)
-        if not {"config", "facts"} <= metadata.keys():
-            raise UserError("weights", path, "holds no config of cmd_jax", "give a file that training exported")
-        config, facts = from_json(metadata["config"]), parse_json(metadata["facts"], "weights", path)
-        _check_stage(config, path, stage)
         if place:
             params = _read_placed(path, place(config, facts))
         else:
             params = unflatten({k: v.astype(np.float32) for k, v in read_state_dict(path).items()})
         return Trained(config, params, facts)
-    if not all((path / name).is_file() for name in ("config.json", "facts.json")):
-        raise UserError("workdir", path, f"holds no trained {stage} stage", f"train the {stage} stage there first")
-    config, facts = from_json((path / "config.json").read_text()), read_json(path / "facts.json", "workdir")
-    _check_stage(config, path, stage)
     with contextlib.closing(Checkpoints(path, read_only=True)) as checkpoints:
         params = checkpoints.restore_item("ema", place(config, facts) if place else None)
     return Trained(config, params, facts | {"digest": digest(params)})
 
 
-def _check_stage(config: ConfigDict, path: Path, stage: str):
+def read_stage(path: Path, stage: str) -> tuple[ConfigDict, dict]:
+    """Config and facts of a stage's workdir folder or weights file.
+
+    UserError if there is none, if it is another stage's, or if they are not what training could have written.
+    """
+    if path.suffix == ".safetensors":
+        field, texts = "weights", read_metadata(path)
+        if not {"config", "facts"} <= texts.keys():
+            raise UserError("weights", path, "holds no config of cmd_jax", "give a file that training exported")
+        values, facts = (parse_json(texts[name], field, path) for name in ("config", "facts"))
+    else:
+        field = "workdir"
+        if not all((path / name).is_file() for name in ("config.json", "facts.json")):
+            raise UserError("workdir", path, f"holds no trained {stage} stage", f"train the {stage} stage there first")
+        values, facts = (read_json(path / name, field, remedy=WRITTEN) for name in ("config.json", "facts.json"))
+    config = from_dict(values, field, path)
     if config.stage != stage:
         raise UserError("weights", path, f"is a {config.stage} stage", f"give one of the {stage} stage")
+    check_facts(facts, config, field, path, digested=field == "weights")
+    return config, facts
+
+
+def check_facts(facts: dict, config: ConfigDict, field: str, place, digested: bool = False):
+    """UserError (field=place) for facts that a stage of that config cannot have. digested: their digest is needed."""
+    needed = {"digest"} if digested else set()
+    if config.stage != "autoencoder":
+        needed |= {"class_names", "autoencoder", "statistics"}
+        needed |= {"text_encoder"} if reads_text(config) else set()
+        needed |= {"image_model"} if defaults.fine_tunes(config) else set()
+    elif config.model.mode == "latent":
+        needed |= {"vae"}
+    problem = check_like(facts, {key.rstrip("?") if key[:-1] in needed else key: like for key, like in FACTS.items()})
+    for name, channels in facts["statistics"].items() if not problem and "statistics" in facts else ():
+        if len(channels["mean"]) != len(channels["std"]) or min(channels["std"], default=0) <= 0:
+            problem = f"statistics.{name} is not a mean and a positive std of each channel"
+    if problem:
+        raise UserError(field, place, f"its facts are damaged: {problem}", WRITTEN)
 
 
 def _read_placed(path: Path, like: dict) -> dict:

@@ -33,6 +33,7 @@ from cmd_jax.runtime import check_devices, is_heard
 FOLDER = "verify-resume"
 OURS = ("whole", "killed", "devices", "programs", "report.json", ".lock")
 DIGESTS = ("params", "ema", "opt_state")
+SUMMARY = {"digests": dict.fromkeys(DIGESTS, str), ...: object}
 # Relative difference of a step's loss on other numbers of devices, where sums are taken in another order. It grows with
 # the steps: measured 1.3e-7 over 24 steps (2-1-2 devices, autoencoder), 4.6e-6 over 200 (8-1-4, motion).
 TOLERANCE = 1e-4
@@ -105,7 +106,7 @@ def read_ledger(path: Path) -> list[Leg]:
 
 def read_evidence(folder: Path) -> Evidence:
     """Of a finished stage folder."""
-    return Evidence(read_ledger(folder / "ledger.jsonl"), read_json(folder / "summary.json")["digests"])
+    return Evidence(read_ledger(folder / "ledger.jsonl"), read_json(folder / "summary.json", like=SUMMARY)["digests"])
 
 
 # What is asked of it. Each verdict is about facts in the ledgers, and names the first that is wrong.

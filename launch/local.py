@@ -434,9 +434,11 @@ class Supervisor:
         """The heartbeats of this start of the job, those of processes on other hosts included."""
         beats = []
         for path in self.workdir.glob("*/processes/*.json") if self.workdir else ():
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 beat = json.loads(path.read_text())
-                beats.append({key: beat[key] for key in ("run", "process", "pid", "step", "time")})
+                kinds = {"run": str, "process": int, "pid": int, "step": int | None, "time": float}
+                if all(isinstance(beat[key], kind) for key, kind in kinds.items()):
+                    beats.append({key: beat[key] for key in kinds})
         # Files of earlier runs stay; ours are of the run of the processes that we started.
         pids = {p.popen.pid for p in self.processes}
         runs = {b["run"] for b in beats if b["pid"] in pids and b["time"] >= self.begun - 1}

@@ -287,7 +287,7 @@ def test_what_is_no_trained_stage_is_refused(folder, tmp_path):
 
 
 def test_export_keeps_config_and_facts(tmp_path):
-    trained = Trained(tiny.config_of("motion"), {"a": {"b": np.eye(2)}}, {"class_names": ["é, ü"], "digest": "x"})
+    trained = Trained(tiny.config_of("motion"), {"a": {"b": np.eye(2)}}, tiny.facts("é, ü"))
     export(tmp_path / "x.safetensors", trained)
     again = load_trained(tmp_path / "x.safetensors", "motion")
     assert again.facts == trained.facts

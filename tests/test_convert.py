@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from fixtures.formula import state_dict
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from cmd_jax.convert import KINDS, MODELS, STAGES, add_flags, convert, load_converted
@@ -16,6 +17,7 @@ from cmd_jax.interop.cmd_release import UNUSED
 from cmd_jax.interop.diffusers import load_unet
 from cmd_jax.interop.weights import read_metadata, read_state_dict, write_safetensors
 from cmd_jax.models.dit import sincos_table
+from cmd_jax.pretrained import describe
 from cmd_jax.trained import Trained, export, load_trained
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -163,7 +165,9 @@ def stage():
     read = lambda *parts: json.loads(PIPELINE.joinpath(*parts).read_text())  # noqa: E731
     facts = {"unet": read("unet", "config.json"), "scheduler": read("scheduler", "scheduler_config.json")}
     params = jax.tree.map(lambda x: x + np.float32(0.25), params)
-    return Trained(tiny.config_of("content,kind=text"), params, {"image_model": facts})
+    text_encoder = describe(ConfigDict({"path": str(PIPELINE)}), "text_encoder")
+    facts = tiny.facts(image_model=facts, text_encoder=text_encoder)
+    return Trained(tiny.config_of("content,kind=text"), params, facts)
 
 
 def tensors(folder, part):
@@ -197,16 +201,20 @@ def test_a_fine_tuned_unet_goes_back_to_a_diffusers_folder(tmp_path, stage):
 ])  # fmt: skip
 def test_a_stage_of_another_model_is_refused(tmp_path, stage, changes, words):
     model = stage.facts["image_model"]
-    facts = {} if changes is None else {"image_model": {k: v | changes.get(k, {}) for k, v in model.items()}}
     path = tmp_path / "content.safetensors"
-    export(path, stage._replace(facts=facts))
+    if changes is None:
+        stage = stage._replace(config=tiny.config_of("content"), facts=tiny.facts())
+    else:
+        model = {name: config | changes.get(name, {}) for name, config in model.items()}
+        stage = stage._replace(facts=stage.facts | {"image_model": model})
+    export(path, stage)
     error = refused("stable-diffusion", PIPELINE, tmp_path / "out", f"--unet={path}")
     assert error.field == "--unet" and words in error.problem and not (tmp_path / "out").exists()
 
 
 def test_a_stage_of_another_text_encoder_is_refused(tmp_path, stage):
-    path, facts = tmp_path / "content.safetensors", {"text_encoder": {"digest": "of another one"}}
-    export(path, stage._replace(facts=stage.facts | facts))
+    path, other = tmp_path / "content.safetensors", {"config": {}, "digest": "of another one"}
+    export(path, stage._replace(facts=stage.facts | {"text_encoder": other}))
     error = refused("stable-diffusion", PIPELINE, tmp_path / "out", f"--unet={path}")
     assert error.field == "INPUT" and "text_encoder is not the one that the stage of --unet" in error.problem
 

@@ -152,7 +152,7 @@ def test_weights_of_a_sample_config(examine, tmp_path):
     """Their configs and classes count, whatever the config file says."""
     for name in ("autoencoder", "content", "motion"):
         config = tiny.config_of(name, model__depth=3)
-        facts = {"class_names": ["run", "walk", "jump"]}
+        facts = tiny.facts("run", "walk", "jump")
         export(tmp_path / f"{name}.safetensors", Trained(config, {"a": np.zeros(1)}, facts))
     found = {"weights": str(tmp_path), "sampling.batch_size": "8"}
     lines = examine("sample", found)

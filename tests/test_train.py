@@ -18,7 +18,7 @@ import tiny
 from cmd_jax import prepare as preparing
 from cmd_jax import train as training
 from cmd_jax.checkpoint import Checkpoints
-from cmd_jax.config import from_json, to_json
+from cmd_jax.config import from_dict, to_json
 from cmd_jax.data import shapes
 from cmd_jax.data.pipeline import BatchPlan
 from cmd_jax.errors import UserError
@@ -313,7 +313,7 @@ def test_sigterm_ends_a_training_process_and_it_can_be_resumed(tmp_path, capsys)
             log = folder / "metrics.jsonl"
             while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
                 time.sleep(0.2)
-            config = from_json((folder / "config.json").read_text())
+            config = from_dict(read_json(folder / "config.json"), "workdir", folder)
             with pytest.raises(UserError, match="another process trains in it"):
                 training.train(config, tmp_path)
             process.send_signal(signal.SIGTERM)

@@ -67,6 +67,13 @@ def config_of(argument: str, **changes):
     return check(config.copy_and_resolve_references())
 
 
+def facts(*class_names: str, **more) -> dict:
+    """What a stage may say of its training, so that it loads."""
+    one = {"mean": [0.0], "std": [1.0]}
+    statistics = {"content": one, "motion": one}
+    return {"class_names": list(class_names), "digest": "", "autoencoder": "", "statistics": statistics, **more}
+
+
 @functools.cache
 def scratch() -> Path:
     if SCRATCH not in os.environ:

@@ -38,14 +38,10 @@ def check_prompt(text: str, field: str = "sampling.prompt", where: str = "") -> 
         if kind == "Cs" or (kind == "Cc" and character not in "\t\n\r"):
             what = "half a character (a lone surrogate)" if kind == "Cs" else "a control character"
             problem = f"character {position} is U+{ord(character):04X}, {what}"
-            raise UserError(field, where or _printable(text), problem, "remove it")
+            raise UserError(field, where or text, problem, "remove it")
     if all(character.isspace() or unicodedata.category(character) == "Cf" for character in text):
         raise UserError(field, where or text, "empty", "say what to draw")
     return text.strip()
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def read_prompts(path: str | os.PathLike, seed: int = 0) -> list[Prompt]:

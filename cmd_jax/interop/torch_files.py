@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from cmd_jax.errors import UserError, nearest
+from cmd_jax.errors import UserError, nearest, printable
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +81,7 @@ def read_torch(path: Path, key: str | None) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except Exception as e:  # a hostile or torn file can fail in any way
-        text = f"{type(e).__name__}: {e}".encode("unicode_escape").decode()[:200]
-        raise UserError("path", path, f"damaged or incomplete ({text})", AGAIN) from e
+        raise UserError("path", path, f"damaged or incomplete ({type(e).__name__}: {str(e)[:200]})", AGAIN) from e
 
 
 # The two layouts: -> (what the pickle holds, function Storage -> its bytes).
@@ -363,5 +362,5 @@ def _arrays(tensors: dict[str, Tensor], bytes_of: Callable[[Storage], bytes]) ->
 
 
 def _listed(names: Iterable[str]) -> str:
-    names = [name.encode("unicode_escape").decode()[:100] for name in names]
+    names = [printable(name[:100]) for name in names]
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -49,7 +49,7 @@ def _unwrapped(tensors: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarr
     names = {name: WRAPPERS.sub("", name) for name in tensors}
     if len(set(names.values())) < len(names):
         raise UserError("path", path, f"names differ by {', '.join(found)} alone", "give the weights of one model")
-    log.info("%s: names without %s", path, ", ".join(found))
+    log.info("%s: names without the prefix %s", path, ", ".join(found))
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
@@ -104,8 +104,7 @@ def _existing(path) -> Path:
 
 
 def _damaged(path: Path, reason) -> UserError:
-    text = str(reason).encode("unicode_escape").decode()[:200]
-    return UserError("path", path, f"damaged or incomplete ({text})", "fetch or write the file again")
+    return UserError("path", path, f"damaged or incomplete ({str(reason)[:200]})", "fetch or write the file again")
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

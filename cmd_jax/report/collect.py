@@ -13,6 +13,10 @@ from cmd_jax.errors import UserError
 from cmd_jax.files import read_json
 from cmd_jax.report.gallery import Item, Section, write_gallery
 
+SECTION = {
+    "title": str, "note": str, "table": ([[(str, float)]], None),
+    "items": [{"caption": str, "video": str, "content": str, "index?": int}],
+}  # fmt: skip
 USAGE = "python -m cmd_jax.report.collect index.html DIR [DIR ...]"
 
 
@@ -28,16 +32,9 @@ def read_section(folder: Path, page: Path) -> Section:
         base = Path(os.path.abspath(folder)).relative_to(home)
     except ValueError as error:
         raise UserError("folder", folder, f"not below the page's folder {home}", "move one of them") from error
-    try:
-        section = read_json(path, "folder", remedy="sample or evaluate again")
-        items = [
-            Item(r["caption"], video=str(base / r["video"]), image=str(base / r["content"])) for r in section["items"]
-        ]
-        table = [list(row) for row in section["table"] or []]
-        return Section(section["title"], items, note=section["note"], table=table)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"damaged ({type(error).__name__}: {error})"
-        raise UserError("folder", path, problem, "sample or evaluate again") from error
+    section = read_json(path, "folder", remedy="sample or evaluate again", like=SECTION)
+    items = [Item(r["caption"], video=str(base / r["video"]), image=str(base / r["content"])) for r in section["items"]]
+    return Section(section["title"], items, note=section["note"], table=section["table"] or [])
 
 
 def main(arguments: list[str]) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cmd_jax.errors import UserError
-from cmd_jax.files import write_text
+from cmd_jax.files import parse_json, write_text
 from cmd_jax.report.video import image_grid, to_uint8, video_grid, write_gif, write_png
 
 PREVIEW_CLIPS = 8
@@ -40,8 +40,8 @@ class Metrics:
         """Keep the lines up to `step`: what a killed run did after its last checkpoint is done again."""
         path, kept = self.folder / "metrics.jsonl", []
         for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError):  # the last line may be torn
-                record = json.loads(line)
+            with contextlib.suppress(UserError):  # the last line may be torn
+                record = parse_json(line, "metrics", path, like={"step": int, "wall_seconds?": float, ...: object})
                 if record["step"] <= step:
                     kept.append(line + "\n")
                     self.wall_seconds = record.get("wall_seconds", 0.0)

@@ -1,0 +1,295 @@
+"""Who reads JSON that somebody may have changed: for each reader the files as they should be, and how it reads them.
+
+`READERS` are for the table in test_hostile.py and, through `JSON`, for the mutations of test_fuzz.py.
+"""
+
+import contextlib
+import functools
+import json
+import shutil
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import fuzz
+import numpy as np
+import tiny
+
+from cmd_jax import convert, train
+from cmd_jax.checkpoint import RUN, RUN_LIKE
+from cmd_jax.data.prompts import read_prompts
+from cmd_jax.errors import UserError
+from cmd_jax.files import check_like, read_json
+from cmd_jax.interop import cmd_release, diffusers_dit
+from cmd_jax.interop.clip import load as load_clip
+from cmd_jax.interop.clip import text_from_config
+from cmd_jax.interop.clip_tokenizer import Tokenizer
+from cmd_jax.interop.cmd_stages import release_weights
+from cmd_jax.interop.schedulers import from_scheduler_config
+from cmd_jax.interop.sd_config import unet_from_config, vae_from_config
+from cmd_jax.interop.torch_layout import find_weights, open_weights
+from cmd_jax.interop.weights import write_safetensors
+from cmd_jax.manifest import CutOff, Damaged, verify, write_manifest
+from cmd_jax.prepare import check_same_run
+from cmd_jax.pretrained import stated_space
+from cmd_jax.report.collect import read_section
+from cmd_jax.sample import denoiser_stage
+from cmd_jax.sharding import make_mesh
+from cmd_jax.stages import AutoencoderStage
+from cmd_jax.state import abstract
+from cmd_jax.trained import Trained, check_facts, load_trained, read_stage
+
+FIXTURES = Path(__file__).parent / "fixtures"
+PIPELINE = FIXTURES / "tiny-sd15"
+
+
+class Reader(NamedTuple):
+    """files: {name: value as it should be}. read: folder with all of them, as JSON -> whatever; UserError if damaged."""
+
+    files: dict[str, object]
+    read: Callable[[Path], object]
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def config(argument: str) -> dict:
+    return json.loads(json.dumps(tiny.config_of(argument).to_dict()))
+
+
+CHANNELS = {name: {"mean": [0.0] * n, "std": [1.0] * n} for name, n in (("content", 3), ("motion", 4))}
+PART = {"digest": "d"}
+FACTS = tiny.facts("run", "jump", statistics=CHANNELS, clips=2, fingerprint="f", autoencoder_params="p")
+AUTOENCODER = {"digest": "", "class_names": ["run"], "clips": 1, "fingerprint": "f"}
+CONVERTED = {"cmd_jax": "0", "config": {"hidden_dim": 16, "patch_size": 4, "channels": 3, "motion_channels": 4, "depth": 1,
+             "heads": 2, "head_dim": 8, "mode": "pixel", "frames": 4, "image_size": [16, 24]}}  # fmt: skip
+DIT = {"input_size": [8, 8], "patch_size": 2, "in_channels": 2, "hidden_size": 8, "depth": 1, "heads": 2, "num_classes": 3,
+       "learn_sigma": True, "frequency_shift": 0, "mlp_epsilon": 1e-6}  # fmt: skip
+RUNS = {"step": 1, "examples": 4, "order": {"seed": 0, "batch_size": 4, "data": "f"}, "key": [0, 0], "config": {"model": {}},
+        "versions": {"jax": "0"}, "devices": 1, "processes": 1}  # fmt: skip
+SAMPLES = {"title": "t", "note": "n", "table": [["a", "b"], ["x", 1.0]],
+           "items": [{"index": 0, "caption": "c", "video": "0.mp4", "content": "0.png"}]}  # fmt: skip
+MSRVTT = {"videos": [{"video_id": "v", "split": "test"}], "sentences": [{"video_id": "v", "caption": "a cat"}]}
+INDEX = {"metadata": {"total_size": 8}, "weight_map": {"a": "x-00001-of-00002.safetensors", "b": "x-00002-of-00002.safetensors"}}
+
+
+@functools.cache
+def mesh():
+    return make_mesh(tiny.config_of("sample").mesh)
+
+
+def place(config, facts):
+    """The shapes of a stage's parameters, laid out on the mesh, as sampling asks for them."""
+    if config.stage == "autoencoder":
+        stage = AutoencoderStage(config, space=stated_space(facts))
+    else:
+        space = {"vae": facts["vae"]} if "vae" in facts else {}
+        argument = "autoencoder,kind=text" if space else "autoencoder"
+        stage = denoiser_stage(config, facts, Trained(tiny.config_of(argument), {}, space))
+    return abstract(stage.init, mesh(), tiny.config_of("sample").rules)
+
+
+def stage(name: str):
+    return lambda folder: place(*read_stage(folder, name))
+
+
+def weights_file(folder: Path):
+    texts = {name: (folder / name).read_text(errors="replace") for name in ("config", "facts")}
+    write_safetensors(folder / "content.safetensors", {"a": np.zeros(1, np.float32)}, texts)
+    return load_trained(folder / "content.safetensors", "content", place)
+
+
+def resume(folder: Path):
+    config = tiny.config_of("content")
+    check_same_run(folder, config)
+    check_facts(read_json(folder / "facts.json"), config, "workdir", folder)
+
+
+def release(folder: Path):
+    config, facts = read_stage(folder, "autoencoder")
+    return release_weights(Trained(config, {"autoencoder": {}}, facts))
+
+
+def converted(kind: str):
+    def read(folder: Path):
+        texts = {convert.KIND: kind, convert.ARCHITECTURE: (folder / "architecture").read_text(errors="replace")}
+        texts[convert.OPTIONAL] = (folder / "optional").read_text(errors="replace")
+        write_safetensors(folder / "model.safetensors", {"a": np.zeros(1, np.float32)}, texts)
+        return convert.load_converted(folder / "model.safetensors", kind)
+
+    return read
+
+
+def architecture(folder: Path):
+    flags = types.SimpleNamespace(to=None, output="x", unet=None, pretrained=None, input="y", kind="dit")
+    try:
+        given = convert._given(str(folder / "architecture.json"))
+        return cmd_release.load("content_dit", cmd_release.complete("content_dit", given, {}), {})
+    except UserError as error:
+        raise convert._on_the_command_line(error, flags) from error
+
+
+def manifest(folder: Path):
+    try:
+        verify(folder)
+    except (CutOff, Damaged) as error:
+        raise UserError("checkpoint", folder, str(error), "bring back a copy") from error
+
+
+def signed(folder: Path):
+    """A manifest that agrees with itself, whatever it says."""
+    from cmd_jax.manifest import MANIFEST, digest_of
+
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        content = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps(content | {"digest": digest_of(content)}))
+    manifest(folder)
+
+
+def run(folder: Path):
+    earlier = read_json(folder / RUN, like=RUN_LIKE)
+    train.check_continues(earlier, RUNS, types.SimpleNamespace(print=lambda *_, **__: None))
+
+
+def pipeline(*parts: str):
+    value = read(PIPELINE.joinpath(*parts))
+    return {"value.json": value}
+
+
+def of_value(build: Callable) -> Callable[[Path], object]:
+    return lambda folder: build(read_json(folder / "value.json"))
+
+
+def dit_folder(folder: Path):
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    if not weights.exists():
+        write_safetensors(weights, {"pos_embed.proj.weight": np.zeros((16, 4, 2, 2), np.float32)})
+    told, state = diffusers_dit.read_dit_folder(folder)
+    return cmd_release.load("content_dit", cmd_release.complete("content_dit", told, state), state)
+
+
+def tokenizer(folder: Path):
+    for name in ("merges.txt",):
+        shutil.copy(PIPELINE / "tokenizer" / name, folder)
+    return Tokenizer(folder)(["a cat"])
+
+
+def shards(folder: Path):
+    for i, name in enumerate("ab", 1):
+        write_safetensors(folder / f"x-0000{i}-of-00002.safetensors", {name: np.zeros(1, np.float32)})
+    with open_weights(find_weights(folder, "x")) as weights:
+        return weights.shapes
+
+
+def clip(folder: Path):
+    shutil.copy(FIXTURES / "tiny-clip" / "model.safetensors", folder)
+    return load_clip(folder)
+
+
+def manifest_files() -> dict:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "1")
+        folder.mkdir()
+        (folder / "a").write_text("a")
+        write_manifest(folder, 1)
+        return {"1/manifest.json": read(folder / "manifest.json")}
+
+
+def in_step(check: Callable) -> Callable[[Path], object]:
+    def read(folder: Path):
+        (folder / "1" / "a").write_text("a")
+        check(folder / "1")
+
+    return read
+
+
+@functools.cache
+def readers() -> dict[str, Reader]:
+    parts = {part: {"config": read(PIPELINE / part / "config.json")} | PART for part in ("vae", "text_encoder")}
+    model = {"unet": read(PIPELINE / "unet" / "config.json"),
+             "scheduler": read(PIPELINE / "scheduler" / "scheduler_config.json")}  # fmt: skip
+    texts = {"config.json": config("content,kind=text"), "facts.json": FACTS | parts | {"image_model": model}}
+    latent = {"config.json": config("autoencoder,kind=text"), "facts.json": AUTOENCODER | {"vae": parts["vae"]}}
+    autoencoder = {"config.json": config("autoencoder"), "facts.json": AUTOENCODER}
+    content = {"config.json": config("content"), "facts.json": FACTS}
+    motion = {"config.json": config("motion,kind=gaussian"), "facts.json": FACTS}
+    dit = {"_class_name": "DiTTransformer2DModel", "activation_fn": "gelu-approximate", "attention_bias": True,
+           "attention_head_dim": 8, "in_channels": 4, "norm_elementwise_affine": False, "norm_eps": 1e-5, "norm_type":
+           "ada_norm_zero", "num_attention_heads": 2, "num_embeds_ada_norm": 5, "num_layers": 2, "out_channels": 8,
+           "patch_size": 2, "sample_size": 8}  # fmt: skip
+    return {
+        "autoencoder stage": Reader(autoencoder, stage("autoencoder")),
+        "latent autoencoder stage": Reader(latent, stage("autoencoder")),
+        "content stage": Reader(content, stage("content")),
+        "motion stage": Reader(motion, stage("motion")),
+        "text stage": Reader(texts, stage("content")),
+        "weights file": Reader({"config": content["config.json"], "facts": FACTS}, weights_file),
+        "resumed run": Reader(content, resume),
+        "release": Reader(autoencoder | {"facts.json": AUTOENCODER | {"converted": CONVERTED}}, release),
+        "converted dit": Reader({"architecture": DIT, "optional": []}, converted("dit")),
+        "converted i3d": Reader({"architecture": {"epsilon": 1e-5}, "optional": []}, converted("i3d")),
+        "converted lpips": Reader({"architecture": {}, "optional": ["scaling_layer.shift"]}, converted("lpips")),
+        "architecture": Reader({"architecture.json": DIT}, architecture),
+        "manifest": Reader(manifest_files(), in_step(manifest)),
+        "signed manifest": Reader(manifest_files(), in_step(signed)),
+        "run.json": Reader({RUN: RUNS}, run),
+        "samples.json": Reader({"s/samples.json": SAMPLES}, lambda f: read_section(f / "s", f / "index.html")),
+        "prompts": Reader({"prompts.json": MSRVTT}, lambda folder: read_prompts(folder / "prompts.json")),
+        "unet": Reader(pipeline("unet", "config.json"), of_value(unet_from_config)),
+        "vae": Reader(pipeline("vae", "config.json"), of_value(vae_from_config)),
+        "text encoder": Reader(pipeline("text_encoder", "config.json"), of_value(text_from_config)),
+        "scheduler": Reader(pipeline("scheduler", "scheduler_config.json"), of_value(from_scheduler_config)),
+        "tokenizer": Reader({n: read(PIPELINE / "tokenizer" / n) for n in ("vocab.json", "tokenizer_config.json")}, tokenizer),
+        "clip": Reader({"config.json": read(FIXTURES / "tiny-clip" / "config.json")}, clip),
+        "index of shards": Reader({"x.safetensors.index.json": INDEX}, shards),
+        "dit folder": Reader({"config.json": dit}, dit_folder),
+    }  # fmt: skip
+
+
+# For the mutations: a file is a reader's name, the name of one of its files, and the text of that.
+
+
+def seeds() -> list[bytes]:
+    return [
+        json.dumps([name, file, json.dumps(value)]).encode()
+        for name, reader in readers().items()
+        for file, value in reader.files.items()
+    ]
+
+
+seeds = functools.cache(seeds)
+
+
+def mutate(seed: bytes, other: bytes, rng) -> bytes:
+    name, file, text = json.loads(seed)
+    if rng.random() < 0.75:
+        value = json.loads(text)
+        for _ in range(int(rng.integers(1, 3))):
+            value = fuzz.mutate_json(value, rng)
+        content = fuzz.dump_json(value).encode()
+    else:
+        content = fuzz.mutate_bytes(text.encode(), json.loads(other)[2].encode(), rng)
+    return json.dumps([name, file]).encode() + b"\n" + content
+
+
+def read_file(path: Path):
+    head, _, content = path.read_bytes().partition(b"\n")
+    name, file = json.loads(head)
+    return read_with(path.parent / "reader", name, {file: content})
+
+
+def read_with(folder: Path, name: str, contents: dict[str, bytes]):
+    """What a reader makes of its files, some of which have other contents."""
+    shutil.rmtree(folder, ignore_errors=True)
+    reader = readers()[name]
+    for file, value in reader.files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(contents.get(file, json.dumps(value).encode()))
+    return reader.read(folder)
+
+
+JSON = fuzz.Kind(seeds, mutate, read_file, "")
