@@ -226,6 +226,8 @@ def _check_autoencoder(config: ConfigDict):
 def _check_inputs(config: ConfigDict):
     """What an autoencoder is given must fit its mode and its loss."""
     model, loss = config.model, config.loss
+    if loss.lpips_heads and not loss.vgg:
+        raise UserError("loss.vgg", "", "missing, loss.lpips_heads belongs to it", "set loss.vgg to the file of VGG16")
     if loss.vgg and not loss.lpips:
         raise UserError("loss.lpips", 0.0, "loss.vgg is given but would not be used", "set loss.lpips=4.0")
     if model.mode == "pixel":

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -23,7 +21,7 @@ from cmd_jax import __version__
 from cmd_jax.errors import UserError, choose
 from cmd_jax.files import parse_json, read_json
 from cmd_jax.hosts import check_tree
-from cmd_jax.interop import cmd_release, diffusers_dit, i3d
+from cmd_jax.interop import cmd_release, diffusers_dit, i3d, lpips
 from cmd_jax.interop.cmd_stages import autoencoder_stage, denoiser_stage, release_weights
 from cmd_jax.interop.diffusers import load_pipeline, save_pipeline
 from cmd_jax.interop.sd_config import unet_from_config
@@ -35,7 +33,7 @@ from cmd_jax.interop.weights import (
     unflatten,
     write_safetensors,
 )
-from cmd_jax.models.vgg import LPIPS, REPEATED, lpips_params, lpips_state
+from cmd_jax.models.vgg import LPIPS
 from cmd_jax.pretrained import check_same, describe, image_model
 from cmd_jax.trained import Trained, export, load_trained
 
@@ -67,12 +65,6 @@ class Model(NamedTuple):
     optional: tuple[str, ...] = ()
 
 
-def _lpips_shapes(_) -> tuple:
-    image = jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
-    boxed = jax.eval_shape(LPIPS().init, jax.random.key(0), image, image)
-    return LPIPS(), nn.unbox(boxed["params"])
-
-
 def _numbers(defaults: dict) -> Callable[[dict, dict], dict]:
     """The `architecture` of a model with these fields, all of them positive numbers."""
 
@@ -101,11 +93,11 @@ MODELS = {
         architecture=_numbers({"epsilon": 1e-5}),
     ),
     "lpips": Model(
-        load=lambda _, state: (LPIPS(), lpips_params(state)),
-        store=lambda _, params, repeated: lpips_state(params, repeated),
-        describe=_lpips_shapes,
+        load=lambda _, state: (LPIPS(), lpips.lpips_params(state)),
+        store=lambda _, params, repeated: lpips.lpips_state(params, repeated),
+        describe=lambda _: (LPIPS(), lpips.shapes()),
         architecture=_numbers({}),
-        optional=REPEATED,
+        optional=lpips.REPEATED,
     ),
 }
 KINDS = {
@@ -114,7 +106,7 @@ KINDS = {
     "cmd-motion": "its motion DiT",
     "dit": "facebook's DiT, or diffusers' folder of it",
     "i3d": "I3D-400, for FVD",
-    "lpips": "LPIPS on VGG16",
+    "lpips": "LPIPS on VGG16, of the lpips package or torchvision",
     STABLE_DIFFUSION: "a diffusers folder, to another one",
 }
 # Tensors that tell of a model; a motion DiT has that of the other DiTs too.
@@ -125,6 +117,8 @@ MARKERS = {
     "to_patch_embedding_xy.weight": ("cmd-autoencoder",),
     "Conv3d_1a_7x7.conv3d.weight": ("i3d",),
     "lin0.model.1.weight": ("lpips",),
+    "features.0.weight": ("lpips",),  # torchvision's VGG16
+    "net.slice1.0.weight": ("lpips",),
     "down_blocks.0.resnets.0.conv1.weight": (STABLE_DIFFUSION,),
     "encoder.down_blocks.0.resnets.0.conv1.weight": (STABLE_DIFFUSION,),
     "text_model.embeddings.token_embedding.weight": (STABLE_DIFFUSION,),
@@ -153,6 +147,7 @@ def add_flags(parser):
     parser.add_argument(
         "--pretrained", metavar="DIR", help="cmd-autoencoder of mode latent: diffusers folder of its VAE"
     )
+    parser.add_argument("--heads", metavar="FILE", help="lpips: its heads, where INPUT is torchvision's VGG16")
     parser.add_argument("--dtype", metavar="|".join(DTYPES), default=DTYPES[0], help="of OUTPUT (default float32)")
     parser.add_argument("--key", metavar="ENTRY", help="of a torch file that holds several (default ema)")
     parser.add_argument(
@@ -208,9 +203,10 @@ def _refuse_idle(flags, target: str):
         ("--key", flags.key, pipeline or back, "only for torch files as INPUT"),
         ("--classes", flags.classes, kind != "cmd-content", "only for cmd-content"),
         ("--pretrained", flags.pretrained, kind != "cmd-autoencoder", "only for cmd-autoencoder"),
+        ("--heads", flags.heads, kind != "lpips", "only for lpips"),
         ("--architecture", flags.architecture, kind in ("lpips", STABLE_DIFFUSION), f"{kind} needs none"),
         *((flag, getattr(flags, flag[2:]), back, "INPUT says it already")
-          for flag in ("--architecture", "--classes", "--pretrained")),
+          for flag in ("--architecture", "--classes", "--pretrained", "--heads")),
     ):  # fmt: skip
         if value is not None and idle:
             raise UserError(flag, value, problem, "leave it out")
@@ -219,7 +215,8 @@ def _refuse_idle(flags, target: str):
 def _on_the_command_line(error: UserError, flags) -> UserError:
     """The error with the names that the user gave: library code speaks of paths, keys and configs."""
     field, value = error.field, error.value
-    places = {"OUTPUT": flags.output, "--unet": flags.unet, "--pretrained": flags.pretrained, "INPUT": flags.input}
+    places = {"OUTPUT": flags.output, "INPUT": flags.input}
+    places |= {f"--{name}": getattr(flags, name) for name in ("unet", "pretrained", "heads")}
     inside = [flag for flag, path in places.items() if path and str(value).startswith(str(Path(path).expanduser()))]
     names = {"key": "--key", "config": "--architecture", "classes": "--classes", "i3d": "INPUT", "lpips": "INPUT"}
     if field in ("path", "weights", "pipeline", "workdir", "pretrained.path") and inside:
@@ -249,6 +246,8 @@ def _to_ours(flags, source: Path, output: Path):
         _check_kind(kind, source, state)
         if diffusers_dit.MARKER in state:
             told, state = diffusers_dit.COMPUTES, diffusers_dit.in_facebooks_names(state)
+    if kind == "lpips":
+        state = lpips.with_heads(state, read_state_dict(Path(flags.heads).expanduser()) if flags.heads else {})
     given = told | given
     if kind == "dit" and told:
         log.info("computed as diffusers does; as facebook's code does with --architecture=%s", AS_FACEBOOK)

@@ -123,7 +123,8 @@ def autoencoder() -> ConfigDict:
             l1=4.0,
             l2=0.0,
             lpips=4.0,  # where `vgg` is given
-            vgg="",  # path of VGG16-LPIPS weights (safetensors or .pt)
+            vgg="",  # file of LPIPS on VGG16: of ours, the lpips package's state dict, or torchvision's VGG16
+            lpips_heads="",  # with torchvision's: lpips/weights/v0.1/vgg.pth of the package lpips
             adversarial=0.0,
             feature_matching=4.0,  # times `adversarial`
             discriminator_channels=64,

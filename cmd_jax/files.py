@@ -115,8 +115,8 @@ def check_like(value, like: Like, name: str = "") -> str:
         return "" if "" in problems else problems[0]
     if isinstance(like, dict) and isinstance(value, dict):
         known = {key.rstrip("?"): one for key, one in like.items() if key is not ...}
-        for key in like.keys() - {...}:
-            if not key.endswith("?") and key not in value:
+        for key in like:
+            if key is not ... and not key.endswith("?") and key not in value:
                 return f"{name or 'it'} lacks {key}"
         for key, inner in value.items():
             if key not in known and ... not in like:

@@ -23,8 +23,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.files import atomic_path, read_json, versions, write_json
 from cmd_jax.frames import Pixels, VAELatents
 from cmd_jax.hosts import digest
-from cmd_jax.interop.weights import read_state_dict
-from cmd_jax.models.vgg import lpips_params
+from cmd_jax.interop.lpips import load_lpips
 from cmd_jax.pretrained import check_same, describe, image_model, load_space, load_texts, stated_space
 from cmd_jax.sharding import partitioning
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, check_grids, diffusion_stage, reads_text
@@ -140,11 +139,11 @@ def add_part(part: str, config, facts: dict, earlier: dict):
 
 def prepare_autoencoder(config, workdir: Path, source, mesh, console, facts: dict, earlier: dict):
     """-> (stage, read, clips); adds to the facts."""
-    lpips, space = lpips_params(read_state_dict(config.loss.vgg)) if config.loss.vgg else None, Pixels()
+    lpips, space = load_lpips(config.loss.vgg, config.loss.lpips_heads) if config.loss.vgg else None, Pixels()
     if config.loss.lpips and lpips is None:
         console.print(
-            "LPIPS is left out of the loss: loss.vgg is empty; give a file of VGG16-LPIPS weights (the state dict "
-            "of the PyPI package lpips), or set loss.lpips=0.0"
+            "LPIPS is left out of the loss: loss.vgg is empty; give torchvision's VGG16 there and its heads as "
+            "loss.lpips_heads (both in one file will do), or set loss.lpips=0.0"
         )  # fmt: skip
     if config.model.mode == "latent":
         add_part("vae", config, facts, earlier)

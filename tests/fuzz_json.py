@@ -20,15 +20,16 @@ from cmd_jax import convert, train
 from cmd_jax.checkpoint import RUN, RUN_LIKE
 from cmd_jax.data.prompts import read_prompts
 from cmd_jax.errors import UserError
-from cmd_jax.files import check_like, read_json
+from cmd_jax.files import read_json
 from cmd_jax.interop import cmd_release, diffusers_dit
 from cmd_jax.interop.clip import load as load_clip
 from cmd_jax.interop.clip import text_from_config
 from cmd_jax.interop.clip_tokenizer import Tokenizer
 from cmd_jax.interop.cmd_stages import release_weights
+from cmd_jax.interop.folders import TRANSFORMERS, find_weights
 from cmd_jax.interop.schedulers import from_scheduler_config
 from cmd_jax.interop.sd_config import unet_from_config, vae_from_config
-from cmd_jax.interop.torch_layout import find_weights, open_weights
+from cmd_jax.interop.torch_layout import open_weights
 from cmd_jax.interop.weights import write_safetensors
 from cmd_jax.manifest import CutOff, Damaged, verify, write_manifest
 from cmd_jax.prepare import check_same_run
@@ -45,7 +46,7 @@ PIPELINE = FIXTURES / "tiny-sd15"
 
 
 class Reader(NamedTuple):
-    """files: {name: value as it should be}. read: folder with all of them, as JSON -> whatever; UserError if damaged."""
+    """files: {name: value as it should be}. read: folder that holds them as JSON -> whatever; UserError if damaged."""
 
     files: dict[str, object]
     read: Callable[[Path], object]
@@ -63,16 +64,17 @@ CHANNELS = {name: {"mean": [0.0] * n, "std": [1.0] * n} for name, n in (("conten
 PART = {"digest": "d"}
 FACTS = tiny.facts("run", "jump", statistics=CHANNELS, clips=2, fingerprint="f", autoencoder_params="p")
 AUTOENCODER = {"digest": "", "class_names": ["run"], "clips": 1, "fingerprint": "f"}
-CONVERTED = {"cmd_jax": "0", "config": {"hidden_dim": 16, "patch_size": 4, "channels": 3, "motion_channels": 4, "depth": 1,
-             "heads": 2, "head_dim": 8, "mode": "pixel", "frames": 4, "image_size": [16, 24]}}  # fmt: skip
-DIT = {"input_size": [8, 8], "patch_size": 2, "in_channels": 2, "hidden_size": 8, "depth": 1, "heads": 2, "num_classes": 3,
-       "learn_sigma": True, "frequency_shift": 0, "mlp_epsilon": 1e-6}  # fmt: skip
-RUNS = {"step": 1, "examples": 4, "order": {"seed": 0, "batch_size": 4, "data": "f"}, "key": [0, 0], "config": {"model": {}},
-        "versions": {"jax": "0"}, "devices": 1, "processes": 1}  # fmt: skip
+CONVERTED = {"cmd_jax": "0", "config": {"hidden_dim": 16, "patch_size": 4, "channels": 3, "motion_channels": 4,
+             "depth": 1, "heads": 2, "head_dim": 8, "mode": "pixel", "frames": 4, "image_size": [16, 24]}}  # fmt: skip
+DIT = {"input_size": [8, 8], "patch_size": 2, "in_channels": 2, "hidden_size": 8, "depth": 1, "heads": 2,
+       "num_classes": 3, "learn_sigma": True, "frequency_shift": 0, "mlp_epsilon": 1e-6}  # fmt: skip
+RUNS = {"step": 1, "examples": 4, "order": {"seed": 0, "batch_size": 4, "data": "f"}, "key": [0, 0],
+        "config": {"model": {}}, "versions": {"jax": "0"}, "devices": 1, "processes": 1}  # fmt: skip
 SAMPLES = {"title": "t", "note": "n", "table": [["a", "b"], ["x", 1.0]],
            "items": [{"index": 0, "caption": "c", "video": "0.mp4", "content": "0.png"}]}  # fmt: skip
 MSRVTT = {"videos": [{"video_id": "v", "split": "test"}], "sentences": [{"video_id": "v", "caption": "a cat"}]}
-INDEX = {"metadata": {"total_size": 8}, "weight_map": {"a": "x-00001-of-00002.safetensors", "b": "x-00002-of-00002.safetensors"}}
+INDEX = {"metadata": {}, "weight_map": {n: f"model-0000{i}-of-00002.safetensors" for i, n in enumerate("ab", 1)}}
+TOKENIZER = ("vocab.json", "tokenizer_config.json")
 
 
 @functools.cache
@@ -177,9 +179,9 @@ def tokenizer(folder: Path):
 
 
 def shards(folder: Path):
-    for i, name in enumerate("ab", 1):
-        write_safetensors(folder / f"x-0000{i}-of-00002.safetensors", {name: np.zeros(1, np.float32)})
-    with open_weights(find_weights(folder, "x")) as weights:
+    for name, file in INDEX["weight_map"].items():
+        write_safetensors(folder / file, {name: np.zeros(1, np.float32)})
+    with open_weights(find_weights(folder, TRANSFORMERS)) as weights:
         return weights.shapes
 
 
@@ -243,9 +245,9 @@ def readers() -> dict[str, Reader]:
         "vae": Reader(pipeline("vae", "config.json"), of_value(vae_from_config)),
         "text encoder": Reader(pipeline("text_encoder", "config.json"), of_value(text_from_config)),
         "scheduler": Reader(pipeline("scheduler", "scheduler_config.json"), of_value(from_scheduler_config)),
-        "tokenizer": Reader({n: read(PIPELINE / "tokenizer" / n) for n in ("vocab.json", "tokenizer_config.json")}, tokenizer),
+        "tokenizer": Reader({n: read(PIPELINE / "tokenizer" / n) for n in TOKENIZER}, tokenizer),
         "clip": Reader({"config.json": read(FIXTURES / "tiny-clip" / "config.json")}, clip),
-        "index of shards": Reader({"x.safetensors.index.json": INDEX}, shards),
+        "index of shards": Reader({"model.safetensors.index.json": INDEX}, shards),
         "dit folder": Reader({"config.json": dit}, dit_folder),
     }  # fmt: skip
 

@@ -12,9 +12,10 @@ from cmd_jax.conditions import Classes
 from cmd_jax.data.sources import channel_statistics
 from cmd_jax.errors import UserError
 from cmd_jax.frames import pixels
+from cmd_jax.interop.lpips import lpips_params
 from cmd_jax.keys import derive
 from cmd_jax.models.autoencoder import Latents
-from cmd_jax.models.vgg import LPIPS, lpips_params
+from cmd_jax.models.vgg import LPIPS
 from cmd_jax.stages import (
     AutoencoderStage,
     ContentStage,

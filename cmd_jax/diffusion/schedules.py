@@ -10,10 +10,11 @@ import numpy as np
 from cmd_jax.errors import UserError, choose
 
 SPACINGS = ("even", "ddim", "leading", "trailing", "linspace")
+MOST_STEPS = 10**6  # of any process
 
 
 def check_count(field: str, value, most: int | None = None) -> int:
-    """`value` as an int if it is a whole number in 1..most, else a UserError about `field`."""
+    """`value` as an int if it is a whole number in 1..most, MOST_STEPS by default, else a UserError about `field`."""
     limit = "1 or more" if most is None else f"1 to {most}"
     try:
         count = operator.index(value)
@@ -21,6 +22,8 @@ def check_count(field: str, value, most: int | None = None) -> int:
         raise UserError(field, value, "not a whole number", f"use {limit}") from None
     if isinstance(value, bool) or count < 1:
         raise UserError(field, value, "must be a positive whole number", f"use {limit}")
+    if count > MOST_STEPS:
+        raise UserError(field, value, "more than any process has", f"use {limit}")
     if most is not None and count > most:
         raise UserError(field, value, f"more than the {most} training steps", f"use {limit}")
     return count

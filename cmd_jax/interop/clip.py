@@ -37,6 +37,7 @@ VISION = TOWER | {
     "num_attention_heads": 12,
 }
 # Fields that don't change what a trained tower computes: how it was made, or what a text generator would do with it.
+LARGEST = 2**20  # of any size here; arrays of more would fill the memory
 INERT = {
     "_name_or_path",
     "architectures",
@@ -212,7 +213,7 @@ def _read_config(folder: Path) -> dict:
 
 
 def _positive(field: str, value) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if type(value) is not int or not 0 < value <= LARGEST:
         raise UserError(field, value, "not a positive whole number", "set it as the weights were trained")
     return value
 

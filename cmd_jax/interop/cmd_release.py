@@ -129,8 +129,9 @@ def complete(kind: str, given: dict, state_dict: dict[str, np.ndarray]) -> dict:
     if kind == "autoencoder":
         inner, heads = (size("encoder.layers.0.0.fn.qkv.weight", 0) or 0) // 3, config.get("heads")
         return {"head_dim": inner // heads} | config if type(heads) is int and heads > 0 else config
-    known = {(depth, width): {"heads": heads} for depth, width, heads in SIZES.values()}
-    config = known.get((config.get("depth"), config.get("hidden_size")), {}) | config
+    for depth, width, heads in SIZES.values():
+        if [config.get("depth"), config.get("hidden_size")] == [depth, width]:
+            config = {"heads": heads} | config
     if rows := size("y_embedder.embedding_table.weight", 0):
         config.setdefault("num_classes", rows - 1)
     patch, channels, values = told["patch_size"], told["in_channels"], size("final_layer.linear.bias", 0)

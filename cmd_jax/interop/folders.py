@@ -97,10 +97,10 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def _check_there(path: Path, missing: str = "not a file"):
-    if path.is_symlink() and not path.exists():
+    if os.path.islink(path) and not os.path.exists(path):  # unlike Path's, False for names no file system takes
         problem, remedy = f"a link to {os.readlink(path)}, where nothing is", "copy what links lead to (cp -rL)"
         raise UserError("weights", path, problem, remedy)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError("weights", path, missing, "fetch the whole folder")
 
 

@@ -4,7 +4,7 @@ A field that is absent has diffusers' default. None of diffusers' fields is igno
 fields that are not diffusers' are noted.
 """
 
-import math
+import sys
 
 from cmd_jax.errors import UserError
 from cmd_jax.interop.folders import check_class, note_unknown
@@ -86,6 +86,7 @@ VAE_DEFAULTS = {
     "out_channels": 3,
     "scaling_factor": 0.18215,
 }
+LARGEST = 2**20  # of any size here; arrays of more would fill the memory
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # whether transformers follow the residual blocks
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 COUNTS = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups",
@@ -128,17 +129,18 @@ def unet_from_config(config: dict, dtype="float32", remat: str = "none") -> UNet
 def vae_from_config(config: dict, dtype="float32", remat: str = "none") -> VAE:
     """vae/config.json -> module. UserError for a field whose value would need what the module doesn't have."""
     config = _check_config("vae", config, VAE_FIXED, VAE_FREE, VAE_NEEDED, VAE_DEFAULTS)
+    widths = _widths("vae", config)
     _types("vae", config, "down_block_types", {"DownEncoderBlock2D": False})
     _types("vae", config, "up_block_types", {"UpDecoderBlock2D": False})
     if config["in_channels"] != config["out_channels"]:
         raise _bad("vae", "out_channels", config, f"differs from in_channels={config['in_channels']}")
     factor = config["scaling_factor"]
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= sys.float_info.max:
         raise _bad("vae", "scaling_factor", config, "not a positive number")
     return VAE(
         channels=config["in_channels"],
         latent_channels=config["latent_channels"],
-        widths=_widths("vae", config),
+        widths=widths,
         layers=config["layers_per_block"],
         groups=config["norm_num_groups"],
         scaling_factor=float(factor),
@@ -170,7 +172,7 @@ def _bad(part: str, name: str, config: dict, problem: str) -> UserError:
 
 
 def _count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return type(value) is int and 0 < value <= LARGEST
 
 
 def _widths(part: str, config: dict) -> tuple[int, ...]:
@@ -185,6 +187,6 @@ def _types(part: str, config: dict, name: str, known: dict[str, bool]) -> tuple[
     if not isinstance(types, list | tuple) or len(types) != len(config["block_out_channels"]):
         raise _bad(part, name, config, f"not one block for each of block_out_channels={config['block_out_channels']}")
     for kind in types:
-        if kind not in known:
+        if kind not in list(known):
             raise _bad(part, name, config, f"{kind} is not supported, only {' and '.join(known)}")
     return tuple(known[kind] for kind in types)

@@ -17,6 +17,8 @@ from cmd_jax.interop.torch_files import read_torch
 
 log = logging.getLogger(__name__)
 
+DEEPEST = 32  # branches of a tree of weights
+
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # What DistributedDataParallel and torch.compile put before names, and torch.compile of a part within them.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
@@ -86,6 +88,8 @@ def unflatten(flat: dict[str, np.ndarray]) -> dict:
     """{"a/b/c": array} -> a tree of dicts, as `flatten` found it. UserError if a name is both array and branch."""
     for name in flat:
         parts = name.split("/")
+        if len(parts) > DEEPEST:
+            raise UserError("weights", name, f"more than {DEEPEST} branches deep", "give one tree of weights")
         for depth in range(1, len(parts)):
             if (branch := "/".join(parts[:depth])) in flat:
                 raise UserError(
