@@ -162,7 +162,7 @@ SEEDS = 2**32  # jax.random.key takes a seed modulo this
 
 
 def check(config: ConfigDict) -> ConfigDict:
-    """The checks that need no data: signs, ranges, paths, choices, sizes that patches must divide, and what goes together."""
+    """The checks that need no data: of each value, of sizes that patches must divide, and of what goes together."""
     check_trained(config)
     _check_pretrained(config)
     if config.stage == "autoencoder":

@@ -39,7 +39,8 @@ from cmd_jax.trained import Trained, export
 
 # What a checkpoint says of its run, for `check_like`: see `position`.
 RUN = {
-    "step": COUNT, "examples": COUNT, "order": dict, "key": list, "devices": COUNT, "processes": COUNT, "versions": dict,
+    "step": COUNT, "examples": COUNT, "order": dict, "key": list,
+    "devices": COUNT, "processes": COUNT, "versions": dict,
     "config": {"model": {"remat": str, ...: object}, "train": {"accumulate": COUNT, ...: object}, ...: object},
     ...: object,
 }  # fmt: skip

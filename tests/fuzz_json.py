@@ -69,7 +69,8 @@ CONVERTED = {"cmd_jax": "0", "config": {"hidden_dim": 16, "patch_size": 4, "chan
 DIT = {"input_size": [8, 8], "patch_size": 2, "in_channels": 2, "hidden_size": 8, "depth": 1, "heads": 2,
        "num_classes": 3, "learn_sigma": True, "frequency_shift": 0, "mlp_epsilon": 1e-6}  # fmt: skip
 RUNS = {"step": 1, "examples": 4, "order": {"seed": 0, "batch_size": 4, "data": "f"}, "key": [0, 0],
-        "config": {"model": {}}, "versions": {"jax": "0"}, "devices": 1, "processes": 1}  # fmt: skip
+        "config": {"model": {"remat": "none"}, "train": {"accumulate": 1}}, "versions": {"jax": "0"}, "devices": 1,
+        "processes": 1}  # fmt: skip
 SAMPLES = {"title": "t", "note": "n", "table": [["a", "b"], ["x", 1.0]],
            "items": [{"index": 0, "caption": "c", "video": "0.mp4", "content": "0.png"}]}  # fmt: skip
 MSRVTT = {"videos": [{"video_id": "v", "split": "test"}], "sentences": [{"video_id": "v", "caption": "a cat"}]}
@@ -125,7 +126,7 @@ def converted(kind: str):
 
 
 def architecture(folder: Path):
-    flags = types.SimpleNamespace(to=None, output="x", unet=None, pretrained=None, input="y", kind="dit")
+    flags = types.SimpleNamespace(to=None, output="x", unet=None, pretrained=None, heads=None, input="y", kind="dit")
     try:
         given = convert._given(str(folder / "architecture.json"))
         return cmd_release.load("content_dit", cmd_release.complete("content_dit", given, {}), {})
