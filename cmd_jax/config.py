@@ -153,7 +153,7 @@ POSITIVE = {
 }  # fmt: skip
 NOT_NEGATIVE = {
     "seed", "warmup_steps", "clip_norm", "l1", "l2", "lpips", "adversarial", "feature_matching", "preview_every",
-    "cache_clips", "clip", "guidance", "report_above", "expected", "stall_timeout",
+    "cache_clips", "guidance", "report_above", "expected", "stall_timeout",
 }  # fmt: skip
 FRACTIONS = {"ema_decay", "label_dropout", "max_bad_fraction", "b1", "b2", "eta"}
 PATHS = {"root", "path", "vgg", "autoencoder", "weights", "image", "prompts_file"}  # texts that are paths
@@ -199,9 +199,13 @@ def check_trained(config: ConfigDict):
         build_denoiser(config, channels=1, classes=1, process=build_process(config.diffusion))
         divisible("model.width", config.model.width, "model.heads", config.model.heads)
         divisible("model.width", config.model.width, "what sin-cos tables need", 4)
-        if config.latents.normalize and config.diffusion.clip:
+        clip = config.diffusion.clip
+        if clip < 0 and clip != defaults.CLIP_BY_SPACE:
+            remedy = f"give a bound, 0.0 for none, or {defaults.CLIP_BY_SPACE}, by what is diffused"
+            raise UserError("diffusion.clip", clip, "must not be negative", remedy)
+        if config.latents.normalize and clip > 0:
             problem = "clips pixels, but latents.normalize=True diffuses in other units"
-            raise UserError("diffusion.clip", config.diffusion.clip, problem, "set one of the two off")
+            raise UserError("diffusion.clip", clip, problem, "set one of the two off")
 
 
 def _check_pretrained(config: ConfigDict):

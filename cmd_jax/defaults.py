@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+CLIP_BY_SPACE = -1.0
 RULES = (  # logical axis of a parameter or activation -> mesh axes
     ("act_batch", ("data", "fsdp")),
     ("act_time", ()),
@@ -164,7 +165,7 @@ def _denoiser(stage: str) -> ConfigDict:
             timesteps=1000,
             prediction="eps",  # or "v", "x0"
             learned_range=True,
-            clip=0.0,  # hold x0 within +-clip while sampling; 0: off
+            clip=CLIP_BY_SPACE,  # hold x0 within +-clip while sampling; 0: off; -1: 1 for pixels, off for latents
             time_mean=0.0,  # flow: logit-normal training times
             time_std=1.0,
         )
@@ -176,9 +177,7 @@ def _denoiser(stage: str) -> ConfigDict:
 
 def content() -> ConfigDict:
     """Stage 2: p(content | class), by a DiT from scratch (paper section 3.2)."""
-    config = _denoiser("content")
-    config.diffusion.clip = 1.0
-    return config
+    return _denoiser("content")
 
 
 def fine_tuned_content() -> ConfigDict:

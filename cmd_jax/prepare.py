@@ -26,14 +26,15 @@ from cmd_jax.hosts import digest
 from cmd_jax.interop.lpips import load_lpips
 from cmd_jax.pretrained import check_same, describe, image_model, load_space, load_texts, stated_space
 from cmd_jax.sharding import partitioning
-from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, check_grids, diffusion_stage, reads_text
+from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, check_fits, diffusion_stage, reads_text
 from cmd_jax.state import abstract
 from cmd_jax.trained import Trained, check_facts, load_trained
 
 # What may change between the runs of one stage folder, and what too where the learning rate does not depend on it.
 RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")
 RESUMABLE += ("data.prefetch", "data.root", "data.probe_timeout", "mesh.", "processes.", "rules", "latents.autoencoder")
-RESUMABLE += ("pretrained.path", "train.accumulate", "model.remat")  # the last two: fewer devices may need them
+RESUMABLE += ("pretrained.path", "diffusion.clip")  # the latter matters to sampling only
+RESUMABLE += ("train.accumulate", "model.remat")  # fewer devices may need them
 RESUMABLE_CONSTANT = ("train.steps", "optimizer.steps")
 
 log = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ def prepare_denoiser(config, workdir: Path, source, mesh, console, facts: dict, 
         console.print("the texts of the manifest are not used: without labels the model is trained unconditionally")
     if defaults.fine_tunes(config):
         facts["image_model"] = image_model(config.pretrained)
-    check_grids(config, autoencoder, facts.get("image_model"))  # before clips are encoded, which takes a while
+    check_fits(config, autoencoder, facts.get("image_model"))  # before clips are encoded, which takes a while
 
     count, normalized = config.latents.cache_clips, config.latents.get("normalize", False)
     read = video_reader(source, tokenizer)

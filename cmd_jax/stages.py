@@ -53,17 +53,31 @@ def build_autoencoder(model) -> Autoencoder:
     return Autoencoder(**{**model.to_dict(), "dtype": jnp.dtype(model.dtype)})
 
 
-def build_process(config) -> Gaussian | Flow:
-    """The diffusion process of a config's `diffusion` group."""
+def build_process(config, clip: float | None = None) -> Gaussian | Flow:
+    """The diffusion process of a config's `diffusion` group, and of a clip as `clip_of` makes it."""
     choose("diffusion.kind", config.kind, ("gaussian", "flow"))
     choose("diffusion.schedule", config.schedule, ("linear", "scaled_linear"))
     choose("diffusion.prediction", config.prediction, PREDICTIONS)
     if config.kind == "flow":
         if config.learned_range:
             raise UserError("diffusion.learned_range", True, "flow matching has no variance", "set it to False")
-        return Flow(time_mean=config.time_mean, time_std=config.time_std, clip=config.clip or None)
+        return Flow(time_mean=config.time_mean, time_std=config.time_std, clip=clip)
     betas = (linear_betas if config.schedule == "linear" else scaled_linear_betas)(config.timesteps)
-    return Gaussian(Schedule.from_betas(betas), config.prediction, config.learned_range, config.clip or None)
+    return Gaussian(Schedule.from_betas(betas), config.prediction, config.learned_range, clip)
+
+
+def clip_of(config, space: Pixels | VAELatents) -> float | None:
+    """Where sampling holds x0, by the config of a content or motion stage on frames of `space`; None: nowhere.
+
+    Unless diffusion.clip says it: 1 for content frames that are pixels, and as they are; none for all that is latent.
+    """
+    clip, pixels = config.diffusion.clip, isinstance(space, Pixels)
+    if config.stage == "content" and clip > 0 and not pixels:
+        problem = "content frames are latents of the VAE here, which have no such bound: samples would be crushed"
+        raise UserError("diffusion.clip", clip, problem, f"use {defaults.CLIP_BY_SPACE}, by what is diffused, or 0.0")
+    if clip == defaults.CLIP_BY_SPACE:
+        return 1.0 if config.stage == "content" and pixels and not config.latents.normalize else None
+    return clip or None
 
 
 def build_denoiser(config, channels: int, classes: int | None, process) -> DiT:
@@ -236,7 +250,7 @@ class DiffusionStage:
 
     def build(self, config):
         """Set process, solvers and module."""
-        self.process = build_process(config.diffusion)
+        self.process = build_process(config.diffusion, clip_of(config, self.autoencoder.space))
         self.solvers = self.process.solvers
         classes = self.conditions.count if isinstance(self.conditions, Classes) else None
         self.module = build_denoiser(config, self.shape[-1], classes, self.process)
@@ -387,18 +401,19 @@ class MotionStage(DiffusionStage):
 
 def diffusion_stage(config, autoencoder, conditions, statistics, image_model=None) -> DiffusionStage:
     """The stage of a content or motion config; image_model as of FineTunedContentStage, where it is one."""
-    check_grids(config, autoencoder, image_model)
+    check_fits(config, autoencoder, image_model)
     if defaults.fine_tunes(config):
         return FineTunedContentStage(config, autoencoder, conditions, statistics, image_model)
     return {"content": ContentStage, "motion": MotionStage}[config.stage](config, autoencoder, conditions, statistics)
 
 
-def check_grids(config, autoencoder: FrozenAutoencoder, image_model=None):
-    """UserError for sizes that the denoiser of a content or motion config cannot take."""
+def check_fits(config, autoencoder: FrozenAutoencoder, image_model=None):
+    """UserError for sizes and units that the denoiser of a content or motion config cannot take."""
     if defaults.fine_tunes(config):
         check_levels(unet_from_config(image_model["unet"]), autoencoder)
     else:
         check_patches(config, autoencoder)
+        clip_of(config, autoencoder.space)
 
 
 def check_levels(unet: UNet, autoencoder: FrozenAutoencoder):

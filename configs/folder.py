@@ -31,7 +31,7 @@ def get_config(argument: str = ""):
     else:
         config.train.update(batch_size=16, ema_decay=0.98)
         config.latents.update(normalize=True, cache_clips=512)
-        config.diffusion.update(kind="flow", learned_range=False, clip=0.0)
+        config.diffusion.update(kind="flow", learned_range=False)
         config.model.update(width=128, depth=4, heads=4)
         if stage == "content":
             config.model.patch = 4  # 8 would press 192 values of noise through 128 channels

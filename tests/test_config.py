@@ -133,7 +133,7 @@ def test_groups_tables_and_the_stage_cannot_be_overridden():
         ("sample", "sampling.content_steps", "0", "must be positive"),
         ("autoencoder", "seed", "-1", "must not be negative"),
         ("sample", "sampling.guidance", "-1", "must not be negative"),
-        ("content", "diffusion.clip", "-1", "must not be negative"),
+        ("content", "diffusion.clip", "-2", "must not be negative"),
         ("autoencoder", "optimizer.learning_rate", "nan", "not a finite number"),
         ("autoencoder", "optimizer.learning_rate", "inf", "not a finite number"),
         ("autoencoder", "loss.l1", "nan", "not a finite number"),

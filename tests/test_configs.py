@@ -9,7 +9,7 @@ import pytest
 
 from cmd_jax.conditions import Classes
 from cmd_jax.config import load
-from cmd_jax.frames import VAELatents
+from cmd_jax.frames import Pixels, VAELatents
 from cmd_jax.models.dit import SIZES
 from cmd_jax.models.vae import VAE
 from cmd_jax.pretrained import image_model, load_space, load_texts
@@ -20,6 +20,7 @@ from cmd_jax.stages import (
     MotionStage,
     build_process,
     check_patches,
+    clip_of,
     diffusion_stage,
 )
 
@@ -145,11 +146,10 @@ def test_the_papers_diffusion(stage):
     assert (train.batch_size, train.ema_decay, train.accumulate) == (256, 0.999, 1)
     assert train.steps * 256 / 9537 == pytest.approx(3000, abs=0.1)
     assert (diffusion.kind, diffusion.prediction, diffusion.learned_range) == ("gaussian", "eps", True)
-    assert diffusion.clip == {"content": 1.0, "motion": 0.0}[stage]
     assert config.guidance.label_dropout == 0.1
     assert not config.latents.normalize and not config.latents.cache_clips
     assert config.model.patch == 2 and config.model.position == "sincos"
-    process = build_process(diffusion)
+    process = build_process(diffusion, clip_of(config, Pixels()))
     betas = process.schedule.betas
     assert (len(betas), betas[0], betas[-1]) == (1000, 1e-4, pytest.approx(0.02))
     assert betas[500] == pytest.approx(1e-4 + 500 / 999 * (0.02 - 1e-4))

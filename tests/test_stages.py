@@ -10,11 +10,13 @@ from fixtures.formula import state_dict
 from cmd_jax import defaults
 from cmd_jax.conditions import Classes
 from cmd_jax.data.sources import channel_statistics
+from cmd_jax.defaults import CLIP_BY_SPACE
 from cmd_jax.errors import UserError
-from cmd_jax.frames import pixels
+from cmd_jax.frames import Pixels, VAELatents, pixels
 from cmd_jax.interop.lpips import lpips_params
 from cmd_jax.keys import derive
 from cmd_jax.models.autoencoder import Latents
+from cmd_jax.models.vae import VAE
 from cmd_jax.models.vgg import LPIPS
 from cmd_jax.stages import (
     AutoencoderStage,
@@ -23,8 +25,10 @@ from cmd_jax.stages import (
     MotionStage,
     build_autoencoder,
     build_process,
+    check_fits,
     check_patches,
     denormalize,
+    diffusion_stage,
     normalize,
 )
 
@@ -35,6 +39,7 @@ BATCH = {
     "label": jnp.asarray([0, 6, 2], jnp.int32),
 }
 KEY = jax.random.key(3)
+LATENTS = VAELatents(VAE(3, 4, (8, 16), 1, groups=8))  # half as high and wide
 PATHS = {"content": ContentStage, "motion": MotionStage}
 
 
@@ -378,15 +383,44 @@ def test_sampling_with_an_oracle_recovers_the_latents(autoencoder, statistics, l
         assert shown is None
 
 
-def test_clipping_holds_pixel_content_within_its_range(autoencoder, latents):
-    unit = channel_statistics(latents._asdict(), measured=False)
-    stage = ContentStage(denoiser_config("content", "gaussian", clip=1.0), autoencoder, Classes(CLASSES), unit)
-    stage.denoiser = lambda *_: oracle(stage.process, jnp.full((B, H, W, C), 5.0))
+@pytest.mark.parametrize(
+    "kind, space, normalized, clip, largest",
+    [
+        ("gaussian", Pixels(), False, CLIP_BY_SPACE, 1.0),
+        ("flow", Pixels(), False, CLIP_BY_SPACE, 1.0),
+        ("gaussian", Pixels(), False, 2.0, 2.0),
+        ("flow", Pixels(), False, 0.0, 5.0),
+        ("gaussian", Pixels(), True, CLIP_BY_SPACE, 5.0),
+        ("gaussian", LATENTS, False, CLIP_BY_SPACE, 5.0),
+        ("flow", LATENTS, True, CLIP_BY_SPACE, 5.0),
+        ("gaussian", LATENTS, False, 0.0, 5.0),
+    ],
+)
+def test_content_is_held_within_the_range_of_pixels_and_latents_are_not(kind, space, normalized, clip, largest):
+    """A denoiser that is sure of 5 everywhere: pixels are clipped at 1 unless the config says where, latents never."""
+    config = autoencoder_config()
+    if space is LATENTS:
+        config.model.update(mode="latent", channels=4, patch=2)
+    given = denoiser_config("content", kind, clip=clip)
+    given.latents.normalize = normalized
+    given.model.patch = 2
+    frozen = FrozenAutoencoder(config, {"autoencoder": {}}, space)
+    unit = {name: {"mean": [0.0], "std": [1.0]} for name in ("content", "motion")}
+    stage = diffusion_stage(given, frozen, Classes(CLASSES), unit)
+    stage.denoiser = lambda *_: oracle(stage.process, jnp.full((B, *stage.shape), 5.0))
     keys = jax.random.split(KEY, B)
-    found = stage.sample(
-        None, stage.frozen["statistics"], BATCH["label"], None, keys, guidance=None, steps=3, solver=""
-    )
-    np.testing.assert_allclose(found, 1.0, atol=1e-5)
+    found = stage.sample(None, stage.frozen["statistics"], BATCH["label"], None, keys, steps=3, solver="")
+    np.testing.assert_allclose(found, largest, atol=2e-3)
+
+
+def test_a_clip_of_pixels_is_refused_for_latents():
+    config = autoencoder_config()
+    config.model.update(mode="latent", channels=4, patch=2)
+    frozen = FrozenAutoencoder(config, {"autoencoder": {}}, LATENTS)
+    for check in (check_fits, lambda *both: diffusion_stage(*both, Classes(CLASSES), {})):  # training, and sampling
+        with pytest.raises(UserError, match="^diffusion.clip=1.0: content frames are latents of the VAE .*; use -1.0"):
+            check(denoiser_config("content", "gaussian", clip=1.0), frozen)
+    check_fits(denoiser_config("motion", "gaussian", clip=1.0), frozen)  # whose range is (-1, 1) all the same
 
 
 @pytest.mark.parametrize("name, solvers", [("content", "ddim, ddpm, dpmpp"), ("motion", "euler, heun")])
@@ -425,9 +459,8 @@ def test_processes_are_built_as_configured():
     flow = build_process(denoiser_config("content", time_mean=0.5, time_std=2.0).diffusion)
     assert (flow.prediction, flow.time_mean, flow.time_std, flow.clip) == ("velocity", 0.5, 2.0, None)
     scaled = build_process(
-        denoiser_config(
-            "content", "gaussian", schedule="scaled_linear", prediction="v", timesteps=500, clip=2.0
-        ).diffusion
+        denoiser_config("content", "gaussian", schedule="scaled_linear", prediction="v", timesteps=500).diffusion,
+        clip=2.0,
     )
     assert (len(scaled.schedule), scaled.prediction, scaled.clip) == (500, "v", 2.0)
     assert scaled.schedule.betas[0] == pytest.approx(0.00085) and scaled.schedule.betas[-1] == pytest.approx(0.012)

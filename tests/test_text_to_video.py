@@ -12,10 +12,12 @@ import tiny
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
+from cmd_jax import prepare as preparing
 from cmd_jax import sample as sampling
 from cmd_jax.checkpoint import Checkpoints
 from cmd_jax.conditions import Text, Texts, drop
 from cmd_jax.data.shapes import CLASS_NAMES, ShapesSource
+from cmd_jax.defaults import CLIP_BY_SPACE
 from cmd_jax.diffusion.guidance import guide
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json
@@ -408,6 +410,18 @@ def test_shapes_that_do_not_fit_are_named(tmp_path):
     model = {"unet": unet, "scheduler": pipeline().scheduler}
     with pytest.raises(UserError, match="^data.height=12: the VAE and the UNet halve it until 1/8 is left; use a mul"):
         diffusion_stage(config_of("content", data__height=12), frozen, texts()[0], {}, model)
+
+
+def test_a_dit_on_latents_refuses_the_clip_of_pixels_before_it_encodes(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, "encoded_clips", None)
+    latents = {"latents__autoencoder": trained() / "autoencoder", "latents__cache_clips": 48, "model__patch": 2}
+    text = {"model__condition": "text", "pretrained__path": tiny.pipeline_folder(), "data__width": 32}
+    config = tiny.config_of("content,kind=gaussian", **latents, **text, diffusion__clip=1.0)
+    with pytest.raises(UserError, match="^diffusion.clip=1.0: content frames are latents of the VAE"):
+        train(config, tmp_path)
+    config.diffusion.clip = CLIP_BY_SPACE
+    with pytest.raises(TypeError, match="NoneType"):  # it comes to encoding
+        train(config, tmp_path)
 
 
 def test_parts_of_another_model_are_refused(tmp_path):

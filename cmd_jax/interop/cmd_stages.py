@@ -85,7 +85,6 @@ def denoiser_stage(
     if name == "motion":
         ours.model.content_patch = module.content_patch
     ours.diffusion.learned_range = module.out_channels == 2 * config["in_channels"]
-    ours.diffusion.clip = 1.0 if name == "content" and autoencoder.config.model.mode == "pixel" else 0.0
     facts |= {"autoencoder": autoencoder.facts["digest"], "autoencoder_params": digest(autoencoder.params)}
     facts |= {key: autoencoder.facts[key] for key in ("vae",) if key in autoencoder.facts}
     shapes = _frozen(autoencoder)
