@@ -153,7 +153,7 @@ POSITIVE = {
 }  # fmt: skip
 NOT_NEGATIVE = {
     "seed", "warmup_steps", "clip_norm", "l1", "l2", "lpips", "adversarial", "feature_matching", "preview_every",
-    "cache_clips", "guidance", "report_above", "expected", "stall_timeout",
+    "cache_clips", "guidance", "report_above", "expected", "stall_timeout", "probe_cap",
 }  # fmt: skip
 FRACTIONS = {"ema_decay", "label_dropout", "max_bad_fraction", "b1", "b2", "eta"}
 PATHS = {"root", "path", "vgg", "autoencoder", "weights", "image", "prompts_file"}  # texts that are paths

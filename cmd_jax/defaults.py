@@ -45,7 +45,8 @@ def data(**changes) -> ConfigDict:
             split="train",  # "train" or "test"; folder: "val" and "all" too, as far as it has them
             stride=1,  # folder: take every n-th frame
             max_bad_fraction=0.05,  # folder: more unreadable files than this is an error
-            probe_timeout=20.0,  # folder: seconds a file may take to decode
+            probe_timeout=20.0,  # folder: seconds without a further frame after which a file under test hangs
+            probe_cap=3600.0,  # folder: seconds that the test of a file may take; 0: any
             threads=2,
             prefetch=4,
         )

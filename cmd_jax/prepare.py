@@ -32,7 +32,7 @@ from cmd_jax.trained import Trained, check_facts, load_trained
 
 # What may change between the runs of one stage folder, and what too where the learning rate does not depend on it.
 RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")
-RESUMABLE += ("data.prefetch", "data.root", "data.probe_timeout", "mesh.", "processes.", "rules", "latents.autoencoder")
+RESUMABLE += ("data.prefetch", "data.root", "data.probe_", "mesh.", "processes.", "rules", "latents.autoencoder")
 RESUMABLE += ("pretrained.path", "diffusion.clip")  # the latter matters to sampling only
 RESUMABLE += ("train.accumulate", "model.remat")  # fewer devices may need them
 RESUMABLE_CONSTANT = ("train.steps", "optimizer.steps")
@@ -105,7 +105,7 @@ def prepare(config, workdir: Path, mesh, console, resuming: bool):
     facts: what this stage was trained on; a resumed run keeps those it began with.
     """
     folder = workdir / config.stage
-    source = leader_first(lambda: open_source(config.data, cache=workdir / "probe.json"))
+    source = leader_first(lambda: open_source(config.data, cache=workdir / "probe.jsonl"))
     agree({"data": source.fingerprint}, "let every process see the same files")
     facts = {"class_names": list(source.class_names), "fingerprint": source.fingerprint, "clips": len(source)}
     if source.bad and is_leader():

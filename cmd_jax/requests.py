@@ -131,7 +131,7 @@ def read_image(path: str, height: int, width: int) -> np.ndarray:
 
 def read_clips(config, workdir: Path, count: int) -> Clips:
     """`count` clips from all over the data, or all there are."""
-    source = leader_first(lambda: open_source(config.data, cache=workdir / "probe.json"))
+    source = leader_first(lambda: open_source(config.data, cache=workdir / "probe.jsonl"))
     read = video_reader(source)
     picks = [int(i) for i in np.linspace(0, len(source), min(count, len(source)), endpoint=False)]
     clips = [read(i, np.random.default_rng((config.seed, i))) for i in picks]

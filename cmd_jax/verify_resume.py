@@ -580,8 +580,8 @@ def compare(specification, overrides, config, folder: Path, kills: int, devices,
     def training(name: str) -> Training:
         made = Training(folder / name, stage, arguments)
         for known in (folder.parent, folder / "whole"):
-            if (known / "probe.json").exists():  # looking through a folder of videos can take long
-                shutil.copy(known / "probe.json", made.folder)
+            if (known / "probe.jsonl").exists():  # looking through a folder of videos can take long
+                shutil.copy(known / "probe.jsonl", made.folder)
                 break
         return made
 

@@ -334,10 +334,10 @@ def test_a_second_call_starts_anew_in_its_own_folder_only(fake):
     (folder / "killed").mkdir(parents=True)
     (folder / "killed" / "old").touch()
     (fake / "mine").touch()
-    (fake / "probe.json").write_text("{}")
+    (fake / "probe.jsonl").write_text("{}")
     assert verify_resume(CONFIG, CHANGES, fake, 0, (2,)) == 0
     assert not (folder / "killed" / "old").exists() and (fake / "mine").exists()
-    assert (folder / "whole" / "probe.json").read_text() == "{}"
+    assert (folder / "whole" / "probe.jsonl").read_text() == "{}"
     (folder / "thesis.tex").touch()
     with pytest.raises(UserError, match="--workdir=.*holds thesis.tex"):
         verify_resume(CONFIG, CHANGES, fake, 0, (2,))

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import logging
+import math
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ import numpy as np
 from cmd_jax.data import probe as probing
 from cmd_jax.data import video
 from cmd_jax.data.layouts import list_clips
+from cmd_jax.data.outcomes import Outcomes
 from cmd_jax.data.roots import check_root, some, stat_inside
 from cmd_jax.errors import UserError
 
-CACHE_FORMAT = 1
 NAMED_IN_WARNING = 10
 NOTE_EVERY = 30.0  # seconds
 
@@ -36,9 +36,10 @@ class FolderSource:
     split: "train", "val", "test" or "all". Where all that a root of class folders or of a manifest holds is in folders
     named train, val, test or the like, those are its splits; else it is all of the split train.
 
-    Every file is decoded once here, in child processes (`cmd_jax.data.probe`), for `probe_timeout` seconds at most;
-    `cache` is a JSON file that remembers the outcome by relative name, size and modification time. Unusable files are
-    logged, kept in `bad` (name -> reason) and skipped.
+    Every file is decoded once here, in child processes (`cmd_jax.data.probe`). One that gives no further frame for
+    `probe_timeout` seconds hangs, and `probe_cap` seconds are the most that one may take (0: any time). `cache` is a
+    file that remembers each outcome, as soon as it is there, by relative name, size and modification time. Unusable
+    files are logged, kept in `bad` (name -> reason) and skipped.
 
     class_names: those with a usable clip, sorted, or in classInd's order; () without labels.
     texts: the first caption of each clip in metadata and webvid, or None; `text` draws one of all.
@@ -62,6 +63,7 @@ class FolderSource:
         split: str = "train",
         max_bad_fraction: float = 0.05,
         probe_timeout: float = 20.0,
+        probe_cap: float = 3600.0,
         random_start: bool = True,
         cache: str | os.PathLike | None = None,
         probe_command: Sequence[str] = probing.COMMAND,
@@ -72,6 +74,8 @@ class FolderSource:
             raise UserError(
                 "data.probe_timeout", probe_timeout, "not a positive number of seconds", "give for example 20"
             )
+        if not probe_cap >= 0:
+            raise UserError("data.probe_cap", probe_cap, "not a number of seconds", "give for example 3600; 0: any")
         self.root = check_root(root)
         self.frames, self.height, self.width, self.stride = frames, height, width, stride
         self.random_start = random_start
@@ -83,7 +87,7 @@ class FolderSource:
                 stats[entry.name] = stat_inside(self.root, entry.name)
             except ValueError as error:
                 self.bad[entry.name] = str(error)
-        facts = _probe(self.root, stats, probe_timeout, cache and Path(cache), probe_command)
+        facts = _probe(self.root, stats, probe_timeout, probe_cap or math.inf, cache and Path(cache), probe_command)
         needed = (frames - 1) * stride + 1
         for name, fact in facts.items():
             if "error" in fact:
@@ -101,6 +105,7 @@ class FolderSource:
             log.warning("classes without a usable clip are left out: %s", some(empty))
         self.class_names = tuple(name for name in listed if name in used)
         self._lengths = [facts[entry.name]["frames"] for entry in self._entries]
+        self._key_frames = [np.array(facts[entry.name]["key_frames"], np.int64) for entry in self._entries]
         number = {name: index for index, name in enumerate(self.class_names)}
         self._labels = [number.get(entry.label, len(number)) for entry in self._entries]
         self.texts = tuple(entry.texts[0] for entry in self._entries) if all(e.texts for e in self._entries) else None
@@ -124,7 +129,8 @@ class FolderSource:
         last = self._lengths[index] - (self.frames - 1) * self.stride - 1
         start = int(rng.integers(0, last + 1)) if self.random_start else 0
         path, size = os.path.join(self.root, self.name(index)), (self.height, self.width)
-        return video.read_frames(path, start, self.frames, self.stride, size), self._labels[index]
+        key_frames = [video.KeyFrame(*row) for row in self._key_frames[index].tolist()]
+        return video.read_frames(path, start, self.frames, self.stride, size, key_frames), self._labels[index]
 
     def text(self, index: int, rng: np.random.Generator) -> str:
         """The clip's caption, or one of several that `rng` draws."""
@@ -154,50 +160,33 @@ class FolderSource:
 
 
 def _probe(
-    root: str, stats: dict[str, os.stat_result], timeout: float, cache: Path | None, command: Sequence[str]
+    root: str,
+    stats: dict[str, os.stat_result],
+    timeout: float,
+    cap: float,
+    cache: Path | None,
+    command: Sequence[str],
 ) -> dict[str, dict]:
     """Facts of each file (see probe.probe), from the cache where it knows the file by this size and time."""
-    known = _load_cache(cache)
-    keys = {name: [status.st_size, status.st_mtime_ns] for name, status in stats.items()}
-
-    def is_known(name):
-        return name in known and known[name]["key"] == keys[name] and known[name].get("hung", timeout) >= timeout
-
-    todo = [name for name in stats if not is_known(name)]
+    outcomes, facts, todo = Outcomes(cache), {}, {}
+    for name, status in stats.items():
+        key = [status.st_size, status.st_mtime_ns]
+        known = outcomes.of(name, key)
+        if known and known.get("hung", timeout) >= timeout and known.get("endless", cap) >= cap:
+            facts[name] = known
+        else:
+            todo[os.path.join(root, name)] = name, key
     if not todo:
-        return {name: known[name] for name in stats}
+        return facts
     log.info("testing %d of %d files in %s", len(todo), len(stats), root)
-    results, noted = {}, time.monotonic()
-    try:
-        for path, fact in probing.probe([os.path.join(root, name) for name in todo], timeout, command):
-            results[os.path.relpath(path, root)] = fact
+    noted = time.monotonic()
+    with outcomes.appending() as keep:
+        for done, (path, fact) in enumerate(probing.probe(list(todo), timeout, command, cap), 1):
+            name, key = todo[path]
+            facts[name] = fact
+            if not fact.get("transient"):
+                keep(name, key, fact)
             if time.monotonic() > noted + NOTE_EVERY:
                 noted = time.monotonic()
-                log.info("tested %d of %d files", len(results), len(todo))
-    finally:  # an interrupted start keeps what it learnt
-        known |= {name: {"key": keys[name], **fact} for name, fact in results.items() if not fact.get("transient")}
-        if cache:
-            _save_cache(cache, known)
-    return {name: results.get(name) or known[name] for name in stats}
-
-
-def _load_cache(path: Path | None) -> dict[str, dict]:
-    if path is None or not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-        return content["files"] if content["format"] == CACHE_FORMAT else {}
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        log.warning("%s is not readable (%s): all files are tested again", path, error)
-        return {}
-
-
-def _save_cache(path: Path, files: dict[str, dict]):
-    """Atomic; a failure costs only the next start's time, so it is a warning."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-            json.dump({"format": CACHE_FORMAT, "files": files}, file)
-        os.replace(file.name, path)
-    except OSError as error:
-        log.warning("the outcome of testing the files is not kept in %s (%s)", path, error)
+                log.info("tested %d of %d files", done, len(todo))
+    return facts

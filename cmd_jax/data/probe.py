@@ -2,10 +2,13 @@
 
 `probe` is the parent's side. `python -m cmd_jax.data.probe` is the child: it reads one JSON request a line
 (`{"path": ..., "timeout": seconds}`) and answers each with one line: what is in the file, or `{"error": reason}`.
+Before that come lines `{"decoded": frames}`, a few in each second in which frames were decoded.
 """
 
 import contextlib
+import itertools
 import json
+import math
 import os
 import queue
 import select
@@ -15,13 +18,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
 from cmd_jax.errors import UserError
 
 COMMAND = (sys.executable, "-m", "cmd_jax.data.probe")
 MOST_CHILDREN = 8
 START_TIMEOUT = 60.0
+PROGRESS_EVERY = 0.2  # seconds
 MEMORY_LIMIT = 4 << 30
 READY = {"ready": True}
 
@@ -31,13 +36,18 @@ class Crash(Exception):
 
 
 class Hang(Exception):
-    """The child did not answer in time."""
+    """The child said nothing for too long."""
+
+
+class Endless(Exception):
+    """The child went on for too long."""
 
 
 class Child:
     """One child process; `ask` sends a request and waits for the answer."""
 
     def __init__(self, command: Sequence[str]):
+        self.unread = b""
         package_root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
@@ -47,7 +57,7 @@ class Child:
             start_new_session=True, env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
         )  # fmt: skip
         try:
-            if self._answer(START_TIMEOUT) != READY:
+            if self._answer(START_TIMEOUT, math.inf) != READY:
                 raise Crash("it gave a wrong first answer")
         except (Crash, Hang) as error:
             self.process.kill()
@@ -59,30 +69,43 @@ class Child:
                 "python", " ".join(command), problem, "check that this command starts in a shell"
             ) from error
 
-    def ask(self, request: dict, timeout: float) -> dict:
-        """The child's answer; raises Crash or Hang."""
+    def ask(self, request: dict, timeout: float, cap: float) -> dict:
+        """The child's answer, however long it says that it decodes, but for `cap` seconds at most.
+
+        Raises Crash, Hang after `timeout` seconds without a word, or Endless.
+        """
+        end = time.monotonic() + cap
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
         except OSError as error:
             raise Crash(self._death()) from error
-        return self._answer(timeout)
+        while "decoded" in (answer := self._answer(timeout, end)):
+            pass
+        if not is_facts(answer):
+            raise Crash(f"it answered {str(answer)[:80]}")
+        return answer
 
-    def _answer(self, timeout: float) -> dict:
-        deadline, line, output = time.monotonic() + timeout, b"", self.process.stdout.fileno()
+    def _answer(self, timeout: float, end: float) -> dict:
+        """The child's next line."""
+        deadline, output = min(time.monotonic() + timeout, end), self.process.stdout.fileno()
         poll = select.poll()
         poll.register(output, select.POLLIN)
-        while not line.endswith(b"\n"):
+        while b"\n" not in self.unread:
             left = deadline - time.monotonic()
             if left <= 0 or not poll.poll(left * 1000):
-                raise Hang
+                raise Hang if deadline < end else Endless
             piece = os.read(output, 65536)
             if not piece:
                 raise Crash(self._death())
-            line += piece
+            self.unread += piece
+        line, _, self.unread = self.unread.partition(b"\n")
         try:
-            return json.loads(line)
-        except ValueError as error:
-            raise Crash(f"it answered {line[:80]!r}") from error
+            answer = json.loads(line)
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise Crash(f"it answered {line[:80]!r}")
+        return answer
 
     def _death(self) -> str:
         try:
@@ -103,13 +126,28 @@ class Child:
         self.errors.close()
 
 
-def probe(paths: Sequence[str], timeout: float, command: Sequence[str] = COMMAND) -> Iterator[tuple[str, dict]]:
+def is_facts(facts: dict) -> bool:
+    """Whether they are as `probe` yields them."""
+    if "error" in facts:
+        limits = (facts.get("hung", 0), facts.get("endless", 0))
+        return isinstance(facts["error"], str) and all(isinstance(limit, int | float) for limit in limits)
+    numbers = [facts.get(name) for name in ("frames", "declared", "width", "height")]
+    key_frames = facts.get("key_frames")
+    if not isinstance(key_frames, list) or any(not isinstance(row, list) or len(row) != 3 for row in key_frames):
+        return False
+    return all(type(number) is int for number in itertools.chain(numbers, *key_frames))
+
+
+def probe(
+    paths: Sequence[str], timeout: float, command: Sequence[str] = COMMAND, cap: float = math.inf
+) -> Iterator[tuple[str, dict]]:
     """Decode each of `paths` once, in at most 8 children: yields (path, facts) as they come, in any order.
 
-    facts: {"frames", "declared", "width", "height"} (frames that decode, frames that the header promises, 0 if it
-    doesn't say, and the size at which they are shown) or {"error": reason}, with "hung": timeout where it hung and
-    "transient": true where the file could not be read. `timeout` is seconds a file; a file that hangs its child, or
-    crashes two in turn, costs that file only.
+    facts: {"frames", "declared", "width", "height", "key_frames"} (frames that decode, frames that the header promises,
+    0 if it doesn't say, the size at which they are shown, and `video.KeyFrame`s at which decoding may begin) or
+    {"error": reason}, with "hung": timeout or "endless": cap where it came to that, and "transient": true where the
+    file could not be read. timeout: seconds without a further frame. cap: seconds a file. A file that hangs its child,
+    or crashes two in turn, costs that file only.
     """
     todo, done, stopped = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
     children: set[Child] = set()
@@ -132,22 +170,22 @@ def probe(paths: Sequence[str], timeout: float, command: Sequence[str] = COMMAND
         try:
             while not stopped.is_set():
                 path, facts = todo.get_nowait(), None
-                for attempt in (
-                    1,
-                    2,
-                ):  # a crash may be the fault of an earlier file, so it counts if a fresh child repeats it
+                for _ in range(2):  # a crash may be the fault of an earlier file: it counts if a fresh child repeats it
                     child = child or start()
                     try:
-                        facts = child.ask({"path": path, "timeout": timeout}, timeout)
+                        facts = child.ask({"path": path, "timeout": timeout}, timeout, cap)
                         break
                     except Crash as crash:
                         facts = {"error": f"crashes the decoder ({crash})"}
                     except Hang:
-                        facts = {"error": f"hangs the decoder (no end after {timeout:g} s)", "hung": timeout}
-                        attempt = 2
+                        said = f"no further frame for data.probe_timeout={timeout:g} s"
+                        facts = {"error": f"hangs the decoder ({said})", "hung": timeout}
+                    except Endless:
+                        said = f"more than data.probe_cap={cap:g} s"
+                        facts = {"error": f"takes too long to decode ({said})", "endless": cap}
                     end(child)
                     child = None
-                    if attempt == 2 or stopped.is_set():
+                    if facts.keys() & {"hung", "endless"} or stopped.is_set():
                         break
                 done.put((path, facts))
         except queue.Empty:
@@ -177,24 +215,27 @@ def probe(paths: Sequence[str], timeout: float, command: Sequence[str] = COMMAND
             worker.join()
 
 
-def inspect(path: str) -> dict:
-    """Decode all of one file -> the facts that `probe` yields. Runs in the child."""
-    from cmd_jax.data import video
+def inspect(path: str, progress: Callable[[], None] = lambda: None) -> dict:
+    """Decode all of one file -> the facts that `probe` yields. Runs in the child; calls `progress` at each frame."""
+    from cmd_jax.data import seeking, video
 
     try:
         with video.open_video(path) as (container, stream):
-            count, shape = 0, None
-            for frame in video.decode(container, stream):
+            count, shape, candidates = 0, None, seeking.Candidates()
+            for frame in video.decode(container, stream, candidates.see_packet):
+                progress()
                 if count == 0:
                     video.to_rgb(frame)  # is there a way from its pixel format to RGB?
                     shape, (width, height, _) = (frame.width, frame.height), video.shown(stream, frame)
                 if (frame.width, frame.height) != shape:
                     size = f"{shape[0]}x{shape[1]} to {frame.width}x{frame.height}"
                     raise video.VideoError(f"changes its frame size on the way ({size})")
+                candidates.see_frame(count, frame)
                 count += 1
             if count == 0:
                 raise video.VideoError("holds no frame that decodes")
-            return {"frames": count, "declared": stream.frames, "width": width, "height": height}
+            facts = {"frames": count, "declared": stream.frames, "width": width, "height": height}
+        return facts | {"key_frames": candidates.tried(path, progress)}
     except video.VideoError as error:
         return {"error": str(error), **({"transient": True} if isinstance(error.__cause__, OSError) else {})}
     except MemoryError:
@@ -217,10 +258,29 @@ def main():
     print(json.dumps(READY), file=answers)
     for line in sys.stdin:
         request = json.loads(line)
-        signal.alarm(int(request["timeout"]) + 10)  # should the parent be gone by then, nobody else ends a hung decoder
-        answer = inspect(request["path"])
+        progress = _reporter(answers, int(request["timeout"]) + 10)
+        answer = inspect(request["path"], progress)
         signal.alarm(0)
         print(json.dumps(answer), file=answers)
+
+
+def _reporter(answers: TextIO, patience: int) -> Callable[[], None]:
+    """A function to call at each frame, which tells the parent from time to time.
+
+    This process ends `patience` seconds after it last did: should the parent be gone, nobody else ends a hung decoder.
+    """
+    said, decoded = time.monotonic(), 0
+    signal.alarm(patience)
+
+    def progress():
+        nonlocal said, decoded
+        decoded += 1
+        if time.monotonic() > said + PROGRESS_EVERY:
+            said = time.monotonic()
+            print(json.dumps({"decoded": decoded}), file=answers)
+            signal.alarm(patience)
+
+    return progress
 
 
 if __name__ == "__main__":

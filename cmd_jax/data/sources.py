@@ -29,6 +29,7 @@ def open_source(data, cache: Path | None = None):
         fold=data.fold,
         max_bad_fraction=data.max_bad_fraction,
         probe_timeout=data.probe_timeout,
+        probe_cap=data.probe_cap,
         cache=cache,
     )
 

@@ -1,10 +1,13 @@
-"""From a video file to pixels: frame-exact decoding with PyAV, centre crop and antialiased resize."""
+"""From a video file to pixels: frame-exact decoding and seeking with PyAV, centre crop and antialiased resize."""
 
+import bisect
 import contextlib
+import itertools
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -17,6 +20,7 @@ EXTENSIONS = (
     ".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".mxf", ".dv",
 )  # fmt: skip
 LONGEST_SIDE = 16384
+MOST_BEFORE = 64  # frames decoded on the way to one
 WIDEST_PIXEL = 5  # times as wide as high, or as high as wide
 # FFmpeg goes by a file's content, and some formats that it knows (play lists, concat scripts) open other files and
 # addresses.
@@ -59,12 +63,19 @@ def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, av.Vide
         yield container, stream
 
 
-def decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """All frames in presentation order, up to the first damaged packet: what follows is the decoder's guesswork."""
+def decode(
+    container: av.container.InputContainer, stream: av.VideoStream, note: Callable[[av.Packet], None] | None = None
+) -> Iterator[av.VideoFrame]:
+    """All frames in presentation order, up to the first damaged packet: what follows is the decoder's guesswork.
+
+    note: is shown each packet.
+    """
     try:
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 break
+            if note:
+                note(packet)
             yield from packet.decode()
         else:
             return
@@ -72,6 +83,31 @@ def decode(container: av.container.InputContainer, stream: av.VideoStream) -> It
         pass
     with contextlib.suppress(av.error.FFmpegError):
         yield from stream.codec_context.decode(None)  # the good frames that the decoder still held back
+
+
+class KeyFrame(NamedTuple):
+    """A frame at which decoding may begin: its index and time stamp, and the time stamp to seek to."""
+
+    index: int
+    pts: int
+    target: int
+
+
+def decode_from(
+    container: av.container.InputContainer, stream: av.VideoStream, key_frame: KeyFrame
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Frames with their indices from a key frame on; none if a seek does not lead to it.
+
+    A seek may end at an earlier frame; if it ends at a later one, or too far off, that is no way.
+    """
+    with contextlib.suppress(av.error.FFmpegError):
+        container.seek(key_frame.target, stream=stream)
+        frames = decode(container, stream)
+        for frame in itertools.islice(frames, MOST_BEFORE):
+            if frame.pts == key_frame.pts:
+                yield from enumerate(itertools.chain([frame], frames), key_frame.index)
+            if frame.pts is None or frame.pts >= key_frame.pts:
+                break
 
 
 def to_rgb(frame: av.VideoFrame) -> np.ndarray:
@@ -105,35 +141,52 @@ def shown(stream: av.VideoStream, frame: av.VideoFrame) -> tuple[int, int, Fract
     return (height, width, 1 / aspect) if abs(b) > abs(a) else (width, height, aspect)
 
 
-def read_frames(path: str, start: int, count: int, stride: int = 1, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_frames(
+    path: str,
+    start: int,
+    count: int,
+    stride: int = 1,
+    size: tuple[int, int] | None = None,
+    key_frames: Sequence[KeyFrame] = (),
+) -> np.ndarray:
     """Frames start, start+stride, ... of a file -> uint8 RGB [T,H,W,3] with T = count.
 
     H and W are the `size` that each frame is fitted to, or without one those of the file, be its pixels square or not.
-    Frames are counted in presentation order whatever their time stamps. Decoding begins at the file's first frame,
-    since seeking is not frame-exact in every container, and ends at the last frame asked for. Raises UserError if they
-    cannot be had.
+    Frames are counted in presentation order whatever their time stamps. Decoding begins at the last of `key_frames`
+    (in order; those to which a seek leads, as `cmd_jax.data.seeking` finds them) that is not beyond the start, or else
+    at the file's first frame, and ends at the last frame asked for. Raises UserError if the frames cannot be had.
     """
-    images, wanted, sizes = [], range(start, start + count * stride, stride), set()
+    nearest = bisect.bisect_right(key_frames, start, key=lambda key_frame: key_frame.index) - 1
+    wanted = range(start, start + count * stride, stride)
     try:
-        with open_video(path) as (container, stream), contextlib.closing(decode(container, stream)) as frames:
-            for index, frame in enumerate(frames):
-                if index in wanted:
-                    image, (*shape, aspect) = to_rgb(frame), shown(stream, frame)
-                    sizes.add(tuple(shape))
-                    images.append(fit(image[None], *size, aspect)[0] if size else image)
-                if len(images) == count:
-                    break
+        images = _read(path, wanted, size, key_frames[nearest]) if nearest >= 0 else []
+        images = images if len(images) == count else _read(path, wanted, size, None)
         if len(images) < count:
             raise VideoError(
                 f"gives {len(images)} of the {count} frames {start}, {start + stride}, ... that it gave before"
             )
-        if len(sizes) > 1:
-            raise VideoError("changes its frame size")
         return np.stack(images)
     except VideoError as error:
         raise UserError(
             "data.root", path, f"the file {error}", "it has changed since the run began: restore it, or restart"
         ) from error
+
+
+def _read(path: str, wanted: range, size: tuple[int, int] | None, key_frame: KeyFrame | None) -> list[np.ndarray]:
+    """As many of the wanted frames as there are, decoding from a key frame or the first frame."""
+    images, sizes = [], set()
+    with open_video(path) as (container, stream):
+        frames = decode_from(container, stream, key_frame) if key_frame else enumerate(decode(container, stream))
+        for index, frame in frames:
+            if index in wanted:
+                image, (*shape, aspect) = to_rgb(frame), shown(stream, frame)
+                sizes.add(tuple(shape))
+                images.append(fit(image[None], *size, aspect)[0] if size else image)
+            if index >= wanted[-1]:
+                break
+    if len(sizes) > 1:
+        raise VideoError("changes its frame size")
+    return images
 
 
 def fit(frames: np.ndarray, height: int, width: int, aspect: Fraction = Fraction(1)) -> np.ndarray:

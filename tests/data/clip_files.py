@@ -43,17 +43,17 @@ def numbers(video):
 
 
 def write_clip(
-    path, frames=None, codec=None, pix_fmt="yuv420p", rotation=0, vflip=False, times=None, aspect=Fraction(0)
+    path, frames=None, codec=None, pix_fmt="yuv420p", rotation=0, vflip=False, times=None, aspect=0, options=None
 ):
     """Frames -> a video file; `times` are presentation times in ms for a variable frame rate. Returns the path.
 
-    aspect: width of a pixel as a part of its height; 0 is not to say.
+    aspect: width of a pixel as a part of its height; 0 is not to say. options: the encoder's; lossless by default.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = numbered() if frames is None else frames
     codec = codec or CODECS[path.suffix[1:]]
     with av.open(str(path), "w", format=FORMATS.get(path.suffix[1:])) as container:
-        stream = container.add_stream(codec, rate=25, options=LOSSLESS.get(codec, {}))
+        stream = container.add_stream(codec, rate=25, options=options or LOSSLESS.get(codec, {}))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pix_fmt
         stream.codec_context.sample_aspect_ratio = Fraction(aspect)
         if rotation or vflip:

@@ -3,6 +3,7 @@ import logging
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,7 @@ from cmd_jax.data.folder import FolderSource
 from cmd_jax.errors import UserError
 
 SIZE = {"frames": 8, "height": 24, "width": 32}
-ANSWER = '{"frames": 20, "declared": 20, "width": 64, "height": 48}'
+ANSWER = '{"frames": 20, "declared": 20, "width": 64, "height": 48, "key_frames": []}'
 TRUSTING = f"""
 import sys
 print('{{"ready": true}}', flush=True)
@@ -570,6 +571,7 @@ def test_two_manifests_are_refused(put):
 
 CHILD = """
     import json, os, sys, time
+    parent = os.getppid()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         path = os.path.basename(json.loads(line)["path"])
@@ -579,10 +581,16 @@ CHILD = """
             os.abort()
         if "leave" in path:
             os._exit(3)
-        if "hang" in path:
-            time.sleep(600)
+        while "hang" in path and os.getppid() == parent:
+            time.sleep(0.05)
+        for i in range(20):
+            if "slow" in path or "endless" in path:
+                time.sleep(0.06)
+                print(json.dumps({"decoded": i}), flush=True)
         if "babble" in path:
             print("not json", flush=True)
+        if "strange" in path:
+            print('{"frames": "many"}', flush=True)
         print('ANSWER', flush=True)
 """
 
@@ -598,7 +606,7 @@ def child(tmp_path):
 def test_files_that_crash_or_hang_the_decoder_are_quarantined(put, child):
     command, asked = child
     good = [f"c/{i}.avi" for i in range(6)]
-    root = put(*good, "c/crash.avi", "c/hang.avi", "c/leave.avi", "c/babble.avi")
+    root = put(*good, "c/crash.avi", "c/hang.avi", "c/leave.avi", "c/babble.avi", "c/strange.avi")
     began = time.monotonic()
     got = source(root, probe_command=command, probe_timeout=1.5)
     assert time.monotonic() - began < 30
@@ -606,9 +614,20 @@ def test_files_that_crash_or_hang_the_decoder_are_quarantined(put, child):
     assert got.bad["c/crash.avi"] == "crashes the decoder (signal SIGABRT)"
     assert got.bad["c/leave.avi"] == "crashes the decoder (exit code 3)"
     assert "crashes the decoder" in got.bad["c/babble.avi"]
-    assert got.bad["c/hang.avi"] == "hangs the decoder (no end after 1.5 s)"
+    assert "crashes the decoder" in got.bad["c/strange.avi"]
+    assert got.bad["c/hang.avi"] == "hangs the decoder (no further frame for data.probe_timeout=1.5 s)"
     assert asked().count("hang.avi") == 1
     assert asked().count("crash.avi") == 2  # the second time by a child that had read nothing else
+
+
+def test_a_file_may_take_long_as_long_as_frames_come(put, child):
+    command, asked = child
+    root = put("c/slow.avi", "c/hang.avi", "c/1.avi")
+    settings = {"probe_command": command, "probe_timeout": 0.8}
+    assert names(source(root, **settings)) == ["c/1.avi", "c/slow.avi"]  # 1.2 s
+    bad = source(root, probe_cap=0.7, **settings).bad
+    assert bad["c/slow.avi"] == "takes too long to decode (more than data.probe_cap=0.7 s)"
+    assert asked().count("slow.avi") == 2
 
 
 def test_a_child_that_does_not_start_is_no_fault_of_the_files(put):
@@ -638,23 +657,83 @@ def test_children_end_with_the_probing(put, child, monkeypatch):
 
 def test_outcomes_are_remembered(put, child, tmp_path):
     command, asked = child
-    cache = tmp_path / "workdir/probe.json"
-    root = put("c/a.avi", "c/b.avi", "c/crash.avi", "c/hang.avi")
-    settings = {"probe_command": command, "probe_timeout": 1.0, "cache": cache}
+    cache = tmp_path / "workdir/probe.jsonl"
+    root = put("c/a.avi", "c/b.avi", "c/crash.avi", "c/hang.avi", "c/endless.avi")
+    settings = {"probe_command": command, "probe_timeout": 0.6, "probe_cap": 0.8, "cache": cache}
     first = source(root, **settings)
     count = len(asked())
     second = source(root, **settings, stride=2)  # another need of frames, the same facts
     assert len(asked()) == count
-    assert (names(second), second.bad, second.fingerprint) == (names(first), first.bad, first.fingerprint)
+    assert (names(second), second.bad) == (names(first), first.bad)
     os.utime(root / "c/a.avi", ns=(1, 1))
     source(root, **settings)
     assert asked()[:2] == ["a.avi", "a.avi"]
     assert len(asked()) == count + 1
-    source(root, **{**settings, "probe_timeout": 1.2})  # more patience: the hung file gets another chance
+    source(root, **{**settings, "probe_timeout": 0.7})  # more patience: the hung file gets another chance
     assert len(asked()) == count + 2
-    cache.write_text("{broken")
-    assert names(source(root, **settings)) == names(first)
-    assert len(list(cache.parent.iterdir())) == 1
+    got = source(root, **{**settings, "probe_timeout": 0.7, "probe_cap": 0})  # any time: so does the one that took long
+    assert len(asked()) == count + 3
+    assert names(got) == ["c/a.avi", "c/b.avi", "c/endless.avi"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda lines: [],
+        lambda lines: ["{broken"],
+        lambda lines: ['{"format": 1, "files": {}}'],
+        lambda lines: [*lines[:2], *lines[3:], lines[2][:20]],  # torn by a kill
+        lambda lines: [*lines[:2], lines[2][:20] + lines[3], ""],  # and gone on with
+        lambda lines: [
+            *lines[:2],
+            "[" * 100_000,
+            '{"name": 3}',
+            '{"name": "c/b.avi", "key": [1, 2], "frames": 20}',
+            "",
+        ],
+        lambda lines: [*lines[:2], lines[2].replace("20", '"20"'), ""],
+        lambda lines: [*lines[:2], *lines[2:-1] * 3, ""],
+    ],
+)
+def test_outcomes_that_cannot_be_read_are_found_again(put, child, tmp_path, spoil):
+    command, asked = child
+    cache, root = tmp_path / "probe.jsonl", put("c/a.avi", "c/b.avi", "c/c.avi")
+    settings = {"probe_command": command, "cache": cache}
+    first = source(root, **settings)
+    whole = cache.read_text().split("\n")
+    assert [json.loads(line).get("name") for line in whole[:-1]].count(None) == 1
+    cache.write_text("\n".join(spoil(whole)))
+    put("c/d.avi")
+    assert names(source(root, **settings)) == [*names(first), "c/d.avi"]
+    count = len(asked())
+    again = cache.read_text().split("\n")
+    assert again[0] == '{"format": 2}' and again[-1] == ""
+    assert sorted(json.loads(line)["name"] for line in again[1:-1]) == ["c/a.avi", "c/b.avi", "c/c.avi", "c/d.avi"]
+    source(root, **settings)
+    assert len(asked()) == count
+    assert [path.name for path in tmp_path.glob("*probe*")] == ["probe.jsonl"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_was_learnt_survives_the_end_of_the_process(put, child, tmp_path, number):
+    """At any moment, without any word of farewell: training ends so when it is asked to stop before its first step."""
+    command, asked = child
+    cache, root = tmp_path / "probe.jsonl", put(*(f"c/{i}.avi" for i in range(4)), "c/z-hang-1.avi", "c/z-hang-2.avi")
+    code = (
+        "import sys; from cmd_jax.data.folder import FolderSource; FolderSource(sys.argv[1], frames=8, height=24, "
+        "width=32, cache=sys.argv[2], probe_timeout=600, probe_command=sys.argv[3:])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, root, cache, *command]) as process:
+        end = time.monotonic() + 30
+        while not (cache.exists() and cache.read_bytes().count(b"\n") == 5) and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(number)
+    (root / "c/z-hang-1.avi").unlink()
+    (root / "c/z-hang-2.avi").unlink()
+    before = [name for name in asked() if "hang" not in name]
+    assert before == ["0.avi", "1.avi", "2.avi", "3.avi"]
+    assert len(source(root, probe_command=command, cache=cache)) == 4
+    assert [name for name in asked() if "hang" not in name] == before
 
 
 def test_an_unwritable_cache_is_a_warning(put, tmp_path, caplog):
