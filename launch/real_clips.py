@@ -176,17 +176,17 @@ def main():
     data = Path(package.origin).parent / "datasets" / "data"
 
     import av
+    from av.video.reformatter import VideoReformatter
 
     clips = plan(args.frames, args.step) if args.distinct is None else plan_distinct(args.distinct)
-    films = {}
+    films, reformatter = {}, VideoReformatter()
     for label in dict.fromkeys(clip.label for clip in clips):
         with av.open(str(data / FILMS[label].file)) as container:
             whole = list(container.decode(video=0))
         scale = args.size / min(whole[0].width, whole[0].height)
         width, height = (2 * round(side * scale / 2) for side in (whole[0].width, whole[0].height))
-        films[label] = [
-            f.reformat(width, height, "yuv420p", interpolation="AREA" if scale < 1 else "BICUBIC") for f in whole
-        ]
+        kind = dict(format="yuv420p", interpolation="AREA" if scale < 1 else "BICUBIC", threads=1)
+        films[label] = [reformatter.reformat(frame, width, height, **kind) for frame in whole]
 
     codec = (
         ("mp4", "libx264", {"crf": "20"}) if args.layout == "metadata" else ("avi", "mpeg4", {"qmin": "3", "qmax": "6"})

@@ -217,6 +217,8 @@ def probe(
 
 def inspect(path: str, progress: Callable[[], None] = lambda: None) -> dict:
     """Decode all of one file -> the facts that `probe` yields. Runs in the child; calls `progress` at each frame."""
+    from av.video.reformatter import VideoReformatter
+
     from cmd_jax.data import seeking, video
 
     try:
@@ -225,7 +227,7 @@ def inspect(path: str, progress: Callable[[], None] = lambda: None) -> dict:
             for frame in video.decode(container, stream, candidates.see_packet):
                 progress()
                 if count == 0:
-                    video.to_rgb(frame)  # is there a way from its pixel format to RGB?
+                    video.to_rgb(frame, VideoReformatter())  # is there a way from its pixel format to RGB?
                     shape, (width, height, _) = (frame.width, frame.height), video.shown(stream, frame)
                 if (frame.width, frame.height) != shape:
                     size = f"{shape[0]}x{shape[1]} to {frame.width}x{frame.height}"

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 
 import av
+from av.video.reformatter import VideoReformatter
 
 from cmd_jax.data import video
 
@@ -23,6 +24,7 @@ class Candidates:
 
     def __init__(self):
         self._targets: dict[int, int] = {}  # time stamp of a key packet -> when it is to be decoded
+        self._reformatter = VideoReformatter()
         self._seen: list[tuple[int, int, list[int]]] = []  # index, time stamp, digests
 
     def see_packet(self, packet: av.Packet):
@@ -32,11 +34,11 @@ class Candidates:
     def see_frame(self, index: int, frame: av.VideoFrame):
         last = self._seen[-1] if self._seen else (0, 0, [])
         if self._seen and index < last[0] + COMPARED:
-            last[2].append(_digest(frame))
+            last[2].append(self._digest(frame))
             if index == last[0] + COMPARED - 1 and _repeats(last[2]):
                 self._seen.pop()
         elif frame.key_frame and frame.pts is not None and index >= last[0] + APART:
-            self._seen.append((index, frame.pts, [_digest(frame)]))
+            self._seen.append((index, frame.pts, [self._digest(frame)]))
 
     def tried(self, path: str, progress: Callable[[], None]) -> list[video.KeyFrame]:
         """The key frames at which decoding may begin, in order; `progress` is called as frames are compared."""
@@ -46,26 +48,24 @@ class Candidates:
                 continue
             for way in ways:  # MPEG's streams seek by the time of decoding, most other containers by that of showing
                 key_frame = video.KeyFrame(index, pts, way(pts))
-                if key_frame.target is not None and _leads(path, key_frame, digests, progress):
+                if key_frame.target is not None and self._leads(path, key_frame, digests, progress):
                     kept.append(key_frame)
                     ways = (way,)
                     break
         return kept
 
+    def _leads(self, path: str, key_frame: video.KeyFrame, digests: list[int], progress: Callable[[], None]) -> bool:
+        """Whether the frames from the key frame on are those of the digests; if these end early, all there are."""
+        with video.open_video(path) as (container, stream):
+            frames = itertools.islice(video.decode_from(container, stream, key_frame), COMPARED)
+            for expected, found in itertools.zip_longest(digests, frames):
+                progress()
+                if expected is None or found is None or self._digest(found[1]) != expected:
+                    return False
+        return True
 
-def _leads(path: str, key_frame: video.KeyFrame, digests: list[int], progress: Callable[[], None]) -> bool:
-    """Whether the frames from the key frame on are those of the digests; or all there are, if the digests end early."""
-    with video.open_video(path) as (container, stream):
-        frames = itertools.islice(video.decode_from(container, stream, key_frame), COMPARED)
-        for expected, found in itertools.zip_longest(digests, frames):
-            progress()
-            if expected is None or found is None or _digest(found[1]) != expected:
-                return False
-    return True
-
-
-def _digest(frame: av.VideoFrame) -> int:
-    return zlib.crc32(video.to_rgb(frame))
+    def _digest(self, frame: av.VideoFrame) -> int:
+        return zlib.crc32(video.to_rgb(frame, self._reformatter))
 
 
 def _repeats(digests: list[int]) -> bool:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from cmd_jax.errors import UserError
@@ -110,9 +112,13 @@ def decode_from(
                 break
 
 
-def to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """Decoded frame of any pixel format -> uint8 [H,W,3], upright; an alpha channel is dropped."""
-    image, (a, b, c, d) = frame.to_ndarray(format="rgb24"), _turn(frame)
+def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """Decoded frame of any pixel format -> uint8 [H,W,3], upright; an alpha channel is dropped.
+
+    reformatter: one for all frames of a file. Without it each frame would make its own, with threads and buffers that
+    stay until Python looks for cycles.
+    """
+    image, (a, b, c, d) = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), _turn(frame)
     if abs(b) > abs(a):
         image, a, d = image.swapaxes(0, 1), c, b
     image = image[:, ::-1] if a < 0 else image
@@ -122,13 +128,14 @@ def to_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 def _turn(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """(a, b, c, d) of the display matrix: the pixel (x, y) belongs at (a x + c y, b x + d y) but for a scale."""
-    matrix = next((bytes(side) for side in frame.side_data if side.type.name == "DISPLAYMATRIX"), None)
+    sides = SideDataContainer(frame)  # frame.side_data would tie the frame and its data into a cycle that outlives it
+    matrix = next((bytes(side) for side in sides if side.type.name == "DISPLAYMATRIX"), None)
     a, b, _, c, d = struct.unpack("=5i", matrix[:20]) if matrix else (1, 0, 0, 0, 1)
     return a, b, c, d
 
 
 def shown(stream: av.VideoStream, frame: av.VideoFrame) -> tuple[int, int, Fraction]:
-    """(width, height) at which a player shows a frame, and of `to_rgb(frame)` a pixel's width as a part of its height.
+    """(width, height) at which a player shows a frame, and of `to_rgb` a pixel's width as a part of its height.
 
     The container's word goes before the codec's, as in players; pixels are square where neither says, or what they say
     is out of all reason.
@@ -174,12 +181,12 @@ def read_frames(
 
 def _read(path: str, wanted: range, size: tuple[int, int] | None, key_frame: KeyFrame | None) -> list[np.ndarray]:
     """As many of the wanted frames as there are, decoding from a key frame or the first frame."""
-    images, sizes = [], set()
+    images, sizes, reformatter = [], set(), VideoReformatter()
     with open_video(path) as (container, stream):
         frames = decode_from(container, stream, key_frame) if key_frame else enumerate(decode(container, stream))
         for index, frame in frames:
             if index in wanted:
-                image, (*shape, aspect) = to_rgb(frame), shown(stream, frame)
+                image, (*shape, aspect) = to_rgb(frame, reformatter), shown(stream, frame)
                 sizes.add(tuple(shape))
                 images.append(fit(image[None], *size, aspect)[0] if size else image)
             if index >= wanted[-1]:

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image
 
 from cmd_jax.files import atomic_path
@@ -53,13 +53,11 @@ def write_mp4(path, video: np.ndarray, fps: float = 8, scale: int | None = None)
         codec = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
         codec.color_range = ColorRange.MPEG
+        colours = dict(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1)
+        reformatter = VideoReformatter()  # one for all: each has buffers, which stay for a while
         for picture in video:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            container.mux(
-                stream.encode(
-                    frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
-                )
-            )
+            container.mux(stream.encode(reformatter.reformat(frame, **colours)))
         container.mux(stream.encode(None))
 
 

@@ -1,6 +1,9 @@
+import gc
+import os
 import struct
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 from data.clip_files import CODECS, numbered, numbers, quarters, write_clip, write_huge_header, write_sound
@@ -190,6 +193,28 @@ def test_a_truncated_file_gives_the_frames_before_the_cut(tmp_path, suffix):
     assert numbers(video.read_frames(path, 0, count)) == list(range(count))
     with pytest.raises(UserError, match=r"a\.\w+: the file gives"):
         video.read_frames(path, 0, count + 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="threads are counted as Linux does")
+def test_decoding_leaves_no_frames_and_threads_behind(tmp_path):
+    """Frames by the dozen, or a scaler with threads for each, would stay until Python looks for cycles."""
+    path = write_clip(tmp_path / "a.mp4", rotation=90)
+
+    def threads():
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("Threads:"))
+
+    before = threads()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            video.read_frames(path, 0, 20)
+        probe.inspect(str(path))
+        assert threads() <= before + 1
+        assert [held for held in gc.get_objects() if isinstance(held, av.VideoFrame)] == []
+    finally:
+        gc.enable()
 
 
 def test_a_file_gone_since_the_probe_is_a_user_error(tmp_path):
