@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from data.clip_files import numbered, write_clip
+from data.clip_files import CODECS, LOSSLESS, numbered, write_clip
 from processes import ROOT, environment
 
 from cmd_jax.data import probe as probing
@@ -31,15 +31,17 @@ EDGES = (0, 1, 7, 8, 16, 0x7FFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFF0, 0xFFFFFFFF)
 
 def samples(folder) -> list[tuple[str, bytes]]:
     """(kind, a sound file of it): B-frames, a rotated one, times of an uneven rate, the codecs that people have."""
-    noise = np.random.default_rng(0).integers(-20, 20, (16, 48, 64, 3))
-    video = np.clip(numbered(16).astype(int) + noise, 0, 255).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(-20, 20, (20, 48, 64, 3))
+    video = np.clip(numbered(20).astype(int) + noise, 0, 255).astype(np.uint8)
+    uneven = [40 * i + 13 * (i % 3) for i in range(20)]
+    h264, mpeg4, vp9 = ({**LOSSLESS[CODECS[kind]], "g": "5"} for kind in ("mp4", "avi", "webm"))  # key frames to seek
     files = [
-        write_clip(folder / "a.mp4", video),
+        write_clip(folder / "a.mp4", video, options=h264),
         write_clip(folder / "b.mp4", video, rotation=90),
-        write_clip(folder / "c.mp4", video, times=[40 * i + 13 * (i % 3) for i in range(16)]),
-        write_clip(folder / "d.avi", video),
-        write_clip(folder / "e.avi", video, codec="libx264"),
-        write_clip(folder / "f.webm", video),
+        write_clip(folder / "c.mp4", video, times=uneven, options=h264),
+        write_clip(folder / "d.avi", video, options=mpeg4),
+        write_clip(folder / "e.avi", video, codec="libx264", options=h264),
+        write_clip(folder / "f.webm", video, options=vp9),
     ]
     return [(path.suffix[1:], path.read_bytes()) for path in files]
 
@@ -167,11 +169,8 @@ def test_damaged_videos_are_read_or_named(tmp_path, monkeypatch):
     assert len(draws) == 3 * len(usable) and max(draw["seconds"] for draw in draws) <= PATIENCE
     read = [draw for draw in draws if "error" not in draw]
     assert all(draw["shape"] == [4, 24, 32, 3] and draw["label"] in range(3) for draw in read)
-    assert all("\n" not in draw["error"] for draw in draws if "error" in draw)
-    assert len(read) > 0.95 * len(draws)  # what its test took is there in the training
-    crashed = [reason for reason in source.bad.values() if "crash" in reason]
-    print(
-        f"{len(usable)} usable, {len(source.bad)} bad ({len(crashed)} crashed the decoder), slowest test"
-        f" {max(seconds):.1f} s, {len(draws) - len(read)} of {len(draws)} draws refused,"
-        f" slowest {np.max([draw['seconds'] for draw in draws]):.2f} s"
-    )
+    assert len(read) > 0.99 * len(draws)  # what its test took is there in the training
+    refused = [draw["error"] for draw in draws if "error" in draw]
+    crashed, slowest = sum("crash" in reason for reason in source.bad.values()), max(draw["seconds"] for draw in draws)
+    print(f"{len(usable)} usable, {len(source.bad)} bad, {crashed} by a crash; slowest test {max(seconds):.1f} s;")
+    print(f"{len(draws)} draws, slowest {slowest:.2f} s, {len(refused)} refused {refused[:2]}")
