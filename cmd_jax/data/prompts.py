@@ -1,7 +1,6 @@
 """Prompts to draw: what may be one, and files of many (paper section 4: WebVid, MSR-VTT, zero-shot UCF-101)."""
 
 import collections
-import json
 import os
 import unicodedata
 import zlib
@@ -13,11 +12,17 @@ import numpy as np
 from cmd_jax.data.tables import csv_columns, csv_rows, json_rows, lines, read_text
 from cmd_jax.data.webvid import untitled
 from cmd_jax.errors import UserError
+from cmd_jax.files import parse_json
 
 FIELD = "sampling.prompts_file"
 TEXT_COLUMNS = ("prompt", "text", "caption", "sentence", "name")  # the first that is there; WebVid's is `name`
 NAME_COLUMNS = ("class", "id", "video_id", "videoid", "file_name", "name")
 MSRVTT = "MSR-VTT's videos (video_id, split) and sentences (video_id, caption)"
+MSRVTT_LIKE = {
+    "videos": [{"video_id": str, "split": str, ...: object}],
+    "sentences": [{"video_id": str, "caption": str, ...: object}],
+    ...: object,
+}
 
 
 class Prompt(NamedTuple):
@@ -105,21 +110,13 @@ def _columns(given) -> tuple[str | None, str | None]:
 
 
 def _read_msrvtt(path: str, seed: int) -> Iterator[tuple[str, str, str]]:
-    try:
-        content = json.loads(read_text(path, FIELD))
-    except (ValueError, RecursionError) as error:
-        raise UserError(FIELD, path, f"not JSON ({error})", f"give {MSRVTT}") from error
-    try:
-        splits = [(_string(video["video_id"]), video["split"]) for video in content["videos"]]
-        spoken = [(_string(row["video_id"]), _string(row["caption"])) for row in content["sentences"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(FIELD, path, f"not as expected ({type(error).__name__}: {error})", f"give {MSRVTT}") from error
+    content = parse_json(read_text(path, FIELD), FIELD, path, f"give {MSRVTT}", MSRVTT_LIKE)
     captions = collections.defaultdict(list)
-    for video, caption in spoken:
-        captions[video].append(caption)
-    videos = [video for video, split in splits if split == "test"]
+    for row in content["sentences"]:
+        captions[row["video_id"]].append(row["caption"])
+    videos = [video["video_id"] for video in content["videos"] if video["split"] == "test"]
     if not videos:
-        counts = collections.Counter(str(split) for _, split in splits)
+        counts = collections.Counter(video["split"] for video in content["videos"])
         held = ", ".join(f"{count} of {split}" for split, count in counts.items()) or "none at all"
         problem = f"it has no videos of the split test ({held})"
         raise UserError(FIELD, path, problem, "give the file of the test part")
@@ -129,9 +126,3 @@ def _read_msrvtt(path: str, seed: int) -> Iterator[tuple[str, str, str]]:
             raise UserError(FIELD, path, problem, "fetch the file again")
         generator = np.random.default_rng((seed, zlib.crc32(video.encode(errors="replace"))))
         yield f"video {video}", sorted(captions[video])[generator.integers(len(captions[video]))], video
-
-
-def _string(value) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no string")
-    return value
