@@ -215,8 +215,8 @@ def _refuse_idle(flags, target: str):
 def _on_the_command_line(error: UserError, flags) -> UserError:
     """The error with the names that the user gave: library code speaks of paths, keys and configs."""
     field, value = error.field, error.value
-    places = {"OUTPUT": flags.output, "INPUT": flags.input}
-    places |= {f"--{name}": getattr(flags, name) for name in ("unet", "pretrained", "heads")}
+    flagged = {f"--{name}": getattr(flags, name) for name in ("unet", "pretrained", "heads")}
+    places = {"OUTPUT": flags.output, **flagged, "INPUT": flags.input}
     inside = [flag for flag, path in places.items() if path and str(value).startswith(str(Path(path).expanduser()))]
     names = {"key": "--key", "config": "--architecture", "classes": "--classes", "i3d": "INPUT", "lpips": "INPUT"}
     if field in ("path", "weights", "pipeline", "workdir", "pretrained.path") and inside:

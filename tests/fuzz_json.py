@@ -18,6 +18,7 @@ import tiny
 
 from cmd_jax import convert, train
 from cmd_jax.checkpoint import RUN, RUN_LIKE
+from cmd_jax.data.outcomes import HEADER, Outcomes
 from cmd_jax.data.prompts import read_prompts
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json
@@ -32,9 +33,11 @@ from cmd_jax.interop.sd_config import unet_from_config, vae_from_config
 from cmd_jax.interop.torch_layout import open_weights
 from cmd_jax.interop.weights import write_safetensors
 from cmd_jax.manifest import CutOff, Damaged, verify, write_manifest
+from cmd_jax.peers import Peers
 from cmd_jax.prepare import check_same_run
 from cmd_jax.pretrained import stated_space
 from cmd_jax.report.collect import read_section
+from cmd_jax.report.training import Metrics
 from cmd_jax.sample import denoiser_stage
 from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import AutoencoderStage
@@ -46,10 +49,14 @@ PIPELINE = FIXTURES / "tiny-sd15"
 
 
 class Reader(NamedTuple):
-    """files: {name: value as it should be}. read: folder that holds them as JSON -> whatever; UserError if damaged."""
+    """files: {name: value as it should be}. read: folder that holds them as JSON -> whatever; UserError if damaged.
+
+    passes: what is damaged is passed over, nothing is raised.
+    """
 
     files: dict[str, object]
     read: Callable[[Path], object]
+    passes: bool = False
 
 
 def read(path: Path) -> dict:
@@ -73,6 +80,8 @@ RUNS = {"step": 1, "examples": 4, "order": {"seed": 0, "batch_size": 4, "data": 
         "processes": 1}  # fmt: skip
 SAMPLES = {"title": "t", "note": "n", "table": [["a", "b"], ["x", 1.0]],
            "items": [{"index": 0, "caption": "c", "video": "0.mp4", "content": "0.png"}]}  # fmt: skip
+BEAT = {"run": "r", "process": 1, "count": 2, "host": "h", "pid": 7, "step": 3, "time": 1.0, "state": "failed",
+        "message": "m", "fault": ""}  # fmt: skip
 MSRVTT = {"videos": [{"video_id": "v", "split": "test"}], "sentences": [{"video_id": "v", "caption": "a cat"}]}
 INDEX = {"metadata": {}, "weight_map": {n: f"model-0000{i}-of-00002.safetensors" for i, n in enumerate("ab", 1)}}
 TOKENIZER = ("vocab.json", "tokenizer_config.json")
@@ -202,6 +211,23 @@ def manifest_files() -> dict:
         return {"1/manifest.json": read(folder / "manifest.json")}
 
 
+def heartbeats(folder: Path):
+    peers = Peers(folder, 0, 2, "r", peer_timeout=1.0, stall_timeout=1.0, on_fault=None)
+    for now in (0.0, 10.0):
+        peers._read(now)
+        peers._failed(now), peers._lost(now), peers._stalled(now)
+
+
+def outcomes(folder: Path):
+    line = (folder / "line").read_bytes()
+    (folder / "cache").write_bytes(json.dumps(HEADER).encode() + b"\n" + line + b"\n")
+    return Outcomes(folder / "cache").of("a.mp4", [1, 2])
+
+
+def metrics(folder: Path):
+    return Metrics._open_lines(types.SimpleNamespace(folder=folder), 5)
+
+
 def in_step(check: Callable) -> Callable[[Path], object]:
     def read(folder: Path):
         (folder / "1" / "a").write_text("a")
@@ -242,6 +268,9 @@ def readers() -> dict[str, Reader]:
         "run.json": Reader({RUN: RUNS}, run),
         "samples.json": Reader({"s/samples.json": SAMPLES}, lambda f: read_section(f / "s", f / "index.html")),
         "prompts": Reader({"prompts.json": MSRVTT}, lambda folder: read_prompts(folder / "prompts.json")),
+        "heartbeat": Reader({"processes/1.json": BEAT}, heartbeats, passes=True),
+        "outcomes of tests": Reader({"line": {"name": "a.mp4", "key": [1, 2], "frames": 3}}, outcomes, passes=True),
+        "metrics": Reader({"metrics.jsonl": {"step": 3, "loss": 1.0, "wall_seconds": 2.0}}, metrics, passes=True),
         "unet": Reader(pipeline("unet", "config.json"), of_value(unet_from_config)),
         "vae": Reader(pipeline("vae", "config.json"), of_value(vae_from_config)),
         "text encoder": Reader(pipeline("text_encoder", "config.json"), of_value(text_from_config)),

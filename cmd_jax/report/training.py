@@ -39,11 +39,11 @@ class Metrics:
     def _open_lines(self, step):
         """Keep the lines up to `step`: what a killed run did after its last checkpoint is done again."""
         path, kept = self.folder / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else ():
+        for line in path.read_bytes().splitlines() if path.exists() else ():
             with contextlib.suppress(UserError):  # the last line may be torn
                 record = parse_json(line, "metrics", path, like={"step": int, "wall_seconds?": float, ...: object})
                 if record["step"] <= step:
-                    kept.append(line + "\n")
+                    kept.append(line.decode("utf-8-sig") + "\n")
                     self.wall_seconds = record.get("wall_seconds", 0.0)
         write_text(path, "".join(kept))
         self.lines = open(path, "a")  # noqa: SIM115
