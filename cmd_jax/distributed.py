@@ -222,19 +222,25 @@ def leave(code: int, last_words: str = ""):
     os._exit(code)
 
 
-def leader_first(action: Callable):
-    """`action()` on process 0, then on the others, which find what it wrote. Its UserError is everyone's."""
-    if jax.process_count() == 1:
-        return action()
-    result, problem = None, None
+def leader_alone(action: Callable):
+    """What `action()` gives on process 0, made of what JSON knows, on all. Its UserError is everyone's."""
+    value, problem = None, None
     if is_leader():
         try:
-            result = action()
+            value = action()
         except UserError as e:
             problem = e
-    told = of_leader([problem.field, str(problem.value), problem.problem, problem.remedy] if problem else [])
+    error = problem and [problem.field, str(problem.value), problem.problem, problem.remedy]
+    value, error = of_leader([value, error])
     if problem:
         raise problem
-    if told:
-        raise UserError(*told)
-    return result if is_leader() else action()
+    if error:
+        raise UserError(*error)
+    return value
+
+
+def leader_first(action: Callable):
+    """`action()` on process 0, then on the others, which find what it wrote. Its UserError is everyone's."""
+    results = []
+    leader_alone(lambda: results.append(action()))
+    return results[0] if is_leader() else action()

@@ -22,13 +22,12 @@ from cmd_jax.distributed import agree, is_leader, leader_first, of_leader
 from cmd_jax.errors import UserError
 from cmd_jax.files import atomic_path, read_json, versions, write_json
 from cmd_jax.frames import Pixels, VAELatents
-from cmd_jax.hosts import digest
 from cmd_jax.interop.lpips import load_lpips
-from cmd_jax.pretrained import check_same, describe, image_model, load_space, load_texts, stated_space
+from cmd_jax.pretrained import check_same, describe, load_space, load_texts, stated_space
 from cmd_jax.sharding import partitioning
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, check_fits, diffusion_stage, reads_text
 from cmd_jax.state import abstract
-from cmd_jax.trained import Trained, check_facts, load_trained
+from cmd_jax.trained import Trained, autoencoder_facts, check_facts, load_trained
 
 # What may change between the runs of one stage folder, and what too where the learning rate does not depend on it.
 RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")
@@ -36,6 +35,8 @@ RESUMABLE += ("data.prefetch", "data.root", "data.probe_", "mesh.", "processes."
 RESUMABLE += ("pretrained.path", "diffusion.clip")  # the latter matters to sampling only
 RESUMABLE += ("train.accumulate", "model.remat")  # fewer devices may need them
 RESUMABLE_CONSTANT = ("train.steps", "optimizer.steps")
+
+ELSEWHERE = "restore it, or start anew in another --workdir"
 
 log = logging.getLogger(__name__)
 
@@ -114,10 +115,9 @@ def prepare(config, workdir: Path, mesh, console, resuming: bool):
     if resuming and (folder / "facts.json").exists():
         earlier = read_json(folder / "facts.json", "workdir")
         check_facts(earlier, config, "workdir", folder / "facts.json")
-    check_unchanged(
-        "fingerprint", facts, earlier, "data", config.data.root or config.data.source,
-        "the dataset changed since this run was started",
-    )  # fmt: skip
+    if earlier.get("fingerprint", source.fingerprint) != source.fingerprint:
+        where, problem = config.data.root or config.data.source, "the dataset changed since this run was started"
+        raise UserError("data", where, problem, ELSEWHERE)
     prepare_stage = prepare_autoencoder if config.stage == "autoencoder" else prepare_denoiser
     stage, read, clips = prepare_stage(config, workdir, source, mesh, console, facts, earlier)
     if is_leader():
@@ -125,17 +125,12 @@ def prepare(config, workdir: Path, mesh, console, resuming: bool):
     return stage, read, clips, lambda i: source.name(i % len(source)), facts
 
 
-def check_unchanged(name: str, facts: dict, earlier: dict, field: str, value, problem: str):
-    """A resumed run must be of the facts it began with."""
-    if name in earlier and earlier[name] != facts[name]:
-        raise UserError(field, value, problem, "restore it, or start anew in another --workdir")
-
-
 def add_part(part: str, config, facts: dict, earlier: dict):
-    """Keep in the facts which part of the pretrained model is used."""
-    facts[part] = describe(config.pretrained, part)
-    problem = f"its {part} is not the one this run was started with"
-    check_unchanged(part, facts, earlier, "pretrained.path", config.pretrained.path, problem)
+    """Keep in the facts which part of the pretrained model is used; a resumed run uses the same."""
+    if part in earlier:
+        facts[part] = check_same(config.pretrained, part, earlier, "this run was started with")
+    else:
+        facts[part] = describe(config.pretrained, part)
 
 
 def prepare_autoencoder(config, workdir: Path, source, mesh, console, facts: dict, earlier: dict):
@@ -171,14 +166,14 @@ def check_latents(config, space):
 def prepare_denoiser(config, workdir: Path, source, mesh, console, facts: dict, earlier: dict):
     """-> (stage, read, clips); adds to the facts."""
     trained, autoencoder = open_autoencoder(config, workdir, mesh, console)
-    # `digest` is that of the training, which rounded weights keep too; the latents depend on the very numbers.
-    facts |= {"autoencoder": trained.facts["digest"], "autoencoder_params": digest(trained.params)}
-    check_unchanged(
-        "autoencoder_params", facts, earlier, "latents.autoencoder",
-        config.latents.autoencoder or workdir / "autoencoder", "is not the one this run was started with",
-    )  # fmt: skip
-    if "vae" in trained.facts:
-        facts["vae"] = trained.facts["vae"]
+    facts |= autoencoder_facts(trained)
+    same_model = earlier.get("autoencoder_config", {}).items() <= facts["autoencoder_config"].items()
+    if not same_model or earlier.get("autoencoder_params", facts["autoencoder_params"]) != facts["autoencoder_params"]:
+        path, problem = (
+            config.latents.autoencoder or workdir / "autoencoder",
+            "is not the one this run was started with",
+        )
+        raise UserError("latents.autoencoder", path, problem, ELSEWHERE)
     conditions, tokenizer = Classes(len(source.class_names)), None
     if reads_text(config):
         if source.texts is None:
@@ -192,7 +187,7 @@ def prepare_denoiser(config, workdir: Path, source, mesh, console, facts: dict, 
     elif source.texts and not source.class_names:
         console.print("the texts of the manifest are not used: without labels the model is trained unconditionally")
     if defaults.fine_tunes(config):
-        facts["image_model"] = image_model(config.pretrained)
+        add_part("image_model", config, facts, earlier)
     check_fits(config, autoencoder, facts.get("image_model"))  # before clips are encoded, which takes a while
 
     count, normalized = config.latents.cache_clips, config.latents.get("normalize", False)
@@ -239,7 +234,7 @@ def open_space(config, facts: dict, place) -> Pixels | VAELatents:
     """The space of frames of a trained autoencoder, by the VAE of `pretrained.path` where it has one."""
     if "vae" not in facts:
         return Pixels()
-    check_same(config.pretrained, "vae", facts, "autoencoder")
+    check_same(config.pretrained, "vae", facts, "the autoencoder was trained with")
     return load_space(config.pretrained, place)
 
 

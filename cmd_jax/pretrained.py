@@ -1,21 +1,28 @@
 """The parts of a pretrained image model that CMD keeps as they are, its VAE and text encoder (paper section 3.2).
 
-A stage's facts say which they were: "vae" and "text_encoder" hold {"config": config.json, "digest": of the weights};
-"image_model" holds what FineTunedContentStage needs.
+A stage's facts say which they were. "vae" and "text_encoder" hold {"config": config.json, "weights": digest}, and the
+latter "tokenizer": its identity; "image_model" holds {"unet": config.json, "scheduler": scheduler_config.json}, what
+FineTunedContentStage needs to know.
 """
 
-import hashlib
+import json
 from pathlib import Path
 
 from cmd_jax.conditions import Classes, Texts
+from cmd_jax.distributed import agree, leader_alone
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json
 from cmd_jax.frames import Pixels, VAELatents
-from cmd_jax.interop.clip import load_text_encoder, text_from_config
+from cmd_jax.interop import schedulers, sd_config
+from cmd_jax.interop.clip import load_text_encoder, text_fields, text_from_config, text_rename
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
 from cmd_jax.interop.diffusers import SOURCE, load_vae
-from cmd_jax.interop.folders import check_folder
-from cmd_jax.interop.sd_config import vae_from_config
+from cmd_jax.interop.folders import DIFFUSERS, TRANSFORMERS, check_folder, find_weights
+from cmd_jax.interop.sd_weights import vae_rename
+from cmd_jax.interop.torch_layout import digest_weights
+
+WEIGHTS = {"vae": (DIFFUSERS, vae_rename), "text_encoder": (TRANSFORMERS, text_rename)}
+LONGEST_SHOWN = 40
 
 
 def read_config(config, *parts: str) -> dict:
@@ -29,28 +36,84 @@ def read_config(config, *parts: str) -> dict:
     return read_json(path, "pretrained.path", SOURCE, "fetch the file again")
 
 
+def stated(config) -> dict:
+    """The facts that the folder `pretrained.path` states, without digests; {} where none is given."""
+    if not config.path:
+        return {}
+    parts = {part: {"config": read_config(config, part, "config.json")} for part in WEIGHTS}
+    return parts | {"image_model": image_model(config)}
+
+
 def image_model(config) -> dict:
     """What FineTunedContentStage needs to know of the folder `pretrained.path`."""
     unet = read_config(config, "unet", "config.json")
     return {"unet": unet, "scheduler": read_config(config, "scheduler", "scheduler_config.json")}
 
 
-def stated(config) -> dict:
-    """The facts that the folder `pretrained.path` states, without digests; {} where none is given."""
-    if not config.path:
-        return {}
-    parts = {part: {"config": read_config(config, part, "config.json")} for part in ("vae", "text_encoder")}
-    return parts | {"image_model": image_model(config)}
-
-
 def describe(config, part: str) -> dict:
-    """The fact that a stage keeps of a part of the folder `pretrained.path`."""
-    stated, content = read_config(config, part, "config.json"), hashlib.sha256()
-    for path in sorted((Path(config.path) / part).iterdir()):
-        if path.suffix in (".safetensors", ".bin"):
-            with open(path, "rb") as file:
-                content.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return {"config": stated, "digest": content.hexdigest()}
+    """The fact that a stage keeps of a part of the folder `pretrained.path`: "vae", "text_encoder" or "image_model".
+
+    Every process must call it. All read what is small, and must read the same; process 0 reads the weights.
+    """
+    if part == "image_model":
+        fact, seen = image_model(config), []
+    else:
+        fact, (stems, rename) = {"config": read_config(config, part, "config.json")}, WEIGHTS[part]
+        files = find_weights(Path(config.path) / part, stems)
+        seen = [[path.name, path.stat().st_size] for path in files.parts]
+        if part == "text_encoder":
+            fact["tokenizer"] = Tokenizer(Path(config.path) / "tokenizer").identity
+    agree({f"pretrained.path: {part}": json.dumps([fact, seen], sort_keys=True)}, "let every process see the same")
+    if part != "image_model":
+        fact["weights"] = leader_alone(lambda: digest_weights(files, rename))
+    return fact
+
+
+def identity(part: str, fact: dict) -> dict:
+    """What the outputs of a part depend on, by the names of files and fields; two facts are of one part if it is equal.
+
+    Of a config these are the fields that matter, with defaults.
+    """
+    if part == "image_model":
+        places = {"unet/config.json": sd_config.fields("unet", fact["unet"])}
+        places["scheduler/scheduler_config.json"] = schedulers.fields(fact["scheduler"])
+    else:
+        of_config = text_fields(fact["config"]) if part == "text_encoder" else sd_config.fields(part, fact["config"])
+        places = {f"{part}/config.json": of_config, "tokenizer": fact.get("tokenizer", {})}
+        places[part] = {"digest of its weights": fact.get("weights")}
+    return {f"{place}: {name}": value for place, fields in places.items() for name, value in fields.items()}
+
+
+def check_same(config, part: str, facts: dict, origin: str) -> dict:
+    """The fact of a part of the folder `pretrained.path`, which must be the one that `facts` tell of.
+
+    origin: how a sentence goes on that ends with theirs, like "the autoencoder was trained with".
+    """
+    return compare(config.path, part, facts[part], describe(config, part), origin)
+
+
+def compare(path, part: str, theirs: dict, ours: dict, origin: str) -> dict:
+    """`ours`; UserError for the first field in which a part of the folder `path` is not that of the fact `theirs`."""
+    if part in WEIGHTS and "weights" not in theirs:
+        problem = f"its {part} cannot be compared: {origin} an earlier cmd_jax, which kept less of it"
+        raise UserError("pretrained.path", path, problem, "train anew, or go on with that version")
+    before, now = identity(part, theirs), identity(part, ours)
+    # What both have comes first, and a digest, which tells least, last.
+    one_has, digests = before.keys() ^ now.keys(), f"{part}: "
+    for name in sorted(before | now, key=lambda name: (name in one_has, name.startswith(digests), name)):
+        if _plain(before.get(name)) != _plain(now.get(name)):
+            problem = f"its {name} is {_shown(now.get(name))}, {origin} {_shown(before.get(name))}"
+            raise UserError("pretrained.path", path, problem, "give the folder that training was given")
+    return ours
+
+
+def _plain(value):
+    return json.loads(json.dumps(value))
+
+
+def _shown(value) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:12]}..."
 
 
 def load_space(config, place) -> VAELatents:
@@ -71,7 +134,7 @@ def load_texts(config, place) -> tuple[Texts, Tokenizer]:
 
 def stated_space(facts: dict) -> Pixels | VAELatents:
     """The space that an autoencoder's facts tell of, without parameters."""
-    return VAELatents(vae_from_config(facts["vae"]["config"], "float32")) if "vae" in facts else Pixels()
+    return VAELatents(sd_config.vae_from_config(facts["vae"]["config"], "float32")) if "vae" in facts else Pixels()
 
 
 def stated_conditions(facts: dict) -> Classes | Texts:
@@ -79,10 +142,3 @@ def stated_conditions(facts: dict) -> Classes | Texts:
     if "text_encoder" not in facts:
         return Classes(len(facts["class_names"]))
     return Texts(text_from_config(facts["text_encoder"]["config"]), {}, None, None)
-
-
-def check_same(config, part: str, facts: dict, whose: str):
-    """The part of the folder `pretrained.path` must be that of which the facts of a trained stage tell."""
-    if describe(config, part)["digest"] != facts[part]["digest"]:
-        problem = f"its {part} is not the one that the {whose} was trained with"
-        raise UserError("pretrained.path", config.path, problem, "give the folder that training was given")

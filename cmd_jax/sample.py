@@ -22,7 +22,7 @@ from cmd_jax.hosts import whole
 from cmd_jax.keys import derive
 from cmd_jax.models.autoencoder import Latents
 from cmd_jax.prepare import open_space
-from cmd_jax.pretrained import check_same, load_texts, stated_conditions, stated_space
+from cmd_jax.pretrained import check_same, identity, load_texts, stated_conditions, stated_space
 from cmd_jax.report.console import make_console
 from cmd_jax.report.samples import OutputFolder, write_samples, write_summary, writing
 from cmd_jax.report.video import to_uint8
@@ -42,7 +42,7 @@ from cmd_jax.requests import (
 from cmd_jax.sharding import batch_sharding, check_batch, make_mesh, partitioning, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import abstract
-from cmd_jax.trained import Trained, load_trained
+from cmd_jax.trained import Trained, config_facts, load_trained
 
 MODES = ("generate", "reconstruct", "vary-motion", "animate")
 
@@ -63,11 +63,13 @@ class Sampler:
         self.statistics, self.denoisers, self.solvers, self.null_ids = {}, {}, {}, None
         if "content" in stages:
             self._open_conditions(stages["content"].facts, config, place)
+        ours = config_facts(trained.config)
         for name in ("content", "motion"):
             if name not in stages:
                 continue
             facts = stages[name].facts
-            if facts["autoencoder"] != trained.facts["digest"]:
+            model = facts.get("autoencoder_config", {})  # which earlier versions did not keep
+            if facts["autoencoder"] != trained.facts["digest"] or not model.items() <= ours.items():
                 problem = "this stage was trained with another autoencoder"
                 raise UserError("weights", name, problem, "give the three stages of one run")
             if conditioned_on(facts) != conditioned_on(stages["content"].facts):
@@ -85,7 +87,8 @@ class Sampler:
         self.class_names, self.tokenizer = tuple(facts["class_names"]), None
         guidance = check_guidance(self.options.guidance)
         if "text_encoder" in facts:
-            check_same(config.pretrained, "text_encoder", facts, "content stage")
+            for part in sorted(facts.keys() & {"text_encoder", "image_model"}):
+                check_same(config.pretrained, part, facts, "the content stage was trained with")
             self.conditions, self.tokenizer = load_texts(config.pretrained, place)
             self.null_ids = null_prompt(self.options, self.tokenizer)
             if self.null_ids is None:
@@ -196,7 +199,7 @@ class Sampler:
 
 def conditioned_on(facts: dict):
     """What must be the same in the facts of two diffusion stages."""
-    return facts["text_encoder"]["digest"] if "text_encoder" in facts else facts["class_names"]
+    return identity("text_encoder", facts["text_encoder"]) if "text_encoder" in facts else facts["class_names"]
 
 
 def denoiser_stage(config, facts: dict, autoencoder: Trained):

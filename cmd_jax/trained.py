@@ -22,7 +22,11 @@ from cmd_jax.stages import reads_text
 
 WRITTEN = "give the stage as training wrote it"
 # What a stage says of what it was trained on, for `check_like`.
-PART = {"config": dict, "digest": str, ...: (str, dict)}  # of a pretrained model: cmd_jax.pretrained
+TOKENIZER = {"vocabulary": str, "merges": str, "added_tokens": [list], "start": COUNT, "end": COUNT, "pad": COUNT,
+             "max_length": COUNT}  # fmt: skip
+# Of a pretrained model, see pretrained.py; and as earlier versions kept it, which can only be refused.
+VAE = {"config": dict, "weights": str}, {"config": dict, "digest": str}
+TEXT_ENCODER = {"config": dict, "weights": str, "tokenizer": TOKENIZER}, {"config": dict, "digest": str}
 CHANNELS = {"mean": [float], "std": [float]}
 FACTS = {
     "class_names?": [str],
@@ -31,9 +35,10 @@ FACTS = {
     "digest?": str,  # of the parameters as they were trained, which rounded ones keep
     "autoencoder?": str,  # digest of the autoencoder that a denoiser belongs to
     "autoencoder_params?": str,  # digest of the very numbers it was trained with
+    "autoencoder_config?": {...: (str, int, float, bool)},  # what else its latents depend on
     "statistics?": {"content": CHANNELS, "motion": CHANNELS},
-    "vae?": PART,
-    "text_encoder?": PART,
+    "vae?": VAE,
+    "text_encoder?": TEXT_ENCODER,
     "image_model?": {"unet": dict, "scheduler": dict},
     "converted?": {
         "cmd_jax": str,
@@ -68,6 +73,24 @@ def load_trained(path: Path | str, stage: str, place: Callable[[ConfigDict, dict
     with contextlib.closing(Checkpoints(path, read_only=True)) as checkpoints:
         params = checkpoints.restore_item("ema", place(config, facts) if place else None)
     return Trained(config, params, facts | {"digest": digest(params)})
+
+
+def autoencoder_facts(autoencoder: Trained) -> dict:
+    """What a diffusion stage keeps of the autoencoder that makes its latents.
+
+    "autoencoder": digest of the training, which rounded weights keep too; "autoencoder_params": of the very numbers;
+    "autoencoder_config": what else latents depend on; "vae" where there is one, see pretrained.py.
+    """
+    config = autoencoder.config
+    facts = {"autoencoder": autoencoder.facts["digest"], "autoencoder_params": digest(autoencoder.params)}
+    facts["autoencoder_config"] = config_facts(config)
+    return facts | {key: autoencoder.facts[key] for key in ("vae",) if key in autoencoder.facts}
+
+
+def config_facts(config: ConfigDict) -> dict:
+    """The values of an autoencoder's config on which its latents depend, beside the parameters."""
+    model = {f"model.{key}": value for key, value in config.model.items() if key != "remat"}
+    return model | {f"data.{side}": config.data[side] for side in ("frames", "height", "width")}
 
 
 def read_stage(path: Path, stage: str) -> tuple[ConfigDict, dict]:

@@ -35,7 +35,7 @@ from cmd_jax.interop.weights import write_safetensors
 from cmd_jax.manifest import CutOff, Damaged, verify, write_manifest
 from cmd_jax.peers import Peers
 from cmd_jax.prepare import check_same_run
-from cmd_jax.pretrained import stated_space
+from cmd_jax.pretrained import compare, stated_space
 from cmd_jax.report.collect import read_section
 from cmd_jax.report.training import Metrics
 from cmd_jax.sample import denoiser_stage
@@ -68,7 +68,8 @@ def config(argument: str) -> dict:
 
 
 CHANNELS = {name: {"mean": [0.0] * n, "std": [1.0] * n} for name, n in (("content", 3), ("motion", 4))}
-PART = {"digest": "d"}
+PART = {"weights": "d"}
+TOKENS = {"vocabulary": "v", "merges": "m", "added_tokens": [], "start": 531, "end": 532, "pad": 532, "max_length": 77}
 FACTS = tiny.facts("run", "jump", statistics=CHANNELS, clips=2, fingerprint="f", autoencoder_params="p")
 AUTOENCODER = {"digest": "", "class_names": ["run"], "clips": 1, "fingerprint": "f"}
 CONVERTED = {"cmd_jax": "0", "config": {"hidden_dim": 16, "patch_size": 4, "channels": 3, "motion_channels": 4,
@@ -84,7 +85,8 @@ BEAT = {"run": "r", "process": 1, "count": 2, "host": "h", "pid": 7, "step": 3, 
         "message": "m", "fault": ""}  # fmt: skip
 MSRVTT = {"videos": [{"video_id": "v", "split": "test"}], "sentences": [{"video_id": "v", "caption": "a cat"}]}
 INDEX = {"metadata": {}, "weight_map": {n: f"model-0000{i}-of-00002.safetensors" for i, n in enumerate("ab", 1)}}
-TOKENIZER = ("vocab.json", "tokenizer_config.json")
+TOKENIZER = ("vocab.json", "tokenizer_config.json", "special_tokens_map.json")
+ADDED = {"added_tokens.json": {"<cat>": 533}}
 
 
 @functools.cache
@@ -117,6 +119,14 @@ def resume(folder: Path):
     config = tiny.config_of("content")
     check_same_run(folder, config)
     check_facts(read_json(folder / "facts.json"), config, "workdir", folder)
+
+
+def compared(folder: Path):
+    """Facts of what a stage was trained with, against those of another folder."""
+    facts, others = read_json(folder / "facts.json"), readers()["facts of a folder"].files["facts.json"]
+    check_facts(facts, tiny.config_of("content,kind=text"), "workdir", folder)
+    for part in {"vae", "text_encoder", "image_model"} & facts.keys():
+        compare(folder, part, facts[part], others[part], "it was made with")
 
 
 def release(folder: Path):
@@ -239,6 +249,7 @@ def in_step(check: Callable) -> Callable[[Path], object]:
 @functools.cache
 def readers() -> dict[str, Reader]:
     parts = {part: {"config": read(PIPELINE / part / "config.json")} | PART for part in ("vae", "text_encoder")}
+    parts["text_encoder"]["tokenizer"] = TOKENS
     model = {"unet": read(PIPELINE / "unet" / "config.json"),
              "scheduler": read(PIPELINE / "scheduler" / "scheduler_config.json")}  # fmt: skip
     texts = {"config.json": config("content,kind=text"), "facts.json": FACTS | parts | {"image_model": model}}
@@ -256,6 +267,7 @@ def readers() -> dict[str, Reader]:
         "content stage": Reader(content, stage("content")),
         "motion stage": Reader(motion, stage("motion")),
         "text stage": Reader(texts, stage("content")),
+        "facts of a folder": Reader({"facts.json": FACTS | parts | {"image_model": model}}, compared),
         "weights file": Reader({"config": content["config.json"], "facts": FACTS}, weights_file),
         "resumed run": Reader(content, resume),
         "release": Reader(autoencoder | {"facts.json": AUTOENCODER | {"converted": CONVERTED}}, release),
@@ -275,7 +287,7 @@ def readers() -> dict[str, Reader]:
         "vae": Reader(pipeline("vae", "config.json"), of_value(vae_from_config)),
         "text encoder": Reader(pipeline("text_encoder", "config.json"), of_value(text_from_config)),
         "scheduler": Reader(pipeline("scheduler", "scheduler_config.json"), of_value(from_scheduler_config)),
-        "tokenizer": Reader({n: read(PIPELINE / "tokenizer" / n) for n in TOKENIZER}, tokenizer),
+        "tokenizer": Reader({n: read(PIPELINE / "tokenizer" / n) for n in TOKENIZER} | ADDED, tokenizer),
         "clip": Reader({"config.json": read(FIXTURES / "tiny-clip" / "config.json")}, clip),
         "index of shards": Reader({"model.safetensors.index.json": INDEX}, shards),
         "dit folder": Reader({"config.json": dit}, dit_folder),

@@ -91,7 +91,7 @@ CHANGES = [  # which text, key, new value, what the line names
     ("facts", "class_names", [1], "class_names[0] is 1"),
     ("facts", "digest", None, "digest is null"),
     ("facts", "clips", -1, "clips is -1"),
-    ("facts", "vae", {"config": {}}, "vae lacks digest"),
+    ("facts", "vae", {"config": {}}, "vae lacks weights"),
 ]
 OF_DENOISERS = [
     ("facts", "statistics.content.std", [0.0, 1.0, 1.0], "statistics.content"),

@@ -381,11 +381,14 @@ def test_wrong_stages_are_one_line(tmp_path, capsys):
     (tmp_path / "motion.safetensors").symlink_to(exported["content"])
     assert "is a content stage; give one of the motion stage" in said(tmp_path, weights=tmp_path)
     content = load_trained(exported["content"], "content")
-    (tmp_path / "content.safetensors").unlink()
-    export(tmp_path / "content.safetensors", content._replace(facts=content.facts | {"autoencoder": "another"}))
     (tmp_path / "motion.safetensors").unlink()
     (tmp_path / "motion.safetensors").symlink_to(exported["motion"])
-    assert "trained with another autoencoder" in said(tmp_path, weights=tmp_path)
+    # Of other numbers, or of the same ones in another model.
+    model = content.facts["autoencoder_config"]
+    for changes in ({"autoencoder": "another"}, {"autoencoder_config": model | {"model.heads": 4}}):
+        (tmp_path / "content.safetensors").unlink()
+        export(tmp_path / "content.safetensors", content._replace(facts=content.facts | changes))
+        assert "trained with another autoencoder" in said(tmp_path, weights=tmp_path)
     content.config.model.width = 32
     export(tmp_path / "content.safetensors", content)
     line = said(tmp_path, weights=tmp_path)

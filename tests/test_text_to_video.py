@@ -1,6 +1,7 @@
 """Text to video at toy size: latents of a random VAE, captions of shapes; trained, resumed, drawn."""
 
 import json
+import shutil
 from functools import cache, partial
 
 import flax.linen as nn
@@ -426,13 +427,28 @@ def test_a_dit_on_latents_refuses_the_clip_of_pixels_before_it_encodes(tmp_path,
 
 def test_parts_of_another_model_are_refused(tmp_path):
     other = tiny.FIXTURES / "tiny-sd15"
-    with pytest.raises(UserError, match="its vae is not the one that the autoencoder was trained with"):
+    with pytest.raises(
+        UserError, match="its vae/config.json: block_out_channels is .*, the autoencoder was trained wi"
+    ):
         train(config_of("content", latents__cache_clips=48, pretrained__path=other), trained())
+    folder = with_scheduler(tmp_path / "sd", prediction_type="sample")
+    with pytest.raises(UserError, match="scheduler_config.json: prediction_type is sample, this run was started with"):
+        train(config_of("content", latents__cache_clips=48, pretrained__path=folder), trained())
+    with pytest.raises(UserError, match="prediction_type is sample, the content stage was trained with "):
+        sampling.load_sampler(settings(pretrained__path=folder), trained())
     facts = load_trained(trained() / "motion", "motion").facts
-    assert facts["text_encoder"]["digest"] != "other"
-    config = exported(tmp_path, "motion", text_encoder={**facts["text_encoder"], "digest": "other"})
+    assert facts["text_encoder"]["weights"] != "other"
+    config = exported(tmp_path, "motion", text_encoder={**facts["text_encoder"], "weights": "other"})
     with pytest.raises(UserError, match="^weights=motion: its classes or text encoder differ from the content stage's"):
         sampling.load_sampler(config, tmp_path)
+
+
+def with_scheduler(folder, **changes):
+    """The pipeline of the run here, but for fields of its scheduler."""
+    shutil.copytree(tiny.pipeline_folder(), folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
 
 
 def exported(folder, changed, **facts):
@@ -451,6 +467,7 @@ def test_eta_and_steps_are_checked_for_the_solver_that_the_scheduler_is_for(tmp_
     model = load_trained(trained() / "content", "content").facts["image_model"]
     scheduler = model["scheduler"] | {"_class_name": "DPMSolverMultistepScheduler"}
     config = exported(tmp_path, "content", image_model=model | {"scheduler": scheduler})
+    config.pretrained.path = str(with_scheduler(tmp_path / "sd", **scheduler))
     config.sampling.content_steps = 999
     assert sampling.load_sampler(config, tmp_path).solvers == {"content": "dpmpp", "motion": "ddim"}
     config.sampling.content_steps = 1000

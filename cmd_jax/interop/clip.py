@@ -161,6 +161,16 @@ def text_from_config(config: dict, dtype="float32") -> CLIPText:
     return _text("text_encoder/config.json: ", config, jnp.dtype(dtype))
 
 
+def text_fields(config: dict) -> dict:
+    """The fields of a text_encoder/config.json that its function depends on, with defaults."""
+    return {key: config.get(key, value) for key, value in TEXT.items() if key != "model_type"}
+
+
+def text_rename(name: str) -> str | None:
+    """The name of a text tower's tensor, with PREFIX; None for a buffer."""
+    return None if BUFFERS.fullmatch(name) else PREFIX + name.removeprefix(PREFIX)
+
+
 def text_encoder_state(params: dict) -> dict[str, np.ndarray]:
     """The parameters of a CLIPText -> {torch name: array}, with the prefix `text_model.` that all versions read."""
     return torch_state(params, partial(_tensor, prefix=PREFIX))
@@ -295,15 +305,15 @@ def _tensor(name: str, ndim: int, prefix: str = "") -> Tensor:
 
 def _read_params(folder: Path, module, inputs: tuple, dtype, place, config: dict) -> dict:
     """Parameters of a CLIP, or of a text tower, whose weights may have names with or without PREFIX."""
-    prefix = "" if isinstance(module, CLIP) else PREFIX
+    whole = isinstance(module, CLIP)
 
     def rename(name):
-        return None if BUFFERS.fullmatch(name) else prefix + name.removeprefix(prefix)
+        return (None if BUFFERS.fullmatch(name) else name) if whole else text_rename(name)
 
     def init(key):
         return module.init(key, *inputs)["params"]
 
-    blame, tensor_of = partial(_suspect, config), partial(_tensor, prefix=prefix)
+    blame, tensor_of = partial(_suspect, config), partial(_tensor, prefix="" if whole else PREFIX)
     files = find_weights(folder, TRANSFORMERS)
     return load_params(files, init, tensor_of, dtype, place, rename=rename, blame=blame)
 

@@ -15,7 +15,7 @@ from cmd_jax.interop.cmd_release import complete, load, model, state_dict
 from cmd_jax.models.dit import DiT, sincos_table
 from cmd_jax.pretrained import stated_space
 from cmd_jax.stages import FrozenAutoencoder
-from cmd_jax.trained import Trained
+from cmd_jax.trained import Trained, autoencoder_facts
 
 RELEASED = {"autoencoder": "autoencoder", "content": "content_dit", "motion": "motion_dit"}  # stage -> kind of `load`
 MODEL = {  # our config's model -> theirs
@@ -85,8 +85,7 @@ def denoiser_stage(
     if name == "motion":
         ours.model.content_patch = module.content_patch
     ours.diffusion.learned_range = module.out_channels == 2 * config["in_channels"]
-    facts |= {"autoencoder": autoencoder.facts["digest"], "autoencoder_params": digest(autoencoder.params)}
-    facts |= {key: autoencoder.facts[key] for key in ("vae",) if key in autoencoder.facts}
+    facts |= autoencoder_facts(autoencoder)
     shapes = _frozen(autoencoder)
     zeros = {"content": np.zeros(shapes.content_shape), "motion": np.zeros(shapes.motion_shape)}
     facts["statistics"] = channel_statistics(zeros, measured=False)

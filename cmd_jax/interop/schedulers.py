@@ -93,6 +93,16 @@ def from_scheduler_config(config: dict, solver: str = "") -> tuple[Gaussian, dic
     return _process(stated), {"solver": solver, **_solver_options(solver, options)}
 
 
+def fields(config: dict) -> dict:
+    """The fields of a scheduler_config.json that training and sampling depend on, with defaults, and its solver."""
+    process, options = from_scheduler_config(config)
+    own = DDIM if options["solver"] == "ddim" else DPMPP
+    stated = {key: (CLASSES[config["_class_name"]] | config).get(key, value) for key, value in (TRAINING | own).items()}
+    # Other variances are but ways to draw from a model that has none.
+    stated["variance_type"] = "learned_range" if process.learned_range else None
+    return stated | {"solver": options["solver"]}
+
+
 def _check(config: dict, allowed: dict) -> None:
     for key, values in allowed.items():
         if config.get(key, values[0]) not in values:

@@ -87,6 +87,10 @@ VAE_DEFAULTS = {
     "scaling_factor": 0.18215,
 }
 LARGEST = 2**20  # of any size here; arrays of more would fill the memory
+FIELDS = {
+    "unet": (UNET_FIXED, UNET_FREE, UNET_NEEDED, UNET_DEFAULTS),
+    "vae": (VAE_FIXED, VAE_FREE, VAE_NEEDED, VAE_DEFAULTS),
+}
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # whether transformers follow the residual blocks
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 COUNTS = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups",
@@ -95,7 +99,7 @@ COUNTS = ("in_channels", "out_channels", "latent_channels", "layers_per_block", 
 
 def unet_from_config(config: dict, dtype="float32", remat: str = "none") -> UNet:
     """unet/config.json -> module. UserError for a field whose value would need what the module doesn't have."""
-    config = _check_config("unet", config, UNET_FIXED, UNET_FREE, UNET_NEEDED, UNET_DEFAULTS)
+    config = fields("unet", config)
     widths = _widths("unet", config)
     heads = config["attention_head_dim"]
     heads = tuple(heads) if isinstance(heads, list | tuple) else (heads,) * len(widths)
@@ -128,7 +132,7 @@ def unet_from_config(config: dict, dtype="float32", remat: str = "none") -> UNet
 
 def vae_from_config(config: dict, dtype="float32", remat: str = "none") -> VAE:
     """vae/config.json -> module. UserError for a field whose value would need what the module doesn't have."""
-    config = _check_config("vae", config, VAE_FIXED, VAE_FREE, VAE_NEEDED, VAE_DEFAULTS)
+    config = fields("vae", config)
     widths = _widths("vae", config)
     _types("vae", config, "down_block_types", {"DownEncoderBlock2D": False})
     _types("vae", config, "up_block_types", {"UpDecoderBlock2D": False})
@@ -149,8 +153,12 @@ def vae_from_config(config: dict, dtype="float32", remat: str = "none") -> VAE:
     )
 
 
-def _check_config(part: str, config: dict, fixed: dict, free: tuple, needed: tuple, defaults: dict) -> dict:
-    """The fields that matter, with defaults, all of them supported."""
+def fields(part: str, config: dict) -> dict:
+    """The fields of a part's config.json that its function depends on, with defaults; "unet" or "vae".
+
+    UserError for a field that would change the function and is not supported.
+    """
+    fixed, free, needed, defaults = FIELDS[part]
     known = (*fixed, *free, *needed, *defaults)
     note_unknown(f"{part}/config.json", config, known)
     for name in needed:
@@ -160,7 +168,7 @@ def _check_config(part: str, config: dict, fixed: dict, free: tuple, needed: tup
     for name, value in config.items():
         if name in fixed and value not in fixed[name]:
             raise _bad(part, name, config, f"not supported, only {' or '.join(map(repr, fixed[name]))}")
-    config = defaults | {name: value for name, value in config.items() if name in known}
+    config = defaults | {name: value for name, value in config.items() if name in (*needed, *defaults)}
     for name in config.keys() & set(COUNTS):
         if not _count(config[name]):
             raise _bad(part, name, config, "not a positive whole number")

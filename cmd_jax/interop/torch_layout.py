@@ -5,6 +5,7 @@ functools.partial(cmd_jax.state.abstract, mesh=mesh, rules=rules).
 """
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -107,6 +108,20 @@ def _facts(tensor) -> tuple[tuple[int, ...], str]:
     if isinstance(tensor, np.ndarray):
         return tensor.shape, str(tensor.dtype)
     return tuple(tensor.get_shape()), tensor.get_dtype()
+
+
+def digest_weights(files: WeightFiles, rename=str) -> str:
+    """SHA-256 over the tensors, in the order of their names: the same for the same numbers in files of other kinds.
+
+    rename: as of `load_params`.
+    """
+    content = hashlib.sha256()
+    with open_weights(files) as weights:
+        for new, name in sorted((rename(name), name) for name in weights.shapes if rename(name) is not None):
+            array = weights.read(name, (slice(None),) * len(weights.shapes[name]))
+            content.update(f"{new} {array.dtype} {array.shape}\n".encode())
+            content.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return content.hexdigest()
 
 
 def load_params(files: WeightFiles, init, tensor_of, dtype="float32", place=None, rename=str, blame=None) -> dict:

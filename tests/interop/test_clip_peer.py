@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import peer as peers
 import pytest
+from interop.clip_folders import change_json, copied
 from peer import torch, transformers
 
 from cmd_jax.interop import clip
@@ -200,6 +201,79 @@ def test_a_tokenizer_that_transformers_saved_gives_the_same_ids(tmp_path):
     assert not (tmp_path / "vocab.json").exists()  # which is what this test is for
     texts = nasty_texts()
     np.testing.assert_array_equal(Tokenizer(tmp_path)(texts), Tokenizer(folder)(texts))
+
+
+WORDS = ["<cat-toy>", "grün fox", "<Big Dog>", "ZED", "<|me|>", "it's"]
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": False}
+DECODER = {
+    "0": FLAGS | {"content": "!", "special": True},  # as SD 2.1's own tokenizer lists it; it is no padding there
+    "531": FLAGS | {"content": "<|startoftext|>", "special": True},
+    "532": FLAGS | {"content": "<|endoftext|>", "special": True, "normalized": False},
+    "533": FLAGS | {"content": "<cat-toy>"},
+    "534": FLAGS | {"content": "ZED", "normalized": False},
+    "535": FLAGS | {"content": "<Left>", "lstrip": True, "special": True, "normalized": False},
+    "536": FLAGS | {"content": "<right>", "rstrip": True},
+    "537": FLAGS | {"content": "word", "single_word": True},
+}
+ADDED = {
+    "added_tokens.json": {"added_tokens": {word: 533 + i for i, word in enumerate(WORDS)}},
+    "a padding token of one's own": {
+        "added_tokens": {"<pad>": 534, "<cat-toy>": 533},
+        "special_tokens_map": {"pad_token": "<pad>", "bos_token": FLAGS | {"content": "<|startoftext|>"}},
+    },
+    "special tokens of a list": {
+        "added_tokens": {"<cat-toy>": 533, "ZED": 534},
+        "special_tokens_map": {"additional_special_tokens": ["ZED", "<More>", "<|endoftext|>"]},
+    },
+    "and of transformers 5's": {"tokenizer_config": {"extra_special_tokens": ["<More>", "ZED"], "mask_token": "<msk>"}},
+    "added_tokens_decoder": {"tokenizer_config": {"added_tokens_decoder": DECODER}},
+    "the decoder alone counts": {
+        "tokenizer_config": {"added_tokens_decoder": {"533": FLAGS | {"content": "ZED"}}},
+        "added_tokens": {"<cat-toy>": 533},
+        "special_tokens_map": {"additional_special_tokens": ["<More>"]},
+    },
+}
+
+
+def texts_with(words, seed=0):
+    """Sentences of the words in any place and case, glued to others or not."""
+    rng = np.random.default_rng(seed)
+    pieces = [
+        *words,
+        *map(str.upper, words),
+        *map(str.lower, words),
+        "a",
+        "cat",
+        " ",
+        "  ",
+        "\n",
+        "'s",
+        ".",
+        "1",
+        "é",
+        "猫",
+    ]
+    pieces += ["<|endoftext|>", "gru\u0308n fox", "grün  fox", "<", ">"]
+    return ["".join(rng.choice(pieces, rng.integers(1, 20))) for _ in range(300)]
+
+
+@pytest.mark.parametrize("kind", ADDED)
+@pytest.mark.parametrize("name", ["tiny-sd15", "tiny-sd21"])
+def test_added_tokens_have_the_ids_that_transformers_gives(name, kind, tmp_path):
+    folder = copied(f"{name}/tokenizer", tmp_path / "x")
+    for file, changes in ADDED[kind].items():
+        change_json(folder / f"{file}.json", **changes)
+    words = [*WORDS, "<pad>", "<More>", "<msk>", "<Left>", "<right>", "word", "sword"]
+    for path in (folder, tmp_path / "saved by them", tmp_path / "saved by us"):
+        peer = transformers.CLIPTokenizer.from_pretrained(folder)
+        if path.name == "saved by them":
+            peer.save_pretrained(path)
+        elif path.name == "saved by us":
+            Tokenizer(folder).save(path)
+            peer = transformers.CLIPTokenizer.from_pretrained(path)
+        wanted = peer(texts_with(words), padding="max_length", truncation=True, max_length=77).input_ids
+        for text, ids, other in zip(texts_with(words), Tokenizer(path)(texts_with(words)), wanted, strict=True):
+            assert ids.tolist() == other, f"{path.name}: {text!a}"
 
 
 def test_a_tokenizer_that_we_saved_loads_there(tmp_path):

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from interop.clip_folders import FIXTURES, change_json, copied, message
 
-from cmd_jax.interop.clip_tokenizer import Tokenizer
+from cmd_jax.interop.clip import load_text_encoder
+from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
+from cmd_jax.interop.diffusers import load_pipeline, save_pipeline
 
 SD = ["tiny-sd15", "tiny-sd21"]
 NASTY = {
@@ -132,11 +134,88 @@ def test_tokenizer_json_serves_instead(pairs, tmp_path):
     vocabulary, merges = json.loads((folder / "vocab.json").read_text()), (folder / "merges.txt").read_text()
     merges = [pairs(line.split(" ")) for line in merges.splitlines()[1:] if line]
     model = {"type": "BPE", "end_of_word_suffix": "</w>", "vocab": vocabulary, "merges": merges}
-    (folder / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": [special("!")]}))
+    (folder / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": [special("!") | {"id": 0}]}))
     (folder / "vocab.json").unlink()
     (folder / "merges.txt").unlink()
     texts = list(NASTY.values())
     np.testing.assert_array_equal(Tokenizer(folder)(texts), tokenizer("tiny-sd21")(texts))
+
+
+WORDS = {"<cat-toy>": 533, "grün fox": 534}
+
+
+def with_added(folder):
+    change_json(copied("tiny-sd21/tokenizer", folder) / "added_tokens.json", **WORDS)
+    return folder
+
+
+def test_added_tokens_are_found_in_texts(tmp_path):
+    """What transformers gives is compared with its own answers in test_clip_peer.py; these are the plain cases."""
+    encode, plain = Tokenizer(with_added(tmp_path / "x")), tokenizer("tiny-sd21")
+    start, end = plain.start, plain.end
+
+    def ids(encoder, text):
+        found = encoder([text])[0].tolist()
+        return found[1 : found.index(end)]
+
+    assert ids(encode, "<cat-toy>") == ids(encode, "<CAT-toy>") == [533]
+    assert ids(encode, "a red<cat-toy>cat") == [*ids(plain, "a red"), 533, *ids(plain, "cat")]
+    assert ids(encode, "the gru\u0308n \n fox<cat-toy>") == [*ids(plain, "the"), 534, 533]
+    assert encode.vocabulary == 535 and (encode.start, encode.end, encode.pad) == (start, end, plain.pad)
+    texts = list(NASTY.values())
+    np.testing.assert_array_equal(encode(texts), plain(texts))
+
+
+def test_added_tokens_are_kept_when_saved(tmp_path):
+    encode = Tokenizer(with_added(tmp_path / "x"))
+    encode.save(tmp_path / "y")
+    assert json.loads((tmp_path / "y" / "added_tokens.json").read_text()) == WORDS
+    assert (Tokenizer(tmp_path / "y")(["a <cat-toy>"]) == encode(["a <cat-toy>"])).all()
+    save_pipeline(tmp_path / "sd", load_pipeline(FIXTURES / "tiny-sd21")._replace(tokenizer=encode))
+    assert (tmp_path / "sd" / "tokenizer" / "added_tokens.json").exists()
+
+
+def test_added_tokens_without_embeddings_are_refused(tmp_path):
+    """The table of the text encoder has 533 rows: what was added to it may have been left behind."""
+    encode = Tokenizer(with_added(tmp_path / "x"))
+    module, _ = load_text_encoder(FIXTURES / "tiny-sd21" / "text_encoder")
+    assert "tokenizer vocabulary=535: the text tower has embeddings for 533 tokens; " in message(
+        check_tokenizer, encode, module
+    )
+    check_tokenizer(encode, module.clone(vocabulary=535))
+
+
+def test_the_same_tokens_are_the_same_identity_however_they_are_written(tmp_path):
+    folder = with_added(tmp_path / "x")
+    identity = Tokenizer(folder).identity
+    assert json.loads(json.dumps(identity)) == identity
+    (folder / "added_tokens.json").unlink()
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": False}
+    listed = {str(number): flags | {"content": name} for name, number in WORDS.items()}
+    change_json(folder / "tokenizer_config.json", added_tokens_decoder=listed, name_or_path="elsewhere")
+    assert Tokenizer(folder).identity == identity
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(dict(sorted(vocabulary.items())), indent=1))
+    assert Tokenizer(folder).identity == identity
+    (folder / "tokenizer_config.json").unlink()
+    assert {k for k, v in Tokenizer(folder).identity.items() if v != identity[k]} == {"added_tokens"}
+
+
+CHANGES = {
+    "merges": lambda f: spoil(f, "merges.txt", (f / "merges.txt").read_bytes().rsplit(b"\n", 2)[0] + b"\n"),
+    "vocabulary": lambda f: change_json(f / "vocab.json", more=533),
+    "pad": lambda f: change_json(f / "special_tokens_map.json", pad_token="<|endoftext|>"),
+    "max_length": lambda f: change_json(f / "tokenizer_config.json", model_max_length=70),
+    "added_tokens": lambda f: change_json(f / "added_tokens.json", **{"<me>": 533}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_changes_ids_changes_the_identity(name, tmp_path):
+    folder = copied("tiny-sd21/tokenizer", tmp_path / "x")
+    CHANGES[name](folder)
+    identity, plain = Tokenizer(folder).identity, tokenizer("tiny-sd21").identity
+    assert name in {key for key in identity if identity[key] != plain[key]}
 
 
 def spoil(folder, name, content):
@@ -154,9 +233,19 @@ BAD_TOKENIZERS = {
     "lost padding": (
         lambda f: change_json(f / "special_tokens_map.json", pad_token="<pad>"), "special token '<pad>' is not"
     ),
-    "added tokens": (
-        lambda f: change_json(f / "tokenizer_config.json", added_tokens_decoder={"533": special("<me>")}),
-        "tokens added to the vocabulary are not supported ('<me>')",
+    "an added token out of turn": (
+        lambda f: change_json(f / "added_tokens.json", **{"<me>": 535}),
+        "added token '<me>' is said to be 535, but transformers makes it 533; give it that id",
+    ),
+    "an added token in another's place": (
+        lambda f: change_json(f / "tokenizer_config.json", added_tokens_decoder={"533": special("cat</w>")}),
+        "added token 'cat</w>' is said to be 533, but transformers makes it 515",
+    ),
+    "ids of added tokens that are none": (
+        lambda f: change_json(f / "added_tokens.json", **{"<me>": "533"}), "added token '<me>' is said to be 533, but"
+    ),
+    "added tokens that are none": (
+        lambda f: change_json(f / "tokenizer_config.json", added_tokens_decoder={"533": None}), "damaged (ValueError"
     ),
     "another kind": (
         lambda f: change_json(f / "tokenizer_config.json", tokenizer_class="T5Tokenizer"), "use one of CLIPTokenizer"
