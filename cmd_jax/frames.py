@@ -12,6 +12,11 @@ def pixels(video):
     return video.astype(jnp.float32) / 127.5 - 1.0
 
 
+def to_uint8(video):
+    """Float [-1, 1], clipped there -> uint8 [0, 255]."""
+    return jnp.clip(jnp.round((video + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+
 class Pixels:
     """Frames as they are; `params` is empty."""
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -291,6 +292,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_ways(mesh: Mesh) -> int:
     """How many parts a batch is split into."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
+def few_of_each(batch, mesh: Mesh, count: int):
+    """The first rows of each way of a batch [B, ...], as few as give `count` in all, split as before; sends nothing."""
+    each, split = -(-count // batch_ways(mesh)), PartitionSpec(BATCH_AXES)
+    return jax.tree.map(jax.shard_map(lambda x: x[:each], mesh=mesh, in_specs=split, out_specs=split), batch)
+
+
+def first_of_all(batch, mesh: Mesh, count: int):
+    """The first `count` rows of a batch [B, ...], or all if it has fewer, whole on each device, which never holds
+    more of them."""
+
+    def first(x):
+        rows = min(count, len(x) * batch_ways(mesh))
+        place = jax.lax.axis_index(BATCH_AXES) * len(x) + jnp.arange(len(x))
+        mine = jnp.zeros((rows, *x.shape[1:]), x.dtype).at[place].set(x, mode="drop")
+        return jax.lax.psum(mine, BATCH_AXES)
+
+    split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+    return jax.tree.map(jax.shard_map(first, mesh=mesh, in_specs=split, out_specs=whole), batch)
 
 
 def check_batch(field: str, batch_size: int, mesh: Mesh, accumulate: int = 1):

@@ -17,6 +17,7 @@ from cmd_jax.distributed import is_leader, leave, of_leader, run_id
 from cmd_jax.errors import UserError, tell
 from cmd_jax.files import COUNT, check_like, read_json, versions, write_json, write_text
 from cmd_jax.flight import FlightRecord, explain
+from cmd_jax.frames import to_uint8
 from cmd_jax.hosts import digest, to_host
 from cmd_jax.keys import derive
 from cmd_jax.peers import Peers
@@ -26,8 +27,9 @@ from cmd_jax.report.training import PREVIEW_CLIPS, Metrics, StepLog
 from cmd_jax.runtime import StopRequest, peak_memory_gib
 from cmd_jax.sharding import (
     MESH_AXES,
-    batch_ways,
     check_batch,
+    few_of_each,
+    first_of_all,
     layout,
     make_mesh,
     partitioning,
@@ -169,6 +171,15 @@ def check_continues(earlier: dict, now: dict, console):
             console.print(f"saved with {name} {value}, resumed with {now[name]}: {what} from now on")
 
 
+def preview(params, frozen, batch, key, *, stage, mesh) -> dict:
+    """What is shown of a batch: videos and images uint8 [N, ...], N at most PREVIEW_CLIPS, whole on each device.
+
+    Each way of the mesh makes its share of them, at least one clip; only what is shown leaves it.
+    """
+    pictures = stage.preview(params, frozen, few_of_each(batch, mesh, PREVIEW_CLIPS), key)
+    return first_of_all(jax.tree.map(to_uint8, pictures), mesh, PREVIEW_CLIPS)
+
+
 class Loop:
     """The steps from a state to train.steps, or to a request to stop.
 
@@ -194,12 +205,8 @@ class Loop:
             state, metrics = step(state, frozen, batch, index, key)
             return state, metrics | {"stop": jnp.max(asked)}
 
-        def preview(params, frozen, batch, key):
-            clips = -(-PREVIEW_CLIPS // batch_ways(mesh)) * batch_ways(mesh)
-            return stage.preview(params, frozen, jax.tree.map(lambda x: x[:clips], batch), key)
-
         self._update = update
-        self._preview = jax.jit(preview, out_shardings=replicated(mesh))
+        self._preview = jax.jit(partial(preview, stage=stage, mesh=mesh))
 
     def _flag(self, value: bool):
         """This process's word on whether to stop; the step itself takes all of them together: int32 [devices]."""

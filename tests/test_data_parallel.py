@@ -14,17 +14,19 @@ import tiny
 from processes import ROOT, environment
 
 from cmd_jax import defaults
+from cmd_jax import train as training
 from cmd_jax.conditions import Classes, Text, Texts
 from cmd_jax.frames import Pixels, VAELatents
 from cmd_jax.interop.diffusers import load_pipeline
 from cmd_jax.pretrained import describe, image_model, stated_space
 from cmd_jax.sample import Sampler, denoiser_stage
-from cmd_jax.sharding import batch_sharding, make_mesh, partitioning, replicated
+from cmd_jax.sharding import batch_sharding, few_of_each, first_of_all, make_mesh, partitioning, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import TrainState, abstract, make_optimizer, train_step
 from cmd_jax.trained import Trained
 
 WAYS, ROWS = 4, 2  # devices, and rows of a batch that each of them has
+SHOWN = 2  # clips of a preview
 TRAINED = ("autoencoder gaussian", "content text", "motion gaussian twice")  # twice: in two microbatches
 CACHED = {"content": (8, 16, 4), "motion": (4, 12, 4), "states": (77, 8)}
 
@@ -67,6 +69,26 @@ def test_a_training_step_sends_gradients_only(programs, name):
     assert programs[f"train {name}"]["collectives"] == {"all-reduce": 1}
 
 
+def test_a_preview_costs_a_device_the_same_however_many_there_are(programs):
+    """Two clips are shown, and each device makes one: neither what it holds nor what it gives grows with the mesh."""
+    few, many = programs["preview 2"], programs["preview 8"]
+    assert many["products"] == few["products"] and set(many["collectives"]) == {"all-reduce"}
+    assert many["bytes"] == few["bytes"]
+    pictures = 2 * SHOWN * 4 * 16 * 24 * 3
+    assert pictures <= many["bytes"]["output"] < 1.01 * pictures
+
+
+def test_rows_of_a_preview(programs):
+    """(rows a device, rows to show) -> which rows of the batch are made, and which of these are shown."""
+    assert programs["rows"] == [
+        [4, 8, [0, 1, 4, 5, 8, 9, 12, 13], [0, 1, 4, 5, 8, 9, 12, 13]],
+        [4, 3, [0, 4, 8, 12], [0, 4, 8]],
+        [4, 6, [0, 1, 4, 5, 8, 9, 12, 13], [0, 1, 4, 5, 8, 9]],
+        [1, 8, [0, 1, 2, 3], [0, 1, 2, 3]],  # the batch has fewer
+        [1, 2, [0, 1, 2, 3], [0, 1]],
+    ]
+
+
 # What follows runs in the process with fake devices.
 
 
@@ -92,9 +114,14 @@ def batch_of(rows, mesh, count):
 
 
 def facts_of(lowered) -> dict:
-    text = lowered.compile().as_text()
-    products = sorted([*key, count] for key, count in hlo.products(text).items())
-    return {"products": products, "collectives": hlo.collectives(text), "rows": sorted(hlo.convolved_rows(text))}
+    compiled = lowered.compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    return {
+        "products": sorted([*key, count] for key, count in hlo.products(text).items()),
+        "collectives": hlo.collectives(text),
+        "rows": sorted(hlo.convolved_rows(text)),
+        "bytes": {"output": memory.output_size_in_bytes, "temporary": memory.temp_size_in_bytes},
+    }
 
 
 def space_of(kind):
@@ -213,6 +240,28 @@ def compile_step(name, kind, accumulate=1) -> dict:
         return facts_of(jitted.lower(*arguments, batch, jnp.int32(0), jax.random.key(0)))
 
 
+def compile_preview(ways) -> dict:
+    """Of a mesh whose devices have a row each."""
+    mesh, stage = mesh_of(ways), stage_of("motion", "gaussian")
+    batch = batch_of({"video": np.zeros((4, 16, 24, 3), np.uint8), "label": np.int32(0)}, mesh, ways)
+    with partitioning(mesh, defaults.RULES):
+        arguments = whole((params_of(stage, mesh), stage.frozen), mesh)
+        preview = jax.jit(partial(training.preview, stage=stage, mesh=mesh))
+        return facts_of(preview.lower(*arguments, batch, jax.random.key(0)))
+
+
+def preview_rows() -> list:
+    mesh, found = mesh_of(WAYS), []
+    for rows, count in ((4, 8), (4, 3), (4, 6), (1, 8), (1, 2)):
+        batch = jax.device_put(np.arange(rows * WAYS, dtype=np.uint8), batch_sharding(mesh))
+        made = few_of_each(batch, mesh, count)
+        assert made.sharding == batch_sharding(mesh)
+        shown = first_of_all(made, mesh, count)
+        assert shown.is_fully_replicated
+        found.append([rows, count, made.tolist(), shown.tolist()])
+    return found
+
+
 if __name__ == "__main__":
     programs = compile_parts()
     for kind in ("text", "gaussian"):
@@ -220,4 +269,7 @@ if __name__ == "__main__":
     for words in TRAINED:
         name, kind, *more = words.split()
         programs[f"train {words}"] = compile_step(name, kind, 2 if more else 1)
+    training.PREVIEW_CLIPS = SHOWN
+    programs |= {f"preview {ways}": compile_preview(ways) for ways in (2, 8)}
+    programs["rows"] = preview_rows()
     print(json.dumps(programs))

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cmd_jax.errors import UserError
 from cmd_jax.files import parse_json, write_text
-from cmd_jax.report.video import image_grid, to_uint8, video_grid, write_gif, write_png
+from cmd_jax.report.video import image_grid, video_grid, write_gif, write_png
 
-PREVIEW_CLIPS = 8
+PREVIEW_CLIPS = 8  # shown at most, each time
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +92,9 @@ class Metrics:
         self._guard("TensorBoard", lambda: self.events.write_scalars(step, values))
 
     def preview(self, step: int, pictures: dict[str, np.ndarray]):
-        """Videos [N, T, H, W, 3] as gif, images [N, H, W, 3] as png, both in [-1, 1]; one file a name, in previews/."""
+        """Videos uint8 [N, T, H, W, 3] as gif, images [N, H, W, 3] as png; one file a name, in previews/."""
         for name, x in pictures.items():
-            self._guard("previews", self._write_preview, step, name, to_uint8(x)[:PREVIEW_CLIPS])
+            self._guard("previews", self._write_preview, step, name, x)
 
     def _write_preview(self, step, name, x):
         stem = self.folder / "previews" / f"{step:07d}_{name}"
