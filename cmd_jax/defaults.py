@@ -47,8 +47,8 @@ def data(**changes) -> ConfigDict:
             max_bad_fraction=0.05,  # folder: more unreadable files than this is an error
             probe_timeout=20.0,  # folder: seconds without a further frame after which a file under test hangs
             probe_cap=3600.0,  # folder: seconds that the test of a file may take; 0: any
-            threads=2,
-            prefetch=4,
+            threads=2,  # clips that are read at a time
+            prefetch=2,  # batches read ahead
         )
     )
     config.update(changes)

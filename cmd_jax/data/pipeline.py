@@ -1,5 +1,6 @@
 """From a source of clips to global batches on the mesh. What is in the batch at step n depends on seed and n alone."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import grain
@@ -44,10 +45,14 @@ class BatchPlan:
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: order}
         return order
 
+    def id(self, step: int, row: int) -> int:
+        """Index of the clip in a row of the batch at `step`."""
+        epoch, place = divmod(step * self.batch_size + row, self.clips)
+        return int(self._order(epoch)[place])
+
     def ids(self, step: int) -> np.ndarray:
         """Clip indices of the batch at `step`: int [B]."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        return np.array([self._order(p // self.clips)[p % self.clips] for p in positions])
+        return np.array([self.id(step, row) for row in range(self.batch_size)])
 
     def rng(self, step: int, row: int) -> np.random.Generator:
         """The generator for everything random about one example (its start frame)."""
@@ -74,16 +79,20 @@ def local_rows(batch_size: int, mesh) -> list[int]:
 
 
 def batches(read, plan: BatchPlan, mesh, *, start: int, stop: int, threads: int, prefetch: int) -> Iterator[dict]:
-    """Global batches of steps start..stop-1, read ahead by threads while the device computes.
+    """Global batches of steps start..stop-1, read ahead while the device computes.
 
-    Each process reads the rows of its own devices. "id" int32 [B] says which clips they are.
+    Each process reads the rows of its own devices, a clip a thread at a time; `prefetch` batches of them are read or in
+    reading. "id" int32 [B] says which clips they are.
     """
     wanted = local_rows(plan.batch_size, mesh)
 
-    def load(step):
-        ids = plan.ids(step)
-        return {row: {"id": np.int32(ids[row]), **read(int(ids[row]), plan.rng(step, row))} for row in wanted}
+    def load(position: int) -> dict:
+        step, place = divmod(position, len(wanted))
+        index = plan.id(start + step, wanted[place])
+        return {"id": np.int32(index), **read(index, plan.rng(start + step, wanted[place]))}
 
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    for rows in grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options):
-        yield to_global(rows, plan.batch_size, mesh)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch * len(wanted)))
+    clips = grain.MapDataset.range((stop - start) * len(wanted)).map(load).to_iter_dataset(options)
+    with contextlib.closing(iter(clips.batch(len(wanted), batch_fn=list))) as examples:
+        for rows in examples:
+            yield to_global(dict(zip(wanted, rows, strict=True)), plan.batch_size, mesh)

@@ -1,3 +1,4 @@
+import threading
 import time
 
 import jax
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 
 from cmd_jax import defaults
+from cmd_jax.data import pipeline
 from cmd_jax.data.pipeline import BatchPlan, batches, local_rows, to_global, video_reader
 from cmd_jax.data.sources import channel_statistics, encode_clips, latent_reader
 from cmd_jax.errors import UserError
@@ -152,7 +154,39 @@ def test_a_consumer_may_leave_early(mesh):
     next(got)
     got.close()
     time.sleep(0.2)
-    assert 4 <= len(reads) <= 4 * (1 + 4 + 2)
+    assert 4 <= len(reads) <= 4 + 4 * 4 + 2
+
+
+def test_the_clips_of_a_batch_are_read_at_the_same_time_by_as_many_threads(mesh):
+    """And none waits in memory for a thread to finish its batch."""
+    together, inside, most, read = threading.Barrier(3), [], [], video_reader(CountedSource(11))
+
+    def slow(index, rng):
+        inside.append(index)
+        most.append(len(inside))
+        together.wait(20)  # broken, unless there are three clips of the one batch in reading
+        inside.pop()
+        return read(index, rng)
+
+    (batch,) = read_batches(mesh, 4, 5, threads=3, prefetch=1, batch_size=6, read=slow)
+    assert max(most) == 3
+    assert np.asarray(batch["id"]).tolist() == BatchPlan(11, 6, seed=0).ids(4).tolist()
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 3], [1], [2]], [[0, 1, 2, 3], [0, 1, 2, 3]]])
+def test_a_process_reads_its_own_rows_of_the_one_batch(mesh, monkeypatch, parts):
+    """Whatever their number: bits and order are those of a process alone, from any step on."""
+    monkeypatch.setattr(pipeline, "to_global", lambda rows, batch_size, mesh: rows)
+    plan, source = BatchPlan(11, 4, seed=0), CountedSource(11)
+    for rows in parts:
+        monkeypatch.setattr(pipeline, "local_rows", lambda batch_size, mesh, rows=rows: rows)
+        for step, batch in enumerate(read_batches(mesh, 3, 9, threads=3, prefetch=2), 3):
+            assert list(batch) == rows
+            for row, example in batch.items():
+                video, label = source.clip(int(plan.ids(step)[row]), plan.rng(step, row))
+                assert np.array_equal(example["video"], video) and example["label"] == label
+                assert example["id"] == plan.ids(step)[row]
+        assert step == 8
 
 
 def test_encoded_clips_are_those_of_the_source_in_order(mesh):
