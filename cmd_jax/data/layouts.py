@@ -160,7 +160,7 @@ def _parts(root: str, tops: set[str], split: str) -> list[str]:
         return parts
     if splits:
         beside = some(sorted(tops - splits.keys()))
-        log.info("%s: not taken for splits, since %s is there too: %s", root, beside, ", ".join(splits))
+        log.warning("%s: not taken for splits, since %s is there too: %s", root, beside, ", ".join(splits))
     if split not in ("train", "all"):
         remedy = f"use train or all, or make folders train/ and {split}/ (for UCF-101: {ucf101.LISTS}/)"
         raise UserError("data.split", split, f"{root} has no {split} part", remedy)

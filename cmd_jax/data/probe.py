@@ -135,7 +135,7 @@ def is_facts(facts: dict) -> bool:
     key_frames = facts.get("key_frames")
     if not isinstance(key_frames, list) or any(not isinstance(row, list) or len(row) != 3 for row in key_frames):
         return False
-    return all(type(number) is int for number in itertools.chain(numbers, *key_frames))
+    return all(type(number) is int and abs(number) < 2**63 for number in itertools.chain(numbers, *key_frames))
 
 
 def probe(

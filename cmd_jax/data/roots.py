@@ -1,8 +1,8 @@
 """A folder of clips as the place that no name in its lists may leave, and what its layouts find there."""
 
-import contextlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -52,13 +52,10 @@ def names_in(folder: str) -> list[str]:
         raise UserError("data.root", folder, problem, "give a folder that you may read") from error
 
 
-def folder_with(root: str, names: set[str]) -> str | None:
-    """The first folder of the root that holds one of the names."""
-    for folder in names_in(root):
-        with contextlib.suppress(OSError):  # a file, or not ours to read
-            if names & {*os.listdir(os.path.join(root, folder))}:
-                return folder
-    return None
+def folder_with(root: str, holds: Callable[[str], bool]) -> str | None:
+    """The path of the first folder of the root that holds what is looked for."""
+    paths = (os.path.join(root, name) for name in names_in(root))
+    return next((path for path in paths if os.path.isdir(path) and os.access(path, os.R_OK) and holds(path)), None)
 
 
 def some(names: list[str]) -> str:

@@ -29,8 +29,8 @@ def read(root: str, split: str, fold: int) -> Listing:
     choose("data.split", split, (*PARTS, "all"))
     lists = lists_of(root)
     if lists is None:
-        problem, folder = f"no folder {LISTS} in {root} or beside it", folder_with(root, {LISTS})
-        remedy = f"give data.root={os.path.join(root, folder)}" if folder else "put it there"
+        problem, folder = f"no folder {LISTS} in {root} or beside it", folder_with(root, lists_of)
+        remedy = f"give data.root={folder}" if folder else "put it there"
         raise UserError("data.layout", "ucf101", problem, f"{remedy}, or set data.layout=classes")
     parts: dict[str, list[Entry]] = {}
     for part in PARTS:
@@ -82,9 +82,9 @@ def _as_they_lie(root: str, entries: list[Entry]) -> list[Entry]:
     """
     listed = {name for entry in entries for name in (entry.label, os.path.basename(entry.name))}
     held = set(names_in(root))
-    if not listed & held and (folder := folder_with(root, listed)):
-        problem = f"the listed clips are in its folder {folder}"
-        raise UserError("data.root", root, problem, f"give data.root={os.path.join(root, folder)}")
+    if not listed & held and (folder := folder_with(root, lambda path: bool(listed & {*os.listdir(path)}))):
+        problem = f"the listed clips are in its folder {os.path.basename(folder)}"
+        raise UserError("data.root", root, problem, f"give data.root={folder}")
     flat = [entry._replace(name=os.path.basename(entry.name)) for entry in entries]
     return [b if a.label not in held and b.name in held else a for a, b in zip(entries, flat, strict=True)]
 

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 
-from cmd_jax.data.roots import Entry, Listing, inside, names_in, normal, some
+from cmd_jax.data.roots import Entry, Listing, folder_with, inside, names_in, normal, some
 from cmd_jax.data.tables import csv_rows
 from cmd_jax.errors import UserError
 
@@ -131,6 +131,10 @@ def _lists_of(root: str, split: str) -> list[str]:
     names = [name for word in WORDS[split] for name in by_word[word]]
     if not names:
         patterns = " or ".join(f"*{word}*.csv" for word in WORDS[split])
-        problem = f"no {patterns} in {root}; its CSV files: {some(_csv_files(root))}"
-        raise UserError("data.split", split, problem, "put WebVid's list there, or use another data.split")
+        problem, folder = (
+            f"no {patterns} in {root}; its CSV files: {some(_csv_files(root))}",
+            folder_with(root, lists_in),
+        )
+        remedy = f"give data.root={folder}" if folder else "put WebVid's list there, or use another data.split"
+        raise UserError("data.split", split, problem, remedy)
     return names
