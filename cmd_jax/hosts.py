@@ -7,6 +7,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cmd_jax.errors import UserError
+from cmd_jax.sharding import batch_ways, rows_of_all
+
+_rows = jax.jit(rows_of_all, static_argnums=(1, 2))
 
 
 def whole(leaf) -> np.ndarray:
@@ -14,6 +17,21 @@ def whole(leaf) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
         return multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)
+
+
+def whole_batch(batch, mesh):
+    """A batch [B, ...] split over the mesh on every host. Every process must call it.
+
+    As much of it at a time as one device has: all of it at once would be a batch of videos on each device.
+    """
+
+    def one(x):
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        share = len(x) // batch_ways(mesh)
+        return np.concatenate([np.asarray(_rows(x, mesh, share, start)) for start in range(0, len(x), share)])
+
+    return jax.tree.map(one, batch)
 
 
 def to_host(tree):

@@ -18,7 +18,7 @@ from cmd_jax.errors import UserError, choose
 from cmd_jax.evaluation import shapes_oracle
 from cmd_jax.evaluation.reconstruction import psnr
 from cmd_jax.frames import pixels
-from cmd_jax.hosts import whole
+from cmd_jax.hosts import whole_batch
 from cmd_jax.keys import derive
 from cmd_jax.models.autoencoder import Latents
 from cmd_jax.prepare import open_space
@@ -193,7 +193,7 @@ class Sampler:
             examples = {row: {k: values[i] for k, values in batch.items()} for row, i in picks.items()}
             with partitioning(self.mesh, self.rules):
                 out = program(self.params, to_global(examples, size, self.mesh), *arguments)
-            parts.append(jax.tree.map(whole, out))
+            parts.append(whole_batch(out, self.mesh))
         return {k: np.concatenate([part[k] for part in parts])[:count] for k in parts[0]}
 
 

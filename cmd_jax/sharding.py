@@ -300,18 +300,20 @@ def few_of_each(batch, mesh: Mesh, count: int):
     return jax.tree.map(jax.shard_map(lambda x: x[:each], mesh=mesh, in_specs=split, out_specs=split), batch)
 
 
-def first_of_all(batch, mesh: Mesh, count: int):
-    """The first `count` rows of a batch [B, ...], or all if it has fewer, whole on each device, which never holds
-    more of them."""
+def rows_of_all(batch, mesh: Mesh, count: int, start=0):
+    """The `count` rows of a batch [B, ...] from `start` on, of a smaller one all, whole on each device, which never
+    holds more of the others' rows."""
 
-    def first(x):
-        rows = min(count, len(x) * batch_ways(mesh))
-        place = jax.lax.axis_index(BATCH_AXES) * len(x) + jnp.arange(len(x))
-        mine = jnp.zeros((rows, *x.shape[1:]), x.dtype).at[place].set(x, mode="drop")
+    def rows(x, start):
+        size = min(count, len(x) * batch_ways(mesh))
+        place = jax.lax.axis_index(BATCH_AXES) * len(x) + jnp.arange(len(x)) - start
+        place = jnp.where(place < 0, size, place)  # dropped as those beyond are, not counted from the end
+        mine = jnp.zeros((size, *x.shape[1:]), x.dtype).at[place].set(x, mode="drop")
         return jax.lax.psum(mine, BATCH_AXES)
 
     split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-    return jax.tree.map(jax.shard_map(first, mesh=mesh, in_specs=split, out_specs=whole), batch)
+    taken = jax.shard_map(rows, mesh=mesh, in_specs=(split, whole), out_specs=whole)
+    return jax.tree.map(lambda x: taken(x, start), batch)
 
 
 def check_batch(field: str, batch_size: int, mesh: Mesh, accumulate: int = 1):

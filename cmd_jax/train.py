@@ -29,12 +29,12 @@ from cmd_jax.sharding import (
     MESH_AXES,
     check_batch,
     few_of_each,
-    first_of_all,
     layout,
     make_mesh,
     partitioning,
     replicated,
     replicated_report,
+    rows_of_all,
 )
 from cmd_jax.state import abstract, init_state, make_optimizer, train_step
 from cmd_jax.trained import Trained, export
@@ -177,7 +177,7 @@ def preview(params, frozen, batch, key, *, stage, mesh) -> dict:
     Each way of the mesh makes its share of them, at least one clip; only what is shown leaves it.
     """
     pictures = stage.preview(params, frozen, few_of_each(batch, mesh, PREVIEW_CLIPS), key)
-    return first_of_all(jax.tree.map(to_uint8, pictures), mesh, PREVIEW_CLIPS)
+    return rows_of_all(jax.tree.map(to_uint8, pictures), mesh, PREVIEW_CLIPS)
 
 
 class Loop:

@@ -20,7 +20,7 @@ from cmd_jax.frames import Pixels, VAELatents
 from cmd_jax.interop.diffusers import load_pipeline
 from cmd_jax.pretrained import describe, image_model, stated_space
 from cmd_jax.sample import Sampler, denoiser_stage
-from cmd_jax.sharding import batch_sharding, few_of_each, first_of_all, make_mesh, partitioning, replicated
+from cmd_jax.sharding import batch_sharding, few_of_each, make_mesh, partitioning, replicated, rows_of_all
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import TrainState, abstract, make_optimizer, train_step
 from cmd_jax.trained import Trained
@@ -256,8 +256,10 @@ def preview_rows() -> list:
         batch = jax.device_put(np.arange(rows * WAYS, dtype=np.uint8), batch_sharding(mesh))
         made = few_of_each(batch, mesh, count)
         assert made.sharding == batch_sharding(mesh)
-        shown = first_of_all(made, mesh, count)
+        shown = rows_of_all(made, mesh, count)
         assert shown.is_fully_replicated
+        middle = rows_of_all(batch, mesh, rows, jnp.int32(rows + 1))  # of two devices
+        assert middle.tolist() == list(range(rows + 1, 2 * rows + 1))
         found.append([rows, count, made.tolist(), shown.tolist()])
     return found
 
