@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import time
@@ -18,11 +17,12 @@ from cmd_jax.conditions import Classes
 from cmd_jax.config import divisible, from_dict, to_json
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.sources import STATISTICS_CLIPS, channel_statistics, encode_clips, latent_reader, open_source
-from cmd_jax.distributed import agree, is_leader, leader_first, of_leader
+from cmd_jax.distributed import agree, gather, is_leader, leader_first, of_leader
 from cmd_jax.errors import UserError
-from cmd_jax.files import atomic_path, read_json, versions, write_json
+from cmd_jax.files import read_json, write_json
 from cmd_jax.frames import Pixels, VAELatents
 from cmd_jax.interop.lpips import load_lpips
+from cmd_jax.latents import made_of, path_of, read_latents, write_latents
 from cmd_jax.pretrained import check_same, describe, load_space, load_texts, stated_space
 from cmd_jax.sharding import partitioning
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, check_fits, diffusion_stage, reads_text
@@ -109,15 +109,17 @@ def prepare(config, workdir: Path, mesh, console, resuming: bool):
     source = leader_first(lambda: open_source(config.data, cache=workdir / "probe.jsonl"))
     agree({"data": source.fingerprint}, "let every process see the same files")
     facts = {"class_names": list(source.class_names), "fingerprint": source.fingerprint, "clips": len(source)}
-    if source.bad and is_leader():
+    if is_leader() and source.bad:
         write_json(folder / "bad_files.json", source.bad)
+    elif is_leader():  # an earlier part of the run may have found bad what is mended now
+        (folder / "bad_files.json").unlink(missing_ok=True)
     earlier = {}
     if resuming and (folder / "facts.json").exists():
         earlier = read_json(folder / "facts.json", "workdir")
         check_facts(earlier, config, "workdir", folder / "facts.json")
     if earlier.get("fingerprint", source.fingerprint) != source.fingerprint:
         where, problem = config.data.root or config.data.source, "the dataset changed since this run was started"
-        raise UserError("data", where, problem, ELSEWHERE)
+        raise UserError("data", where, problem + ", or clips are read otherwise by another cmd_jax", ELSEWHERE)
     prepare_stage = prepare_autoencoder if config.stage == "autoencoder" else prepare_denoiser
     stage, read, clips = prepare_stage(config, workdir, source, mesh, console, facts, earlier)
     if is_leader():
@@ -242,7 +244,7 @@ def encoded_clips(config, workdir: Path, source, encoding, facts, mesh, console)
     """What `encoding` makes of the first latents.cache_clips clips, or with 0 of some, all over the data.
 
     encoding: (read, encode, params) as of `encode_clips`. Both diffusion stages share the file that remembers the
-    outcome. It is named after all that its bits depend on.
+    outcome; see latents.py.
     """
     count, batch_size = config.latents.cache_clips, config.train.batch_size
     if count and count < len(source):
@@ -252,18 +254,18 @@ def encoded_clips(config, workdir: Path, source, encoding, facts, mesh, console)
         )  # fmt: skip
     spread = np.linspace(0, len(source), STATISTICS_CLIPS, endpoint=False).astype(int)
     indices = np.arange(count) % len(source) if count else spread
-    parts = ("autoencoder_params", "vae", "text_encoder", "fingerprint")
-    what = [{part: facts.get(part) for part in parts}, config.pretrained.dtype, count, config.seed]
-    what += [batch_size, mesh.size, versions()]
-    path = workdir / f"latents-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}.npz"
-    if of_leader(path.exists()):
-        with np.load(path) as file:
-            return dict(file)
+    what = of_leader(made_of(config, facts, mesh))
+    path = path_of(workdir, what)
+    latents = read_latents(path, what)
+    found = [json.loads(text) for text in gather(json.dumps(latents is not None))]
+    if all(found):
+        return latents
+    if any(found):
+        log.warning("%s is not read by every process, and made anew", path)
     started = time.perf_counter()
     with partitioning(mesh, config.rules):
         latents = encode_clips(*encoding, indices, batch_size, mesh, config.seed)
     if is_leader():
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **latents)
+        write_latents(path, latents, what)
     console.print(f"encoded {len(indices)} clips in {time.perf_counter() - started:.0f} s")
     return latents

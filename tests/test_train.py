@@ -112,33 +112,6 @@ def test_latents_are_encoded_once_for_both_diffusion_stages(run, monkeypatch):
         assert facts["autoencoder"] == read_json(run / "autoencoder" / "summary.json")["digests"]["ema"]
 
 
-def test_latents_are_kept_apart_by_what_they_depend_on(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        preparing,
-        "encode_clips",
-        lambda read, encode, params, indices, *_: {"content": np.full(len(indices), len(calls))},
-    )
-    calls, source = [], range(8)
-    facts = {"autoencoder_params": "a", "fingerprint": "f"}
-    mesh, console = make_mesh(tiny.config_of("content").mesh), make_console()
-    for changes, count, seed in (
-        ({}, 16, 0),
-        ({"autoencoder_params": "b"}, 16, 0),
-        ({"fingerprint": "g"}, 16, 0),
-        ({"vae": "v"}, 16, 0),
-        ({"text_encoder": "t"}, 16, 0),
-        ({}, 8, 0),
-        ({}, 16, 1),
-    ):
-        config = tiny.config_of("content", seed=seed, latents__cache_clips=count)
-        found = preparing.encoded_clips(config, tmp_path, source, (None,) * 3, facts | changes, mesh, console)
-        calls.append(found["content"][0])
-    assert calls == [0, 1, 2, 3, 4, 5, 6]
-    config = tiny.config_of("content", latents__cache_clips=16)
-    again = preparing.encoded_clips(config, tmp_path, source, (None,) * 3, facts, mesh, console)
-    assert again["content"][0] == 0
-
-
 def test_a_finished_run_is_left_as_it_is(run, capsys):
     def contents():
         files = [p for p in (run / "autoencoder").rglob("*") if p.is_file() and p.parent.name != "processes"]

@@ -18,6 +18,7 @@ from cmd_jax.data.outcomes import Outcomes
 from cmd_jax.data.roots import check_root, some, stat_inside
 from cmd_jax.errors import UserError
 
+VERSION = 1  # raise it whenever the same files give other clips
 NAMED_IN_WARNING = 10
 NOTE_EVERY = 30.0  # seconds
 
@@ -44,7 +45,8 @@ class FolderSource:
     class_names: those with a usable clip, sorted, or in classInd's order; () without labels.
     texts: the first caption of each clip in metadata and webvid, or None; `text` draws one of all.
     absent: how many rows of WebVid's lists name a file that is not there, which is no fault; 0 in other layouts.
-    fingerprint: SHA-256 over class names and each usable clip's name, size, length, label and text.
+    fingerprint: SHA-256 over the shape of clips and how they are drawn, class names, and each usable clip's name, size,
+    length, label and texts.
 
     Raises UserError (data.root, data.layout, data.fold, data.split...) on a root, list or manifest that cannot be what
     was meant, when no file is usable, and when the unusable ones are more than `max_bad_fraction` of all.
@@ -110,7 +112,8 @@ class FolderSource:
         self._labels = [number.get(entry.label, len(number)) for entry in self._entries]
         self.texts = tuple(entry.texts[0] for entry in self._entries) if all(e.texts for e in self._entries) else None
         rows = zip(self._entries, self._lengths, self._labels, strict=True)
-        content = [self.class_names, *([e.name, stats[e.name].st_size, n, label, e.texts] for e, n, label in rows)]
+        content = [[VERSION, frames, height, width, stride, random_start], self.class_names]
+        content += [[e.name, stats[e.name].st_size, n, label, e.texts] for e, n, label in rows]
         self.fingerprint = hashlib.sha256("\n".join(map(json.dumps, content)).encode()).hexdigest()
 
     def __len__(self) -> int:

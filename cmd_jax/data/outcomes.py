@@ -5,13 +5,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from cmd_jax.data import probe
 from cmd_jax.errors import UserError
 from cmd_jax.files import parse_json, write_text
 
-HEADER = {"format": 2}
+HEADER = {"format": 2, "av": version("av")}  # another decoder may find otherwise
 
 log = logging.getLogger(__name__)
 

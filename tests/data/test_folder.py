@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from data.clip_files import numbered, numbers, write_clip, write_huge_header, write_sound
 
-from cmd_jax.data import probe
+from cmd_jax.data import outcomes, probe
 from cmd_jax.data.folder import FolderSource
 from cmd_jax.errors import UserError
 
@@ -710,11 +710,23 @@ def test_outcomes_that_cannot_be_read_are_found_again(put, child, tmp_path, spoi
     assert names(source(root, **settings)) == [*names(first), "c/d.avi"]
     count = len(asked())
     again = cache.read_text().split("\n")
-    assert again[0] == '{"format": 2}' and again[-1] == ""
+    assert json.loads(again[0])["format"] == 2 and again[-1] == ""
     assert sorted(json.loads(line)["name"] for line in again[1:-1]) == ["c/a.avi", "c/b.avi", "c/c.avi", "c/d.avi"]
     source(root, **settings)
     assert len(asked()) == count
     assert [path.name for path in tmp_path.glob("*probe*")] == ["probe.jsonl"]
+
+
+def test_another_decoder_tests_files_again(put, child, tmp_path, monkeypatch):
+    command, asked = child
+    settings = {"probe_command": command, "cache": tmp_path / "probe.jsonl"}
+    root = put("c/a.avi", "c/b.avi")
+    for _ in range(2):
+        source(root, **settings)
+    assert len(asked()) == 2
+    monkeypatch.setattr(outcomes, "HEADER", outcomes.HEADER | {"av": "another"})
+    source(root, **settings)
+    assert len(asked()) == 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -767,6 +779,12 @@ def test_fingerprint_is_of_the_data_set_not_of_its_place(put, tmp_path, clip_byt
     assert source(copy).fingerprint not in (first, changed)
     shutil.move(root / "d", root / "e")
     assert source(root).fingerprint != first
+
+
+def test_fingerprint_is_of_the_clips_that_are_drawn(put):
+    root = put("c/a.avi", "d/b.avi")
+    changes = ({}, {"stride": 2}, {"frames": 7}, {"height": 32}, {"width": 24}, {"random_start": False})
+    assert len({source(root, **change).fingerprint for change in changes}) == len(changes)
 
 
 def test_fingerprint_covers_texts_and_labels(put):

@@ -1,0 +1,68 @@
+"""Encoded clips, made once and kept in a file that says all that its numbers depend on."""
+
+import hashlib
+import json
+import logging
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from cmd_jax.data.sources import STATISTICS_CLIPS
+from cmd_jax.files import atomic_path, versions
+from cmd_jax.pretrained import identity
+
+LIBRARIES = ("numpy", "av", "pillow", "tokenizers")  # that clips and captions pass on their way to the encoder
+MADE_OF = "made_of"
+
+log = logging.getLogger(__name__)
+
+
+def made_of(config, facts: dict, mesh) -> dict:
+    """What the latents of a run depend on, down to their last bits, as JSON has it.
+
+    config: of the run. facts: of what it is trained on, as its folder keeps them; those of its data, autoencoder, VAE
+    and text encoder count. mesh: on which they are encoded.
+    """
+    models = {part: identity(part, facts[part]) for part in ("vae", "text_encoder") if part in facts}
+    autoencoder = {name: facts[name] for name in ("autoencoder_params", "autoencoder_config") if name in facts}
+    what = {
+        "data": facts["fingerprint"],
+        "seed": config.seed,
+        "clips": config.latents.cache_clips or f"{STATISTICS_CLIPS} all over the data",
+        "batch_size": config.train.batch_size,
+        "pretrained": {"dtype": config.pretrained.dtype, "vae_frames": config.pretrained.vae_frames},
+        "mesh": dict(mesh.shape),
+        "rules": config.rules,
+        "devices": sorted({device.device_kind for device in mesh.devices.flat}),
+        "versions": versions() | {name: version(name) for name in LIBRARIES},
+    }
+    return json.loads(json.dumps(what | models | autoencoder))
+
+
+def path_of(workdir: Path, what: dict) -> Path:
+    """The file for latents that are made of `what`."""
+    return workdir / f"latents-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}.npz"
+
+
+def write_latents(path: Path, latents: dict[str, np.ndarray], what: dict):
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **latents, **{MADE_OF: json.dumps(what)})
+
+
+def read_latents(path: Path, what: dict) -> dict[str, np.ndarray] | None:
+    """The latents of a file; None where there is none, and, which is logged, where it is damaged or made of others."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as file:
+            latents = dict(file)  # which checks the sums of all parts
+        stored = json.loads(latents.pop(MADE_OF).item())
+    except Exception as e:  # noqa: BLE001  a damaged file can fail in any way
+        log.warning("%s is damaged and made anew (%s: %s)", path, type(e).__name__, e)
+        return None
+    if stored != what:
+        different = [name for name in what if stored.get(name) != what[name]]
+        log.warning("%s is of another %s, and made anew", path, ", ".join(different) or "kind")
+        return None
+    return latents
