@@ -17,28 +17,26 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
+from cmd_jax.distributed import barrier, gather, leader_alone
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, sync_path, write_text
 from cmd_jax.hosts import check_tree
-from cmd_jax.manifest import MANIFEST, CutOff, Damaged, verify, write_manifest
+from cmd_jax.manifest import MANIFEST, CutOff, Damaged, item_digest, read_manifest, verify, write_manifest
 from cmd_jax.state import TrainState
 
 ITEMS = ("step", "params", "ema", "opt_state")  # of a TrainState, each restorable by itself
 RUN = "run.json"
 RUN_LIKE = {"config?": {"model?": dict, ...: object}, ...: object}
+GONE = "gone"  # what becomes of a step that a training removes
 MERGED = "manifest.ocdbt"  # Orbax's, in the folder of an item, once it has merged what the processes wrote
 SAVING, DELETING = ".saving", ".deleting"  # endings of folders that are no checkpoints yet, or no longer
-ANSWER_BYTES = 8192  # of what process 0 tells the others
-BARRIER_SECONDS = 3600  # only what slow disks may need: a peer that died ends this process long before
 
 log = logging.getLogger(__name__)
 # Orbax raises the first error of its threads, which is where we tell of it. It logs it too, with two tracebacks; leaves
@@ -61,7 +59,7 @@ sys.unraisablehook = _unraisable
 ocp.type_handlers.register_type_handler(
     jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**22), override=True
 )
-_collective = itertools.count()  # numbers what all processes do together, for the names of barriers
+_saves = itertools.count()  # numbers the saves of this process, which all make together, for the names of barriers
 
 
 class LiteralPath(type(epath.Path())):
@@ -99,14 +97,16 @@ class Checkpoints:
     """The checkpoints of one stage folder. Saves run in the background; `wait` and `close` wait for them.
 
     keep: how many of the newest are kept. read_only: for a folder in which another process may be training and saving.
-    With several processes, on a shared file system, every one calls latest, save, restore and restore_item together.
+    items: what is going to be restored; only of that every byte is compared with the manifest.
+    With several processes, on a shared file system, every one calls latest, save, restore, restore_item and digest
+    together, and each compares its share.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, read_only: bool = False):
+    def __init__(self, folder: Path, keep: int = 2, read_only: bool = False, items: tuple[str, ...] = ITEMS):
         check_name(folder)
         self.folder = (folder / "checkpoints").absolute()
-        self._keep, self._read_only, self._first = max(keep, 1), read_only, jax.process_index() == 0
-        self._good: list[int] | None = None  # steps known to be whole; None before anything was looked at
+        self._keep, self._read_only, self._items = max(keep, 1), read_only, items
+        self._first, self._looked, self._newest = jax.process_index() == 0, False, None
         self._saving = self._thread = self._error = None  # the step that is being saved, by which thread, how it failed
         self._handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         if self._first and not read_only:
@@ -120,10 +120,9 @@ class Checkpoints:
         Newer ones that are not whole are told of and, unless read_only, moved to the folder `damaged`. UserError if
         some are damaged and none is whole: nothing starts from scratch in silence.
         """
-        if self._good is None:
-            newest = _as_first(self._newest_good)
-            self._good = [] if newest is None else [newest]
-        return max(self._good, default=None)
+        if not self._looked:
+            self._newest, self._looked = self._newest_whole(), True
+        return self._newest
 
     def save(self, state: TrainState, run: dict):
         """Start saving; the state may be donated when this returns. run: facts of the run, as JSON can hold them.
@@ -142,7 +141,7 @@ class Checkpoints:
                 errors.append(result) if isinstance(result, Exception) else futures.extend(result)
         except OSError as e:  # told by `wait`, when the other processes know too
             errors.append(e)
-        arguments = (step, folder, json.dumps(run, sort_keys=True), futures, errors, next(_collective))
+        arguments = (step, folder, json.dumps(run, sort_keys=True), futures, errors, next(_saves))
         self._saving, self._thread = step, threading.Thread(target=self._complete, args=arguments, name=f"save {step}")
         self._thread.start()
 
@@ -166,7 +165,7 @@ class Checkpoints:
         try:
             if not errors:
                 done[jax.process_index()].touch()
-            _barrier(f"{number}-written")
+            barrier(f"save-{number}-written")
             if self._first:
                 try:
                     if not errors:
@@ -175,7 +174,7 @@ class Checkpoints:
                     errors.append(e)
                 if errors:
                     shutil.rmtree(folder, ignore_errors=True)
-            _barrier(f"{number}-committed")
+            barrier(f"save-{number}-committed")
         except Exception as e:  # a process is gone
             errors.append(e)
         if not errors and not (self.folder / str(step)).is_dir():
@@ -215,7 +214,7 @@ class Checkpoints:
             problem = f"could not be saved ({_reason(error)}); {kept}"
             remedy = "free space or mend the disk, then run the same command again"
             raise UserError("checkpoint", step, problem, remedy) from error
-        self._good.append(step)
+        self._newest = step
 
     def close(self):
         try:
@@ -235,6 +234,8 @@ class Checkpoints:
 
         UserError if there is none, or for the first array that is not as `like` wants it.
         """
+        if name not in self._items:
+            raise ValueError(f"{name} is none of the items {self._items}, of which the bytes are compared")
         saved, folder = self.shapes(name), self._newest_folder()
         if like is None:
             like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), saved)
@@ -248,6 +249,11 @@ class Checkpoints:
         saved = self._handlers[name].metadata(_literal(self._newest_folder() / name)).tree["value"]
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
 
+    def digest(self, name: str) -> str:
+        """What tells one item of the newest whole checkpoint from all others ever saved, by its manifest."""
+        folder = self._newest_folder()
+        return leader_alone(lambda: item_digest(read_manifest(folder), name))
+
     def _newest_folder(self) -> Path:
         step = self.latest()
         if step is None:
@@ -259,27 +265,55 @@ class Checkpoints:
         names = [path.name for path in self.folder.glob("*") if path.is_dir()]
         return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True)
 
-    def _newest_good(self) -> int | None:
-        found, bad, gone = None, {}, False
-        for step in self._steps():
+    def _newest_whole(self) -> int | None:
+        """The same in every process."""
+        bad, found, again = {}, None, True
+        while again:  # where steps vanish, which a training that goes on there removes, there are newer ones
+            again = False
+            for step in leader_alone(self._steps):
+                fault = self._fault(step)
+                if fault is None:
+                    found, again = step, False
+                    break
+                again |= fault[0] == GONE
+                bad |= {step: fault} if fault[0] != GONE else {}
+        return leader_alone(lambda: self._settle(found, bad))
+
+    def _fault(self, step: int) -> list[str] | None:
+        """What is wrong with a checkpoint, the same in every process: the name of the exception, or GONE, and why."""
+        folder, complaints = self.folder / str(step), {}
+
+        def judge(part: int = 0, parts: int = 1) -> list[str] | None:
             try:
-                verify(self.folder / str(step))
-                found = step
-                break
+                verify(folder, self._items, part, parts)
             except (CutOff, Damaged) as e:
-                if (self.folder / str(step)).is_dir():
-                    bad[step] = e
-                gone |= step not in bad  # removed by the training that goes on there
-        if gone and found is None:
-            return self._newest_good()
-        damaged = next((step for step, e in bad.items() if isinstance(e, Damaged)), None)
+                return [type(e).__name__ if folder.is_dir() else GONE, str(e)]
+
+        if jax.process_count() > 1:
+            try:
+                mine = judge(jax.process_index(), jax.process_count())
+            except UserError as e:
+                mine = ["", str(e)]
+            complaints = {i: text for i, text in enumerate(gather(mine[1] if mine else "")) if text}
+            if not complaints:
+                return None
+        fault = leader_alone(judge)  # damage is what process 0 sees: where another one has another disk, none is
+        if complaints and fault is None:
+            process, text = min(complaints.items())
+            problem = f"process {process} sees another one than process 0: {text}"
+            raise UserError("checkpoint", folder, problem, "let all processes see the same files")
+        return fault
+
+    def _settle(self, found: int | None, bad: dict[int, list[str]]) -> int | None:
+        """Tell of what is not whole, and set it aside -> found; UserError where nothing but damage was found."""
+        damaged = next((step for step, (kind, _) in bad.items() if kind == Damaged.__name__), None)
         if found is None and damaged is not None:
             remedy = f"bring back a copy of it, or move {self.folder} away to start from scratch"
-            raise UserError("checkpoint", damaged, f"damaged: {bad[damaged]}; no other one is whole", remedy)
+            raise UserError("checkpoint", damaged, f"damaged: {bad[damaged][1]}; no other one is whole", remedy)
         instead = "there is no older one" if found is None else f"falling back to step {found}"
-        for step, error in bad.items():
+        for step, (_, why) in bad.items():
             moved = "" if self._read_only else f"; moved to {self._set_aside(step)}"
-            log.warning("checkpoint %d is not whole: %s; %s%s", step, error, instead, moved)
+            log.warning("checkpoint %d is not whole: %s; %s%s", step, why, instead, moved)
         return found
 
     def _set_aside(self, step: int) -> Path:
@@ -300,30 +334,3 @@ class Checkpoints:
                 removed = self.folder / f"{step}{DELETING}"
                 os.rename(self.folder / str(step), removed)
                 shutil.rmtree(removed)
-
-
-def _barrier(name: str):
-    """Until all processes are here. Unlike collectives it may be waited for in a thread, and for long."""
-    barrier = ocp.multihost.get_barrier_sync_fn()
-    barrier(key=f"cmd_jax-checkpoint-{name}", timeout_ms=1000 * BARRIER_SECONDS)
-
-
-def _as_first(decide: Callable[[], int | None]) -> int | None:
-    """What `decide` gives in process 0, in every process; or its UserError, in every one."""
-    if jax.process_count() == 1:
-        return decide()
-    answer = {}
-    if jax.process_index() == 0:
-        try:
-            answer = {"value": decide()}
-        except UserError as e:
-            answer = {"error": [str(part)[:250] for part in (e.field, e.value, e.problem, e.remedy)]}
-        except OSError as e:
-            answer = {"error": ["checkpoints", e.filename, f"cannot be used ({e.strerror})", "mend its rights"]}
-    _barrier(f"{next(_collective)}-decided")
-    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-    told = multihost_utils.broadcast_one_to_all(np.pad(text, (0, ANSWER_BYTES - text.size)))
-    answer = json.loads(bytes(told).rstrip(b"\0"))
-    if "error" in answer:
-        raise UserError(*answer["error"])
-    return answer["value"]

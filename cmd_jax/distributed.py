@@ -5,6 +5,7 @@ same place, like the opening of the data, goes through `leader_first`.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -17,9 +18,10 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from cmd_jax.errors import UserError, choose, tell
+from cmd_jax.errors import UserError, choose, of_file, tell
 from cmd_jax.runtime import check_devices, has_terminal
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ MODES = ("auto", "off", "explicit")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 OPEN_MPI = "OMPI_MCA_orte_hnp_uri"
 LINGER = 5.0  # seconds; more than two beats of the watch
+BARRIER_SECONDS = 86_400  # what opening data or slow disks may need: a peer that died ends this process long before
+_gathered = itertools.count()
 
 
 def start(mode: str, coordinator: str, num_processes: int | None, process_id: int | None, options):
@@ -170,6 +174,12 @@ class deadline:
         self.timer.cancel()
 
 
+def barrier(name: str):
+    """Until all processes are here. Unlike in a collective one may wait in any thread, and for long."""
+    sync = ocp.multihost.get_barrier_sync_fn()
+    sync(key=f"cmd_jax-{name}", timeout_ms=1000 * BARRIER_SECONDS)
+
+
 def several() -> bool:
     """Whether this process was connected to others."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
@@ -181,9 +191,10 @@ def is_leader() -> bool:
 
 
 def gather(text: str) -> list[str]:
-    """The texts of all processes, in their order; every process must call it."""
+    """The texts of all processes, in their order; every process must call it, if much later than others."""
     if jax.process_count() == 1:
         return [text]
+    barrier(f"gather-{next(_gathered)}")
     data = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(data)))
     rows = multihost_utils.process_allgather(np.pad(data, (0, int(lengths.max()) - len(data))))
@@ -223,13 +234,15 @@ def leave(code: int, last_words: str = ""):
 
 
 def leader_alone(action: Callable):
-    """What `action()` gives on process 0, made of what JSON knows, on all. Its UserError is everyone's."""
+    """What `action()` gives on process 0, made of what JSON knows, on all. Its UserError, or OSError, is everyone's."""
     value, problem = None, None
     if is_leader():
         try:
             value = action()
         except UserError as e:
             problem = e
+        except OSError as e:
+            problem = of_file(e)
     error = problem and [problem.field, str(problem.value), problem.problem, problem.remedy]
     value, error = of_leader([value, error])
     if problem:

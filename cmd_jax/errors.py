@@ -27,6 +27,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
 
 
+def of_file(error: OSError) -> UserError:
+    """What a file system refused, as the user is shown it."""
+    problem, remedy = error.strerror or str(error), "free space or mend its rights, or give another folder"
+    return UserError("file", error.filename or "?", problem, remedy)
+
+
 def tell(text):
     """A line on stderr, if there still is someone who reads: a closed terminal must not stop what comes after it."""
     with contextlib.suppress(OSError):

@@ -7,7 +7,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from cmd_jax.errors import UserError, nearest, tell
+from cmd_jax.errors import UserError, nearest, of_file, tell
 from cmd_jax.files import check_path
 from cmd_jax.runtime import check_devices, keep_freed_memory
 
@@ -263,8 +263,7 @@ def command(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        remedy = "free space or mend its rights, or give another folder"
-        return fail(UserError("file", error.filename or "?", error.strerror or str(error), remedy), debug)
+        return fail(of_file(error), debug)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's name for it
             raise

@@ -42,7 +42,7 @@ from cmd_jax.requests import (
 from cmd_jax.sharding import batch_sharding, check_batch, make_mesh, partitioning, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import abstract
-from cmd_jax.trained import Trained, config_facts, load_trained
+from cmd_jax.trained import Trained, belongs, load_trained
 
 MODES = ("generate", "reconstruct", "vary-motion", "animate")
 
@@ -63,13 +63,11 @@ class Sampler:
         self.statistics, self.denoisers, self.solvers, self.null_ids = {}, {}, {}, None
         if "content" in stages:
             self._open_conditions(stages["content"].facts, config, place)
-        ours = config_facts(trained.config)
         for name in ("content", "motion"):
             if name not in stages:
                 continue
             facts = stages[name].facts
-            model = facts.get("autoencoder_config", {})  # which earlier versions did not keep
-            if facts["autoencoder"] != trained.facts["digest"] or not model.items() <= ours.items():
+            if not belongs(facts, trained):
                 problem = "this stage was trained with another autoencoder"
                 raise UserError("weights", name, problem, "give the three stages of one run")
             if conditioned_on(facts) != conditioned_on(stages["content"].facts):

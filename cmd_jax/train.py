@@ -131,6 +131,7 @@ def train(config, workdir: Path) -> dict:
                     checkpoints.wait()
         if int(state.step) == config.train.steps:
             with peers.busy():
+                facts |= {"digest": checkpoints.digest("ema")}
                 return finish(config, folder, state, report, loop, facts, console)
     console.print(f"stopped by {loop.stopped_by()} after step {int(state.step)}; saved; run the same command to resume")
     raise SystemExit(0)
@@ -305,7 +306,7 @@ def is_finished(folder: Path, step: int) -> bool:
 
 
 def finish(config, folder: Path, state, report: StepLog, loop: Loop, facts, console) -> dict:
-    """Write summary.json and the EMA weights."""
+    """Write summary.json, and the EMA weights under the digest that the last checkpoint has."""
     digests = {name: digest(getattr(state, name)) for name in ("params", "ema", "opt_state")}
     ema = to_host(state.ema)
     summary = {
@@ -328,7 +329,7 @@ def finish(config, folder: Path, state, report: StepLog, loop: Loop, facts, cons
         "versions": versions(),
     }
     if is_leader():
-        export(folder / "ema.safetensors", Trained(config, ema, facts | {"digest": digests["ema"]}))
+        export(folder / "ema.safetensors", Trained(config, ema, facts))
         write_json(folder / "summary.json", summary)
     console.print(f"{config.stage}: step {summary['step']}, {summary['wall_seconds']} s; wrote {folder}/summary.json")
     return summary

@@ -70,9 +70,23 @@ def load_trained(path: Path | str, stage: str, place: Callable[[ConfigDict, dict
         else:
             params = unflatten({k: v.astype(np.float32) for k, v in read_state_dict(path).items()})
         return Trained(config, params, facts)
-    with contextlib.closing(Checkpoints(path, read_only=True)) as checkpoints:
+    with contextlib.closing(Checkpoints(path, read_only=True, items=("ema",))) as checkpoints:
+        facts |= {"digest": checkpoints.digest("ema")}
         params = checkpoints.restore_item("ema", place(config, facts) if place else None)
-    return Trained(config, params, facts | {"digest": digest(params)})
+    return Trained(config, params, facts)
+
+
+def belongs(facts: dict, autoencoder: Trained) -> bool:
+    """Whether a diffusion stage of these facts was trained on this autoencoder, or on one of the same bits.
+
+    The latter is that of an autoencoder which lost its last checkpoint and was trained to its end again, and of facts
+    that are older than digests of checkpoints.
+    """
+    model = facts.get("autoencoder_config", {})  # which earlier versions did not keep
+    if not model.items() <= config_facts(autoencoder.config).items():
+        return False
+    known = (facts["autoencoder"], facts.get("autoencoder_params"))
+    return autoencoder.facts["digest"] == known[0] or digest(autoencoder.params) in known
 
 
 def autoencoder_facts(autoencoder: Trained) -> dict:

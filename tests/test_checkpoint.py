@@ -12,14 +12,14 @@ import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from cmd_jax.checkpoint import Checkpoints
+from cmd_jax.checkpoint import ITEMS, Checkpoints
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json
 from cmd_jax.hosts import check_tree, digest, to_host
 from cmd_jax.manifest import verify
 from cmd_jax.prepare import lock_folder
 from cmd_jax.state import TrainState
-from cmd_jax.trained import Trained, export, load_trained
+from cmd_jax.trained import Trained, belongs, export, load_trained
 
 pytestmark = pytest.mark.xdist_group("tiny")
 
@@ -165,7 +165,7 @@ def test_manifest_lists_every_file_with_size_and_hash(tmp_path):
         content = path.read_bytes()
         assert manifest["files"][name] == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     assert {name.split("/")[0] for name in files} == {"step", "params", "ema", "opt_state", "run.json"}
-    verify(step)
+    verify(step, ITEMS)
 
 
 def test_failed_and_cut_off_saves_leave_nothing_behind_at_the_next_start(tmp_path):
@@ -204,8 +204,11 @@ def test_folder_weights_file_and_half_precision_agree(folder, tmp_path):
     from_file = load_trained(folder / "ema.safetensors", "autoencoder")
     assert from_file.config.to_dict() == from_folder.config.to_dict()
     assert from_file.facts == from_folder.facts
-    assert from_folder.facts["digest"] == read_json(folder / "summary.json")["digests"]["ema"]
-    assert digest(from_file.params) == digest(from_folder.params) == from_folder.facts["digest"]
+    files = read_json(folder / "checkpoints" / str(tiny.STEPS) / "manifest.json")["files"]
+    files = {name: facts for name, facts in files.items() if name.startswith("ema/")}
+    assert from_folder.facts["digest"] == hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    summary = read_json(folder / "summary.json")
+    assert digest(from_file.params) == digest(from_folder.params) == summary["digests"]["ema"]
 
     export(tmp_path / "half.safetensors", from_folder, np.float16)
     half = load_trained(tmp_path / "half.safetensors", "autoencoder")
@@ -215,6 +218,17 @@ def test_folder_weights_file_and_half_precision_agree(folder, tmp_path):
         assert x.dtype == np.float32
         assert np.abs(x - exact[name]).max() <= 1e-3 * np.abs(exact[name]).max()
     assert (tmp_path / "half.safetensors").stat().st_size < 0.7 * (folder / "ema.safetensors").stat().st_size
+
+
+def test_an_autoencoder_is_known_by_its_checkpoint_or_by_its_bits(folder):
+    """The latter to stages older than digests of checkpoints, or where it was trained to its end again."""
+    trained = load_trained(folder, "autoencoder")
+    bits, other = digest(trained.params), Trained(trained.config, {"w": np.zeros(2)}, {"digest": "another"})
+    assert belongs({"autoencoder": trained.facts["digest"]}, trained)
+    assert belongs({"autoencoder": "that of a lost checkpoint", "autoencoder_params": bits}, trained)
+    assert belongs({"autoencoder": bits}, trained)
+    assert not belongs({"autoencoder": "another"}, trained)
+    assert not belongs({"autoencoder": trained.facts["digest"], "autoencoder_params": bits}, other)
 
 
 def test_parameters_are_read_straight_into_their_shards(folder, tmp_path):

@@ -23,6 +23,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cmd_jax import checkpoint as checkpointing
+from cmd_jax import manifest as manifests
 from cmd_jax.checkpoint import Checkpoints
 from cmd_jax.errors import UserError
 from cmd_jax.hosts import digest, to_host
@@ -199,23 +200,81 @@ def test_checkpoint_of_a_newer_format_is_refused(two):
     assert names_in(two / "checkpoints") == ["3", "6"]
 
 
-def test_every_byte_is_read_once(two, monkeypatch):
-    looked = []
-    monkeypatch.setattr(checkpointing, "verify", looked.append)
-    with contextlib.closing(Checkpoints(two, read_only=True)) as checkpoints:
+@contextlib.contextmanager
+def hashed():
+    """The names of the files that are hashed meanwhile, each with its folder: "ema/manifest.ocdbt"."""
+    names, real = [], manifests._facts_of
+
+    def facts_of(path, *arguments, **options):
+        names.append(path.as_posix().rpartition("/checkpoints/")[2].partition("/")[2])
+        return real(path, *arguments, **options)
+
+    manifests._facts_of = facts_of
+    try:
+        yield names
+    finally:
+        manifests._facts_of = real
+
+
+def test_every_byte_that_is_used_is_read_once(two):
+    step = two / "checkpoints" / "6"
+    files = [path.relative_to(step).as_posix() for path in step.rglob("*") if path.is_file()]
+    files.remove("manifest.json")
+    of_ema = [name for name in files if name == "run.json" or name.startswith("ema/")]
+    assert 2 < len(of_ema) < len(files) / 3
+    with hashed() as names, contextlib.closing(Checkpoints(two, read_only=True)) as checkpoints:
         assert [checkpoints.latest(), checkpoints.latest()] == [6, 6]
         checkpoints.restore(state_at(0))
-    assert [path.name for path in looked] == ["6"]
+    assert sorted(names) == sorted(files)
+    with hashed() as names, contextlib.closing(Checkpoints(two, read_only=True, items=("ema",))) as checkpoints:
+        assert digest(checkpoints.restore_item("ema")) == digest(state_at(6).ema)
+        with pytest.raises(ValueError, match="params is none of the items"):
+            checkpoints.restore_item("params")
+    assert sorted(names) == sorted(of_ema)
+
+
+@pytest.mark.parametrize("item", ["params", "ema", "run.json"])
+def test_damage_counts_where_it_is_used(two, item):
+    path = two / "checkpoints" / "6" / item
+    path = max(path.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size) if path.is_dir() else path
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    steps = []
+    for items in (("ema",), checkpointing.ITEMS):
+        with contextlib.closing(Checkpoints(two, read_only=True, items=items)) as checkpoints:
+            steps.append(checkpoints.latest())
+    assert steps == [6 if item == "params" else 3, 3]
+
+
+def test_shares_of_the_hashing_are_all_of_it_and_alike(tmp_path):
+    for name, size in {
+        "ema/a": 1000,
+        "ema/b": 900,
+        "params/c": 800,
+        "run.json": 10,
+        "ema/d": 700,
+        "ema/e": 600,
+    }.items():
+        (tmp_path / "5" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "5" / name).write_bytes(bytes(size))
+    write_manifest(tmp_path / "5", 5)
+    shares = []
+    for part in range(2):
+        with hashed() as names:
+            verify(tmp_path / "5", ("ema",), part, 2)
+        shares.append({name.rpartition("/")[2] for name in names})
+    assert shares == [{"a", "d", "run.json"}, {"b", "e"}]
 
 
 def test_reader_of_a_running_training_follows_it(two, warned, monkeypatch):
     """The step that it looks at is removed meanwhile."""
 
-    def vanish(step):
+    def vanish(step, *arguments):
         if step.name == "3":
             monkeypatch.undo()
             save(two, 9, 12)  # which removes it
-        verify(step)
+        verify(step, *arguments)
 
     shutil.rmtree(two / "checkpoints" / "6")
     monkeypatch.setattr(checkpointing, "verify", vanish)
@@ -481,8 +540,12 @@ def one_of_two(pipe, index, port, work):
     for name in ("damaged", "older"):
         with contextlib.closing(Checkpoints(work / name)) as checkpoints:
             told[name] = error_of(checkpoints.latest)
+    with contextlib.closing(Checkpoints(work / f"good{index}")) as checkpoints:  # each looks at another disk
+        told["apart"] = error_of(checkpoints.latest)
     with contextlib.closing(Checkpoints(work / "good", keep=1)) as checkpoints, jax.set_mesh(mesh):
-        told["good"] = checkpoints.latest()
+        with hashed() as told["hashed"]:
+            told["good"] = checkpoints.latest()
+        told["digest"] = checkpoints.digest("ema")
         state, run = checkpoints.restore(sharded_state(mesh)[1])
         told["restored"] = run, digest(state)
         told["held"] = len(state.params["w"].addressable_shards), to_host(state) is None
@@ -504,6 +567,10 @@ def test_two_processes_decide_and_fail_together_and_one_restores_what_they_saved
         save(tmp_path / name, *([3, 6] if name == "older" else [6]))
         if name != "good":
             truncate(tmp_path / name / "checkpoints" / "6")
+    for index in (0, 1):
+        shutil.copytree(tmp_path / "good", tmp_path / f"good{index}")
+    truncate(tmp_path / "good1" / "checkpoints" / "6")
+    files = [path for path in (tmp_path / "good" / "checkpoints" / "6").rglob("*") if path.is_file()]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -511,6 +578,13 @@ def test_two_processes_decide_and_fail_together_and_one_restores_what_they_saved
     assert first["damaged"] == second["damaged"] and "checkpoint=6: damaged: " in first["damaged"]
     assert first["older"] == second["older"] == 3
     assert first["good"] == second["good"] == 6
+    # Each hashed its share, and nothing is set aside because of what another one sees.
+    assert len(first["hashed"]) + len(second["hashed"]) == len({*first["hashed"], *second["hashed"]}) == len(files) - 1
+    assert abs(len(first["hashed"]) - len(second["hashed"])) <= 1
+    assert first["digest"] == second["digest"]
+    assert first["apart"].replace("good0", "good1") == second["apart"]
+    assert "process 1 sees another one than process 0: " in first["apart"]
+    assert names_in(tmp_path / "good1" / "checkpoints") == ["6"]
     assert first["restored"] == second["restored"] == ({"step": 6}, digest(state_at(6)))
     assert (first["held"], second["held"]) == ((2, False), (2, True))
     assert first["failed"].startswith(

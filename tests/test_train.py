@@ -109,7 +109,8 @@ def test_latents_are_encoded_once_for_both_diffusion_stages(run, monkeypatch):
         assert read(3, None)["content"].shape == (16, 24, 3)
         assert read(3, None)["motion"].shape == (4, 10, 4)
         assert name_of(17) == "shapes-train-000017"
-        assert facts["autoencoder"] == read_json(run / "autoencoder" / "summary.json")["digests"]["ema"]
+        assert facts["autoencoder"] == load_trained(run / "autoencoder", "autoencoder").facts["digest"]
+        assert facts["autoencoder_params"] == read_json(run / "autoencoder" / "summary.json")["digests"]["ema"]
 
 
 def test_a_finished_run_is_left_as_it_is(run, capsys):
@@ -417,7 +418,7 @@ def test_checkpoint_of_another_model_is_refused_even_without_its_config(run, tmp
 
 def test_half_precision_autoencoder_serves_the_diffusion_stages(run):
     facts = read_json(tiny.gaussian_weights() / "content" / "facts.json")
-    assert facts["autoencoder"] == read_json(run / "autoencoder" / "summary.json")["digests"]["ema"]
+    assert facts["autoencoder"] == load_trained(run / "autoencoder", "autoencoder").facts["digest"]
     assert facts["statistics"]["content"] == {"mean": [0.0] * 3, "std": [1.0] * 3}  # normalize=False
     assert not list(tiny.gaussian_weights().glob("latents-*"))  # and cache_clips=0: nothing to encode beforehand
     summary = read_json(tiny.gaussian_weights() / "content" / "summary.json")

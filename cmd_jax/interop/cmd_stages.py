@@ -15,7 +15,7 @@ from cmd_jax.interop.cmd_release import complete, load, model, state_dict
 from cmd_jax.models.dit import DiT, sincos_table
 from cmd_jax.pretrained import stated_space
 from cmd_jax.stages import FrozenAutoencoder
-from cmd_jax.trained import Trained, autoencoder_facts
+from cmd_jax.trained import Trained, autoencoder_facts, belongs
 
 RELEASED = {"autoencoder": "autoencoder", "content": "content_dit", "motion": "motion_dit"}  # stage -> kind of `load`
 MODEL = {  # our config's model -> theirs
@@ -189,7 +189,7 @@ def _config(trained: Trained, autoencoder: Trained | None) -> dict:
         return {theirs: config.model[key] for key, theirs in MODEL.items()}
     if autoencoder is None:
         raise UserError("autoencoder", None, f"the {name} stage does not tell its grid", "give its autoencoder too")
-    if autoencoder.facts["digest"] != trained.facts["autoencoder"]:
+    if not belongs(trained.facts, autoencoder):
         problem = f"the {name} stage was trained with another one"
         raise UserError("autoencoder", autoencoder.facts["digest"][:12], problem, "give the one it belongs to")
     sizes = {theirs: config.model[key] for key, theirs in DENOISER.items()} | _grid(name, autoencoder)
