@@ -7,7 +7,7 @@ autoencoder, position tables of square grids, no class in the motion model, and 
 import numpy as np
 
 from cmd_jax import __version__, defaults
-from cmd_jax.config import divisible
+from cmd_jax.config import check_trained, divisible
 from cmd_jax.data.sources import channel_statistics
 from cmd_jax.errors import UserError
 from cmd_jax.hosts import check_tree, digest
@@ -115,6 +115,7 @@ def release_weights(trained: Trained, autoencoder: Trained | None = None) -> dic
 
 
 def _trained(ours, params, facts: dict, config: dict) -> Trained:
+    check_trained(ours)  # or what is written could not be read again
     facts[CONVERTED] = {"cmd_jax": __version__, "config": config}
     return Trained(ours, params, facts | {"digest": digest(params)})
 
