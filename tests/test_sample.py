@@ -385,7 +385,8 @@ def test_wrong_stages_are_one_line(tmp_path, capsys):
     (tmp_path / "motion.safetensors").symlink_to(exported["motion"])
     # Of other numbers, or of the same ones in another model.
     model = content.facts["autoencoder_config"]
-    for changes in ({"autoencoder": "another"}, {"autoencoder_config": model | {"model.heads": 4}}):
+    other = dict.fromkeys(("autoencoder", "autoencoder_params"), "another")
+    for changes in (other, {"autoencoder_config": model | {"model.heads": 4}}):
         (tmp_path / "content.safetensors").unlink()
         export(tmp_path / "content.safetensors", content._replace(facts=content.facts | changes))
         assert "trained with another autoencoder" in said(tmp_path, weights=tmp_path)
