@@ -10,7 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from cmd_jax import defaults
-from cmd_jax.errors import UserError, choose, nearest
+from cmd_jax.errors import UserError, choose, divisible, nearest
 from cmd_jax.files import check_like, check_path
 from cmd_jax.interop.diffusers import SOURCE
 from cmd_jax.stages import build_autoencoder, build_denoiser, build_process, reads_text
@@ -246,12 +246,6 @@ def _check_inputs(config: ConfigDict):
             raise UserError("pretrained.path", "", "missing: model.mode=latent needs its VAE", SOURCE)
         if loss.lpips:
             raise UserError("loss.lpips", loss.lpips, "compares pixels, not latents", "set loss.lpips=0.0")
-
-
-def divisible(field: str, size: int, by_field: str, by: int):
-    """`size` must be a multiple of `by`; both fields are named otherwise."""
-    if size % by:
-        raise UserError(field, size, f"not a multiple of {by_field}={by}", f"use {max(by, round(size / by) * by)}")
 
 
 def _check_values(config: ConfigDict, prefix: str):

@@ -51,3 +51,9 @@ def choose(field: str, value, choices: Iterable[str]):
     if value not in choices:
         raise UserError(field, value, "not one of the choices", f"use one of {', '.join(map(str, choices))}")
     return value
+
+
+def divisible(field: str, size: int, by_field: str, by: int):
+    """`size` must be a multiple of `by`; both fields are named otherwise."""
+    if size % by:
+        raise UserError(field, size, f"not a multiple of {by_field}={by}", f"use {max(by, round(size / by) * by)}")

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from cmd_jax import defaults
 from cmd_jax.checkpoint import check_name
 from cmd_jax.conditions import Classes
-from cmd_jax.config import divisible, from_dict, to_json
+from cmd_jax.config import from_dict, to_json
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.sources import STATISTICS_CLIPS, channel_statistics, encode_clips, latent_reader, open_source
 from cmd_jax.distributed import agree, gather, is_leader, leader_first, of_leader
@@ -146,23 +146,12 @@ def prepare_autoencoder(config, workdir: Path, source, mesh, console, facts: dic
     if config.model.mode == "latent":
         add_part("vae", config, facts, earlier)
         space = load_space(config.pretrained, partial(abstract, mesh=mesh, rules=config.rules))
-        check_latents(config, space)
     stage, read = AutoencoderStage(config, lpips, space), video_reader(source)
     if not config.latents.cache_clips:
         return stage, read, len(source)
     encode = lambda params, batch: {"frames": space.encode(params, batch["video"])}  # noqa: E731
     latents = encoded_clips(config, workdir, source, (read, encode, space.params), facts, mesh, console)
     return stage, latent_reader(latents), config.latents.cache_clips
-
-
-def check_latents(config, space):
-    """An autoencoder of the latents of this VAE must fit them, and the data must fit both."""
-    if config.model.channels != space.channels:
-        problem = f"the latents of the VAE have {space.channels}"
-        raise UserError("model.channels", config.model.channels, problem, f"use {space.channels}")
-    step = space.factor * config.model.patch
-    for side in ("height", "width"):
-        divisible(f"data.{side}", config.data[side], f"{space.factor} of the VAE x model.patch", step)
 
 
 def prepare_denoiser(config, workdir: Path, source, mesh, console, facts: dict, earlier: dict):

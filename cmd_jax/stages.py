@@ -24,7 +24,7 @@ from cmd_jax.diffusion.flow import Flow
 from cmd_jax.diffusion.gaussian import PREDICTIONS, Gaussian
 from cmd_jax.diffusion.guidance import guide, interleave, separate
 from cmd_jax.diffusion.schedules import Schedule, linear_betas, scaled_linear_betas
-from cmd_jax.errors import UserError, choose
+from cmd_jax.errors import UserError, choose, divisible
 from cmd_jax.frames import Pixels, VAELatents
 from cmd_jax.interop.diffusers import load_unet
 from cmd_jax.interop.schedulers import SOLVERS, from_scheduler_config
@@ -191,8 +191,14 @@ class AutoencoderStage:
 
 
 def frames_shape(config, space: Pixels | VAELatents) -> tuple[int, int, int, int]:
-    """[T, h, w, C] of clips as an autoencoder config's model sees them in `space`."""
+    """[T, h, w, C] of clips as an autoencoder config's model sees them in `space`; UserError if they do not fit."""
     data = config.data
+    if config.model.channels != space.channels:
+        problem = f"the latents of the VAE have {space.channels}"
+        raise UserError("model.channels", config.model.channels, problem, f"use {space.channels}")
+    step = space.factor * config.model.patch
+    for side in ("height", "width"):
+        divisible(f"data.{side}", data[side], f"{space.factor} of the VAE x model.patch", step)
     return data.frames, data.height // space.factor, data.width // space.factor, space.channels
 
 

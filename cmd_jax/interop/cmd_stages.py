@@ -7,9 +7,9 @@ autoencoder, position tables of square grids, no class in the motion model, and 
 import numpy as np
 
 from cmd_jax import __version__, defaults
-from cmd_jax.config import check_trained, divisible
+from cmd_jax.config import check_trained
 from cmd_jax.data.sources import channel_statistics
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, divisible
 from cmd_jax.hosts import check_tree, digest
 from cmd_jax.interop.cmd_release import complete, load, model, state_dict
 from cmd_jax.models.dit import DiT, sincos_table
