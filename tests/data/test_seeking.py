@@ -1,7 +1,9 @@
 """Decoding that begins at a key frame gives, to the bit, the frames of a decoding from the first one."""
 
 import struct
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 from data.clip_files import write_clip
@@ -35,6 +37,34 @@ def cut_by_an_edit_list(path):
     path.write_bytes(data[:at] + struct.pack(">i", time + 5 * 512) + data[at + 4 :])
 
 
+def packed(path):
+    """An avi of DivX' kind: a B-frame lies in one chunk with the frame after it, a chunk that codes nothing follows.
+
+    Only its first chunk says so: after a seek the decoder knows nothing of it.
+    """
+    with av.open(str(path)) as source:
+        stream = source.streams.video[0]
+        whole = [bytes(packet) for packet in source.demux(stream) if packet.size]
+        kinds = [data[data.index(b"\0\0\1\xb6") + 4] >> 6 for data in whole]  # 0: I, 1: P, 2: B
+        begin = min(whole[0].index(b"\0\0\1" + mark) for mark in (b"\xb3", b"\xb6") if b"\0\0\1" + mark in whole[0])
+        whole[0] = whole[0][:begin] + b"\0\0\1\xb2DivX503b1393p" + whole[0][begin:]
+        chunks = []
+        for data, kind in zip(whole, kinds, strict=True):
+            if kind == 2:
+                chunks[-1] = chunks[-1][0] + data, chunks[-1][1]
+                chunks.append((b"\0\0\1\xb6\x51\0\0", False))
+            else:
+                chunks.append((data, kind == 0))
+        with av.open(str(path.with_suffix(".divx")), "w", format="avi") as container:
+            copy = container.add_stream_from_template(stream)
+            for number, (data, is_key) in enumerate(chunks):
+                packet = av.Packet(data)
+                packet.stream, packet.is_keyframe = copy, is_key
+                packet.pts, packet.dts, packet.time_base = number, number, Fraction(1, 25)
+                container.mux(packet)
+    path.with_suffix(".divx").replace(path)
+
+
 # name of the file, codec, its options, what else is done to the file; key frames at which decoding may begin.
 KINDS = {
     "H.264 with B-frames": ("a.mp4", "libx264", {"x264-params": X264}, {}, None, [48, 96]),
@@ -44,6 +74,7 @@ KINDS = {
     "gradual refresh": ("a.mkv", "libx264", {"x264-params": "intra-refresh=1:keyint=12:bframes=0"}, {}, None, []),
     "H.264 in avi": ("a.avi", "libx264", {"x264-params": X264}, {}, None, [48, 96]),
     "MPEG-4 with B-frames": ("a.avi", "mpeg4", {"g": "12", "bf": "2"}, {}, None, [48, 96]),
+    "packed bitstream": ("a.avi", "mpeg4", {"g": "12", "bf": "1"}, {}, packed, []),  # a seek loses every other frame
     "MPEG-4 in mp4": ("a.mp4", "mpeg4", {"g": "12", "bf": "2"}, {}, None, [48, 96]),
     "avi without index": ("a.avi", "mpeg4", {"g": "12", "bf": "2"}, {}, without_index, None),
     "VP9": ("a.webm", "libvpx-vp9", {"g": "12", "cpu-used": "8", "lag-in-frames": "16"}, {}, None, [48, 96]),
