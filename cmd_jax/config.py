@@ -156,7 +156,8 @@ NOT_NEGATIVE = {
     "cache_clips", "guidance", "report_above", "expected", "stall_timeout", "probe_cap",
 }  # fmt: skip
 FRACTIONS = {"ema_decay", "label_dropout", "max_bad_fraction", "b1", "b2", "eta"}
-PATHS = {"root", "path", "vgg", "autoencoder", "weights", "image", "prompts_file"}  # texts that are paths
+# Texts that are paths.
+PATHS = {"root", "path", "vgg", "lpips_heads", "autoencoder", "weights", "image", "prompts_file"}
 DTYPES = ("float32", "bfloat16")
 SEEDS = 2**32  # jax.random.key takes a seed modulo this
 

@@ -17,7 +17,7 @@ import numpy as np
 import tiny
 
 from cmd_jax import convert, train
-from cmd_jax.checkpoint import RUN, RUN_LIKE
+from cmd_jax.checkpoint import ITEMS, RUN, RUN_LIKE
 from cmd_jax.data.outcomes import HEADER, Outcomes
 from cmd_jax.data.prompts import read_prompts
 from cmd_jax.errors import UserError
@@ -155,7 +155,7 @@ def architecture(folder: Path):
 
 def manifest(folder: Path):
     try:
-        verify(folder)
+        verify(folder, ITEMS)
     except (CutOff, Damaged) as error:
         raise UserError("checkpoint", folder, str(error), "bring back a copy") from error
 
