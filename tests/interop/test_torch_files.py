@@ -223,7 +223,7 @@ def test_parts_of_an_archive_may_not_overlap(path):
         archive.fp.write(content)
         archive.start_dir += len(content)
     with zipfile.ZipFile(path) as archive:
-        assert len(archive.read("archive/data/0")) > 10_000
+        assert archive.getinfo("archive/data/0").file_size > 10_000
         assert sum(info.file_size for info in archive.infolist()) > 20 * path.stat().st_size
     with pytest.raises(UserError, match="[Oo]verlap"):
         read_state_dict(path)
