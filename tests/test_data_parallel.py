@@ -3,32 +3,24 @@
 import json
 import subprocess
 import sys
-from functools import cache, partial
+from functools import partial
 
 import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from lowered import batch_of, mesh_of, params_of, sample_program, space_of, stage_of, train_program, whole
 from processes import ROOT, environment
 
 from cmd_jax import defaults
 from cmd_jax import train as training
-from cmd_jax.conditions import Classes, Text, Texts
-from cmd_jax.frames import Pixels, VAELatents
-from cmd_jax.interop.diffusers import load_pipeline
-from cmd_jax.pretrained import describe, image_model, stated_space
-from cmd_jax.sample import Sampler, denoiser_stage
-from cmd_jax.sharding import batch_sharding, few_of_each, make_mesh, partitioning, replicated, rows_of_all
-from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
-from cmd_jax.state import TrainState, abstract, make_optimizer, train_step
-from cmd_jax.trained import Trained
+from cmd_jax.conditions import Text
+from cmd_jax.sharding import batch_sharding, few_of_each, partitioning, replicated, rows_of_all
 
 WAYS, ROWS = 4, 2  # devices, and rows of a batch that each of them has
 SHOWN = 2  # clips of a preview
 TRAINED = ("autoencoder gaussian", "content text", "motion gaussian twice")  # twice: in two microbatches
-CACHED = {"content": (8, 16, 4), "motion": (4, 12, 4), "states": (77, 8)}
 
 
 @pytest.fixture(scope="module")
@@ -92,27 +84,6 @@ def test_rows_of_a_preview(programs):
 # What follows runs in the process with fake devices.
 
 
-@cache
-def mesh_of(ways: int):
-    return make_mesh(defaults.stage("content").mesh, jax.devices()[:ways])
-
-
-@cache
-def pipeline():
-    return load_pipeline(tiny.pipeline_folder())
-
-
-def whole(tree, mesh):
-    """Shapes of arrays that every device has."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=replicated(mesh)), tree)
-
-
-def batch_of(rows, mesh, count):
-    """Shapes of `count` such rows, split over the mesh."""
-    split = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *np.shape(x)), x.dtype, sharding=split), rows)
-
-
 def facts_of(lowered) -> dict:
     compiled = lowered.compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
@@ -122,45 +93,6 @@ def facts_of(lowered) -> dict:
         "rows": sorted(hlo.convolved_rows(text)),
         "bytes": {"output": memory.output_size_in_bytes, "temporary": memory.temp_size_in_bytes},
     }
-
-
-def space_of(kind):
-    return VAELatents(*pipeline().vae) if kind == "text" else Pixels()
-
-
-def channels_of(kind):
-    return {"content": space_of(kind).channels, "motion": 4}
-
-
-def stated(kind) -> dict:
-    """What the later stages of a run would say of themselves."""
-    unit = {name: {"mean": [0.0] * n, "std": [1.0] * n} for name, n in channels_of(kind).items()}
-    facts = {"digest": "autoencoder", "autoencoder": "autoencoder", "class_names": [], "statistics": unit}
-    if kind == "text":
-        pretrained = tiny.config_of("sample,kind=text").pretrained
-        facts |= {part: describe(pretrained, part) for part in ("vae", "text_encoder")}
-        facts["image_model"] = image_model(pretrained)
-    return facts
-
-
-@cache
-def stage_of(name, kind):
-    """A stage as training has it; its frozen arrays are those of the tiny pipeline, or shapes."""
-    config, space, said = tiny.config_of(f"{name},kind={kind}"), space_of(kind), stated(kind)
-    if name == "autoencoder":
-        config.loss.update(adversarial=0.5, discriminator_channels=4, discriminator_layers=1)
-        return AutoencoderStage(config, space=space)
-    stage = stage_of("autoencoder", kind)
-    autoencoder = FrozenAutoencoder(tiny.config_of(f"autoencoder,kind={kind}"), params_of(stage, mesh_of(1)), space)
-    conditions = Classes(7)
-    if kind == "text":
-        tokenizer = pipeline().tokenizer
-        conditions = Texts(*pipeline().text_encoder, tokenizer([""])[0], tokenizer.end)
-    return diffusion_stage(config, autoencoder, conditions, said["statistics"], said.get("image_model"))
-
-
-def params_of(stage, mesh):
-    return abstract(stage.init, mesh, defaults.RULES)
 
 
 def compile_parts() -> dict:
@@ -199,47 +131,6 @@ def compile_parts() -> dict:
     return parts
 
 
-def compile_generate(kind) -> dict:
-    """The sampler's whole program: text guided, classes not, whose content steps add noise."""
-    mesh, count = mesh_of(WAYS), ROWS * WAYS
-    config = (
-        tiny.config_of("sample,kind=text")
-        if kind == "text"
-        else tiny.config_of("sample", sampling__guidance=1, sampling__content_solver="ddpm")
-    )
-    stages, said = {}, stated(kind)
-    for name in ("autoencoder", "content", "motion"):
-        trained = tiny.config_of(f"{name},kind={kind}")
-        if name == "autoencoder":
-            stage = AutoencoderStage(trained, space=stated_space(said))
-        else:
-            stage = denoiser_stage(trained, said, stages["autoencoder"])
-        stages[name] = Trained(trained, params_of(stage, mesh), said)
-    with partitioning(mesh, config.rules):
-        sampler = Sampler(stages, config, mesh)
-        row = {"index": np.int32(0), "variant": np.int32(0)}
-        row |= {"ids": np.zeros(77, np.int32)} if kind == "text" else {"label": np.int32(0)}
-        arguments = jax.random.key(0), sampler.guidance, sampler.null_ids
-        return facts_of(sampler._programs["generate"].lower(sampler.params, batch_of(row, mesh, count), *arguments))
-
-
-def compile_step(name, kind, accumulate=1) -> dict:
-    mesh, config, stage = mesh_of(WAYS), tiny.config_of(f"{name},kind={kind}"), stage_of(name, kind)
-    optimizer = make_optimizer(config.optimizer)
-    if kind == "text":  # encoded before: the encoders are among the parts
-        row = {name: np.zeros(shape, np.float32) for name, shape in CACHED.items()} | {"ids": np.zeros(77, np.int32)}
-    else:
-        row = {"video": np.zeros((4, 16, 24, 3), np.uint8), "label": np.int32(0)}
-    step = partial(train_step, loss_fn=stage.loss, optimizer=optimizer, ema_decay=0.5, accumulate=accumulate)
-    with partitioning(mesh, config.rules):
-        params = params_of(stage, mesh)
-        state = TrainState(np.int32(0), params, params, jax.eval_shape(optimizer.init, params))
-        arguments = whole((state, stage.frozen), mesh)
-        jitted = jax.jit(step, out_shardings=replicated(mesh))
-        batch = batch_of(row, mesh, ROWS * WAYS * accumulate)
-        return facts_of(jitted.lower(*arguments, batch, jnp.int32(0), jax.random.key(0)))
-
-
 def compile_preview(ways) -> dict:
     """Of a mesh whose devices have a row each."""
     mesh, stage = mesh_of(ways), stage_of("motion", "gaussian")
@@ -266,11 +157,13 @@ def preview_rows() -> list:
 
 if __name__ == "__main__":
     programs = compile_parts()
-    for kind in ("text", "gaussian"):
-        programs[f"generate {kind}"] = compile_generate(kind)
+    # Text guided, classes not, whose content steps add noise.
+    programs["generate text"] = facts_of(sample_program("generate", "text", WAYS, ROWS))
+    unguided = dict(sampling__guidance=1, sampling__content_solver="ddpm")
+    programs["generate gaussian"] = facts_of(sample_program("generate", "gaussian", WAYS, ROWS, **unguided))
     for words in TRAINED:
         name, kind, *more = words.split()
-        programs[f"train {words}"] = compile_step(name, kind, 2 if more else 1)
+        programs[f"train {words}"] = facts_of(train_program(name, kind, WAYS, ROWS, 2 if more else 1))
     training.PREVIEW_CLIPS = SHOWN
     programs |= {f"preview {ways}": compile_preview(ways) for ways in (2, 8)}
     programs["rows"] = preview_rows()
