@@ -10,10 +10,10 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from cmd_jax import defaults
+from cmd_jax.builders import build_autoencoder, build_denoiser, build_process, reads_text
 from cmd_jax.errors import UserError, choose, divisible, nearest
 from cmd_jax.files import check_like, check_path
 from cmd_jax.interop.diffusers import SOURCE
-from cmd_jax.stages import build_autoencoder, build_denoiser, build_process, reads_text
 
 STAGES = ("autoencoder", "content", "motion")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cmd_jax.errors import UserError, nearest, of_file, tell
 from cmd_jax.files import check_path
-from cmd_jax.runtime import check_devices, keep_freed_memory
+from cmd_jax.running.runtime import check_devices, keep_freed_memory
 
 QUICKSTART = "--config=configs/quickstart.py"
 EXAMPLES = {
@@ -114,7 +114,7 @@ def add_convert(verbs, asked: bool):
     )  # fmt: skip
     sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
     if asked:
-        from cmd_jax.convert import add_flags
+        from cmd_jax.verbs.convert import add_flags
 
         add_flags(sub)
 
@@ -170,20 +170,20 @@ def run(flags, overrides: dict[str, str]) -> int:
     if verb in ("convert", "doctor"):
         check_devices()
     if verb == "convert":
-        from cmd_jax.convert import convert
+        from cmd_jax.verbs.convert import convert
 
         return convert(flags)
     workdir = Path(flags.workdir).expanduser().absolute() if flags.workdir else None
     if verb == "doctor":
-        from cmd_jax.doctor import doctor
+        from cmd_jax.verbs.doctor import doctor
 
         return doctor(flags.config, overrides, workdir)
     if verb == "verify-resume":
-        from cmd_jax.verify_resume import verify_resume
+        from cmd_jax.verbs.verify_resume import verify_resume
 
         return verify_resume(flags.config, overrides, workdir, flags.kills, device_counts(flags.devices))
-    from cmd_jax import distributed
     from cmd_jax.config import load, to_json
+    from cmd_jax.running import distributed
 
     config = load(flags.config, overrides)
     check_stage(verb, config.stage)
@@ -194,13 +194,12 @@ def run(flags, overrides: dict[str, str]) -> int:
     distributed.agree({f"versions.{name}": version for name, version in versions().items()}, remedy)
     distributed.agree({"verb": verb, "workdir": str(workdir), **flat(to_json(config))}, remedy)
     if verb == "train":
-        from cmd_jax.train import train
-
-        train(config, workdir)
+        from cmd_jax.train import train as do
+    elif verb == "sample":
+        from cmd_jax.verbs.sample import sample as do
     else:
-        from cmd_jax import sample
-
-        getattr(sample, verb)(config, workdir)
+        from cmd_jax.verbs.evaluate import evaluate as do
+    do(config, workdir)
     return 0
 
 
@@ -238,16 +237,16 @@ def main(arguments: list[str] | None = None) -> int:
         code = command(arguments)
     except Exception:
         if one_of_several():
-            sys.modules["cmd_jax.distributed"].leave(1, traceback.format_exc())
+            sys.modules["cmd_jax.running.distributed"].leave(1, traceback.format_exc())
         raise
     if code and one_of_several():
-        sys.modules["cmd_jax.distributed"].leave(code)
+        sys.modules["cmd_jax.running.distributed"].leave(code)
     return code
 
 
 def one_of_several() -> bool:
     """Whether peers would be kept waiting; asked without starting JAX."""
-    return "cmd_jax.distributed" in sys.modules and sys.modules["cmd_jax.distributed"].several()
+    return "cmd_jax.running.distributed" in sys.modules and sys.modules["cmd_jax.running.distributed"].several()
 
 
 def command(arguments: list[str] | None) -> int:

@@ -6,26 +6,28 @@ import json
 import logging
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from cmd_jax import defaults
-from cmd_jax.checkpoint import check_name
-from cmd_jax.conditions import Classes
+from cmd_jax.builders import check_fits, reads_text
 from cmd_jax.config import from_dict, to_json
+from cmd_jax.data.latents import path_of, read_latents, write_latents
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.sources import STATISTICS_CLIPS, channel_statistics, encode_clips, latent_reader, open_source
-from cmd_jax.distributed import agree, gather, is_leader, leader_first, of_leader
 from cmd_jax.errors import UserError
-from cmd_jax.files import read_json, write_json
-from cmd_jax.frames import Pixels, VAELatents
+from cmd_jax.files import read_json, versions, write_json
 from cmd_jax.interop.lpips import load_lpips
-from cmd_jax.latents import made_of, path_of, read_latents, write_latents
-from cmd_jax.pretrained import check_same, describe, load_space, load_texts, stated_space
+from cmd_jax.models.conditions import Classes
+from cmd_jax.models.frames import Pixels
+from cmd_jax.pretrained import check_same, describe, identity, load_space, load_texts, open_space, stated_space
+from cmd_jax.running.checkpoint import check_name
+from cmd_jax.running.distributed import agree, gather, is_leader, leader_first, of_leader
 from cmd_jax.sharding import partitioning
-from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, check_fits, diffusion_stage, reads_text
+from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import abstract
 from cmd_jax.trained import Trained, autoencoder_facts, check_facts, load_trained
 
@@ -36,6 +38,7 @@ RESUMABLE += ("pretrained.path", "diffusion.clip")  # the latter matters to samp
 RESUMABLE += ("train.accumulate", "model.remat")  # fewer devices may need them
 RESUMABLE_CONSTANT = ("train.steps", "optimizer.steps")
 
+LIBRARIES = ("numpy", "av", "pillow", "tokenizers")  # that clips and captions pass on their way to the encoder
 ELSEWHERE = "restore it, or start anew in another --workdir"
 
 log = logging.getLogger(__name__)
@@ -221,14 +224,6 @@ def open_autoencoder(config, workdir: Path, mesh, console) -> tuple[Trained, Fro
     return trained, FrozenAutoencoder(trained.config, trained.params, open_space(config, trained.facts, place))
 
 
-def open_space(config, facts: dict, place) -> Pixels | VAELatents:
-    """The space of frames of a trained autoencoder, by the VAE of `pretrained.path` where it has one."""
-    if "vae" not in facts:
-        return Pixels()
-    check_same(config.pretrained, "vae", facts, "the autoencoder was trained with")
-    return load_space(config.pretrained, place)
-
-
 def encoded_clips(config, workdir: Path, source, encoding, facts, mesh, console) -> dict:
     """What `encoding` makes of the first latents.cache_clips clips, or with 0 of some, all over the data.
 
@@ -258,3 +253,25 @@ def encoded_clips(config, workdir: Path, source, encoding, facts, mesh, console)
         write_latents(path, latents, what)
     console.print(f"encoded {len(indices)} clips in {time.perf_counter() - started:.0f} s")
     return latents
+
+
+def made_of(config, facts: dict, mesh) -> dict:
+    """What the latents of a run depend on, down to their last bits, as JSON has it.
+
+    config: of the run. facts: of what it is trained on, as its folder keeps them; those of its data, autoencoder, VAE
+    and text encoder count. mesh: on which they are encoded.
+    """
+    models = {part: identity(part, facts[part]) for part in ("vae", "text_encoder") if part in facts}
+    autoencoder = {name: facts[name] for name in ("autoencoder_params", "autoencoder_config") if name in facts}
+    what = {
+        "data": facts["fingerprint"],
+        "seed": config.seed,
+        "clips": config.latents.cache_clips or f"{STATISTICS_CLIPS} all over the data",
+        "batch_size": config.train.batch_size,
+        "pretrained": {"dtype": config.pretrained.dtype, "vae_frames": config.pretrained.vae_frames},
+        "mesh": dict(mesh.shape),
+        "rules": config.rules,
+        "devices": sorted({device.device_kind for device in mesh.devices.flat}),
+        "versions": versions() | {name: version(name) for name in LIBRARIES},
+    }
+    return json.loads(json.dumps(what | models | autoencoder))

@@ -8,11 +8,8 @@ FineTunedContentStage needs to know.
 import json
 from pathlib import Path
 
-from cmd_jax.conditions import Classes, Texts
-from cmd_jax.distributed import agree, leader_alone
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json
-from cmd_jax.frames import Pixels, VAELatents
 from cmd_jax.interop import schedulers, sd_config
 from cmd_jax.interop.clip import load_text_encoder, text_fields, text_from_config, text_rename
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
@@ -20,6 +17,9 @@ from cmd_jax.interop.diffusers import SOURCE, load_vae
 from cmd_jax.interop.folders import DIFFUSERS, TRANSFORMERS, check_folder, find_weights
 from cmd_jax.interop.sd_weights import vae_rename
 from cmd_jax.interop.torch_layout import digest_weights
+from cmd_jax.models.conditions import Classes, Texts
+from cmd_jax.models.frames import Pixels, VAELatents
+from cmd_jax.running.distributed import agree, leader_alone
 
 WEIGHTS = {"vae": (DIFFUSERS, vae_rename), "text_encoder": (TRANSFORMERS, text_rename)}
 LONGEST_SHOWN = 40
@@ -142,3 +142,11 @@ def stated_conditions(facts: dict) -> Classes | Texts:
     if "text_encoder" not in facts:
         return Classes(len(facts["class_names"]))
     return Texts(text_from_config(facts["text_encoder"]["config"]), {}, None, None)
+
+
+def open_space(config, facts: dict, place) -> Pixels | VAELatents:
+    """The space of frames of a trained autoencoder, by the VAE of `pretrained.path` where it has one."""
+    if "vae" not in facts:
+        return Pixels()
+    check_same(config.pretrained, "vae", facts, "the autoencoder was trained with")
+    return load_space(config.pretrained, place)

@@ -1,50 +1,27 @@
 """The reverse half of CMD: class or text -> content frame -> motion latent -> video, one program (section 3.3)."""
 
-import time
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
 
-from cmd_jax.conditions import Classes
 from cmd_jax.data.pipeline import local_rows, to_global
+from cmd_jax.data.prompts import check_prompt
 from cmd_jax.diffusion.guidance import check_guidance
 from cmd_jax.diffusion.schedules import check_count
-from cmd_jax.distributed import is_leader
 from cmd_jax.errors import UserError, choose
-from cmd_jax.evaluation import shapes_oracle
-from cmd_jax.evaluation.reconstruction import psnr
-from cmd_jax.frames import pixels
-from cmd_jax.hosts import whole_batch
 from cmd_jax.keys import derive
 from cmd_jax.models.autoencoder import Latents
-from cmd_jax.prepare import open_space
-from cmd_jax.pretrained import check_same, identity, load_texts, stated_conditions, stated_space
-from cmd_jax.report.console import make_console
-from cmd_jax.report.samples import OutputFolder, write_samples, write_summary, writing
-from cmd_jax.report.video import to_uint8
-from cmd_jax.requests import (
-    Clips,
-    Request,
-    check_wordless,
-    choose_labels,
-    given_prompts,
-    labels_of,
-    null_prompt,
-    of_labels,
-    of_prompts,
-    read_clips,
-    read_image,
-)
+from cmd_jax.models.conditions import Classes
+from cmd_jax.models.frames import pixels
+from cmd_jax.pretrained import check_same, identity, load_texts, open_space, stated_conditions, stated_space
+from cmd_jax.running.hosts import whole_batch
 from cmd_jax.sharding import batch_sharding, check_batch, make_mesh, partitioning, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import abstract
 from cmd_jax.trained import Trained, belongs, load_trained
-
-MODES = ("generate", "reconstruct", "vary-motion", "animate")
 
 
 class Sampler:
@@ -237,138 +214,19 @@ def load_sampler(config, workdir: Path) -> Sampler:
     return Sampler(stages, config, mesh)
 
 
-def make_samples(sampler: Sampler, config, workdir: Path) -> tuple[dict, list[str]]:
-    """What `sampling.mode` asks for -> (host arrays, captions)."""
-    options = config.sampling
-    choose("sampling.mode", options.mode, MODES)
-    if options.mode == "reconstruct":
-        clips = read_clips(config, workdir, options.num)
-        return sampler.reconstruct({"video": clips.videos}), clips.captions
-    given = {}
-    if options.mode == "animate" and not options.image:
-        clips = read_clips(config, workdir, options.num)
-        given["content"] = sampler.reconstruct({"video": clips.videos})["content"]
-        request = asked_of_clips(sampler, config, clips)
-    else:
-        request = asked(sampler, config, options.num)
-    count = len(request.captions)
-    if options.mode == "animate" and options.image:
-        image = read_image(options.image, config.data.height, config.data.width)
-        given["image"] = np.repeat(image[None], count, axis=0)
-    index = np.arange(count, dtype=np.int32)
-    batch = {"index": index, "variant": np.zeros_like(index), **request.conditions}
-    out = sampler.animate(batch | given) if given else sampler.generate(batch)
-    if options.mode != "vary-motion":
-        return out, request.captions
-    # Each content frame is drawn once: drawn again in another row of a batch, its last bits could differ.
-    motions, request = options.motions, request.times(options.motions)
-    variant = np.tile(np.arange(motions, dtype=np.int32), count)
-    batch = {"index": np.repeat(index, motions), "variant": variant, **request.conditions}
-    out = sampler.animate({**batch, "content": np.repeat(out["content"], motions, axis=0)})
-    return out, [f"{caption}, motion {v + 1}" for caption, v in zip(request.captions, variant, strict=True)]
+def check_wordless(options):
+    """A model of classes takes no texts."""
+    for field in ("prompt", "prompts_file", "negative"):
+        if options[field]:
+            problem = "the model was trained on classes, not on texts"
+            raise UserError(f"sampling.{field}", options[field], problem, "name sampling.classes, or leave it out")
 
 
-def asked(sampler: Sampler, config, count: int) -> Request:
-    """`count` classes, or every prompt `count` times."""
-    if sampler.tokenizer is None:
-        return of_labels(choose_labels(config.sampling.classes, sampler.class_names, count), sampler.class_names)
-    if not (prompts := given_prompts(config.sampling, config.seed)):
-        raise UserError("sampling.prompt", "", "missing", "say what to draw, --prompt TEXT or --prompts-file FILE")
-    return of_prompts(prompts, sampler.tokenizer).times(count)
-
-
-def asked_of_clips(sampler: Sampler, config, clips: Clips) -> Request:
-    """One condition for each of the clips: what the user names, or the clips' own."""
-    options, count, where = config.sampling, len(clips.videos), config.data.root or config.data.source
-    if sampler.tokenizer is not None:
-        prompts = given_prompts(options, config.seed) or clips.texts
-        if prompts is None:
-            raise UserError("data", where, "its clips have no captions", "give sampling.prompt")
-        return of_prompts([prompts[i % len(prompts)] for i in range(count)], sampler.tokenizer)
-    if options.classes:
-        return of_labels(choose_labels(options.classes, sampler.class_names, count), sampler.class_names)
-    return of_labels(labels_of(clips, sampler.class_names, where), sampler.class_names)
-
-
-def sample(config, workdir: Path) -> Path:
-    """The `sample` verb: write the samples of `sampling.mode` and their gallery; returns the folder.
-
-    Of several processes the first one writes, and the others return None.
-    """
-    console, started = make_console(quiet=not is_leader()), time.perf_counter()
-    choose("sampling.mode", config.sampling.mode, MODES)
-    output = OutputFolder(workdir, config.sampling.output)
-    sampler = load_sampler(config, workdir)
-    with writing(output) as folder:
-        out, captions = make_samples(sampler, config, workdir)
-        if folder is None:
-            return None
-        note = f"mode {config.sampling.mode}, guidance {config.sampling.guidance}, seed {config.seed}"
-        write_samples(folder, out, captions, f"CMD: {config.sampling.mode}", config.sampling, note=note)
-        write_summary(folder, config, started, samples=len(captions))
-    console.print(f"{len(captions)} videos: {output.final}/index.html")
-    return output.final
-
-
-def evaluate(config, workdir: Path) -> dict:
-    """The `evaluate` verb: PSNR of reconstructed clips of data.split, and attributes of generated videos of shapes.
-
-    Prints them with counts and chance levels; writes them to summary.json beside the videos it shows.
-    """
-    console, started = make_console(quiet=not is_leader()), time.perf_counter()
-    options = config.sampling
-    if options.mode != "generate":
-        raise UserError("sampling.mode", options.mode, "evaluate scores generated videos", "use sampling.mode=generate")
-    output = OutputFolder(workdir, options.output)
-    sampler = load_sampler(config, workdir)
-    with writing(output) as folder:
-        clips = read_clips(config, workdir, config.evaluation.clips)
-        decoded = sampler.reconstruct({"video": clips.videos})
-        decibels = psnr(decoded["video"], decoded["original"])
-        reconstruction = {"mean": float(decibels.mean()), "clips": len(decibels), "split": config.data.split}
-        scores = {"reconstruction_psnr": reconstruction}
-        which = "held-out" if config.data.split == "test" else config.data.split
-        console.print(f"{which} reconstruction: {decibels.mean():.2f} dB PSNR over {len(decibels)} clips")
-
-        request = scored(sampler, config, clips)
-        index = np.arange(len(request.captions), dtype=np.int32)
-        timed = time.perf_counter()
-        out = sampler.generate({"index": index, "variant": np.zeros_like(index), **request.conditions})
-        seconds = time.perf_counter() - timed
-        table = [["score", "value", "chance"], ["reconstruction PSNR", f"{decibels.mean():.2f} dB", ""]]
-        if config.data.source == "shapes" and "label" in request.conditions:
-            labels = request.conditions["label"]
-            read = shapes_oracle.score(to_uint8(out["video"]), labels, list(sampler.class_names))
-            scores["attributes"] = read
-            for name in ("color", "direction", "shape", "all"):
-                share = f"{read[name]['correct']}/{read['count']} = {read[name]['accuracy']:.1%}"
-                table.append([name, share, f"{read[name]['chance']:.1%}"])
-        _print_table(console, table)
-        shown = config.evaluation.shown
-        captions = request.captions[:shown]
-        title = f"CMD, {Path(config.weights).name or 'trained here'}"
-        note = f"guidance {options.guidance}, seed {config.seed}, {len(index)} videos in {seconds:.0f} s, compiled"
-        if folder is None:
-            return scores
-        write_samples(folder, {k: v[:shown] for k, v in out.items()}, captions, title, options, table, note)
-        write_summary(folder, config, started, samples=len(index), sampling_seconds=round(seconds, 1), scores=scores)
-    console.print(f"scores: {output.final}/summary.json\nvideos: {output.final}/index.html")
-    return scores
-
-
-def scored(sampler: Sampler, config, clips: Clips) -> Request:
-    """What `evaluate` draws, evaluation.videos of them: classes, or the prompts given or else the clips' captions."""
-    count = config.evaluation.videos
-    if sampler.tokenizer is None:
-        return asked(sampler, config, count)
-    prompts = given_prompts(config.sampling, config.seed) or clips.texts
-    if prompts is None:
-        raise UserError("sampling.prompt", "", "missing, and the clips have no captions", "give sampling.prompts_file")
-    return of_prompts([prompts[i % len(prompts)] for i in range(count)], sampler.tokenizer)
-
-
-def _print_table(console, rows: list[list[str]]):
-    table = Table(*rows[0])
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table, soft_wrap=False)
+def null_prompt(options, tokenizer) -> np.ndarray | None:
+    """Token ids [L] of the negative prompt, or None without one, which stands for the empty text."""
+    if not options.negative:
+        return None
+    if options.guidance == 1:
+        problem = "has no effect without guidance"
+        raise UserError("sampling.negative", options.negative, problem, "set sampling.guidance above 1")
+    return tokenizer([check_prompt(options.negative, "sampling.negative")])[0]

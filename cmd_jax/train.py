@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cmd_jax.checkpoint import Checkpoints
 from cmd_jax.config import to_json
 from cmd_jax.data.pipeline import BatchPlan, batches
-from cmd_jax.distributed import is_leader, leave, of_leader, run_id
 from cmd_jax.errors import UserError, tell
 from cmd_jax.files import COUNT, check_like, read_json, versions, write_json, write_text
-from cmd_jax.flight import FlightRecord, explain
-from cmd_jax.frames import to_uint8
-from cmd_jax.hosts import digest, to_host
 from cmd_jax.keys import derive
-from cmd_jax.peers import Peers
+from cmd_jax.models.frames import to_uint8
 from cmd_jax.prepare import claimed, prepare
 from cmd_jax.report.console import make_console
 from cmd_jax.report.training import PREVIEW_CLIPS, Metrics, StepLog
-from cmd_jax.runtime import StopRequest, peak_memory_gib
+from cmd_jax.running.checkpoint import Checkpoints
+from cmd_jax.running.distributed import is_leader, leave, of_leader, run_id
+from cmd_jax.running.flight import FlightRecord, explain
+from cmd_jax.running.hosts import digest, to_host
+from cmd_jax.running.peers import Peers
+from cmd_jax.running.runtime import StopRequest, peak_memory_gib
 from cmd_jax.sharding import (
     MESH_AXES,
     check_batch,

@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from cmd_jax import defaults
-from cmd_jax.checkpoint import Checkpoints
+from cmd_jax.builders import reads_text
 from cmd_jax.config import from_dict
 from cmd_jax.errors import UserError
 from cmd_jax.files import COUNT, check_like, parse_json, read_json
-from cmd_jax.hosts import check_tree, digest
 from cmd_jax.interop.weights import flatten, read_metadata, read_state_dict, unflatten, write_safetensors
-from cmd_jax.stages import reads_text
+from cmd_jax.running.checkpoint import Checkpoints
+from cmd_jax.running.hosts import check_tree, digest
 
 WRITTEN = "give the stage as training wrote it"
 # What a stage says of what it was trained on, for `check_like`.

@@ -16,8 +16,7 @@ import fuzz
 import numpy as np
 import tiny
 
-from cmd_jax import convert, train
-from cmd_jax.checkpoint import ITEMS, RUN, RUN_LIKE
+from cmd_jax import train
 from cmd_jax.data.outcomes import HEADER, Outcomes
 from cmd_jax.data.prompts import read_prompts
 from cmd_jax.errors import UserError
@@ -26,23 +25,25 @@ from cmd_jax.interop import cmd_release, diffusers_dit
 from cmd_jax.interop.clip import load as load_clip
 from cmd_jax.interop.clip import text_from_config
 from cmd_jax.interop.clip_tokenizer import Tokenizer
-from cmd_jax.interop.cmd_stages import release_weights
 from cmd_jax.interop.folders import TRANSFORMERS, find_weights
 from cmd_jax.interop.schedulers import from_scheduler_config
 from cmd_jax.interop.sd_config import unet_from_config, vae_from_config
 from cmd_jax.interop.torch_layout import open_weights
 from cmd_jax.interop.weights import write_safetensors
-from cmd_jax.manifest import CutOff, Damaged, verify, write_manifest
-from cmd_jax.peers import Peers
 from cmd_jax.prepare import check_same_run
 from cmd_jax.pretrained import compare, stated_space
 from cmd_jax.report.collect import read_section
 from cmd_jax.report.training import Metrics
+from cmd_jax.running.checkpoint import ITEMS, RUN, RUN_LIKE
+from cmd_jax.running.manifest import CutOff, Damaged, verify, write_manifest
+from cmd_jax.running.peers import Peers
 from cmd_jax.sample import denoiser_stage
 from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import AutoencoderStage
 from cmd_jax.state import abstract
 from cmd_jax.trained import Trained, check_facts, load_trained, read_stage
+from cmd_jax.verbs import convert
+from cmd_jax.verbs.convert_stages import release_weights
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PIPELINE = FIXTURES / "tiny-sd15"
@@ -162,7 +163,7 @@ def manifest(folder: Path):
 
 def signed(folder: Path):
     """A manifest that agrees with itself, whatever it says."""
-    from cmd_jax.manifest import MANIFEST, digest_of
+    from cmd_jax.running.manifest import MANIFEST, digest_of
 
     with contextlib.suppress(ValueError, RecursionError, AttributeError):
         content = json.loads((folder / MANIFEST).read_text())

@@ -19,12 +19,12 @@ import tiny
 from safetensors.numpy import save
 from torch_writer import Call, Global, TorchFile, opcodes
 
-from cmd_jax.convert import ARCHITECTURE, KIND, OPTIONAL, load_converted
 from cmd_jax.errors import UserError
 from cmd_jax.interop import cmd_release, diffusers_dit
 from cmd_jax.interop.diffusers import load_vae
 from cmd_jax.interop.weights import read_metadata, read_state_dict
 from cmd_jax.trained import load_trained
+from cmd_jax.verbs.convert import ARCHITECTURE, KIND, OPTIONAL, load_converted
 
 SIZES = fuzz_json.DIT | {"hidden_size": 4, "input_size": [4, 4]}
 

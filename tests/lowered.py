@@ -8,9 +8,9 @@ import numpy as np
 import tiny
 
 from cmd_jax import defaults
-from cmd_jax.conditions import Classes, Texts
-from cmd_jax.frames import Pixels, VAELatents
 from cmd_jax.interop.diffusers import load_pipeline
+from cmd_jax.models.conditions import Classes, Texts
+from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.pretrained import describe, image_model, stated_space
 from cmd_jax.sample import Sampler, denoiser_stage
 from cmd_jax.sharding import batch_sharding, make_mesh, partitioning, replicated

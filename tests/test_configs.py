@@ -7,22 +7,14 @@ import flax.linen as nn
 import jax
 import pytest
 
-from cmd_jax.conditions import Classes
+from cmd_jax.builders import build_process, check_patches, clip_of
 from cmd_jax.config import load
-from cmd_jax.frames import Pixels, VAELatents
+from cmd_jax.models.conditions import Classes
 from cmd_jax.models.dit import SIZES
+from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.models.vae import VAE
 from cmd_jax.pretrained import image_model, load_space, load_texts
-from cmd_jax.stages import (
-    AutoencoderStage,
-    ContentStage,
-    FrozenAutoencoder,
-    MotionStage,
-    build_process,
-    check_patches,
-    clip_of,
-    diffusion_stage,
-)
+from cmd_jax.stages import AutoencoderStage, ContentStage, FrozenAutoencoder, MotionStage, diffusion_stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("autoencoder", "content", "motion", "sample")

@@ -7,9 +7,9 @@ import tiny
 from rich.table import Table
 
 import cmd_jax
-from cmd_jax.flight import FlightRecord
 from cmd_jax.report.console import make_console
 from cmd_jax.report.training import Metrics, StepLog
+from cmd_jax.running.flight import FlightRecord
 
 TRICKY = "runs/exp[lr=1e-2]/[bold]x[/bold] [/] :smile: {x} https://a.b/c?d=1"
 

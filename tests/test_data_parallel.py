@@ -15,7 +15,7 @@ from processes import ROOT, environment
 
 from cmd_jax import defaults
 from cmd_jax import train as training
-from cmd_jax.conditions import Text
+from cmd_jax.models.conditions import Text
 from cmd_jax.sharding import batch_sharding, few_of_each, partitioning, rows_of_all
 
 WAYS, ROWS = 4, 2  # devices, and rows of a batch that each of them has

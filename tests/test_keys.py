@@ -11,9 +11,9 @@ import pytest
 import tiny
 
 from cmd_jax import defaults
-from cmd_jax.conditions import Classes
 from cmd_jax.keys import FIRST, NAMES, derive
 from cmd_jax.models.autoencoder import Latents
+from cmd_jax.models.conditions import Classes
 from cmd_jax.sample import Sampler
 from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from cmd_jax import defaults, runtime
+from cmd_jax import defaults
 from cmd_jax import main as command
 from cmd_jax.config import PATHS, load
 from cmd_jax.errors import UserError
 from cmd_jax.files import write_json
 from cmd_jax.main import EXAMPLES, main
+from cmd_jax.running import runtime
 from cmd_jax.stages import AutoencoderStage
 from cmd_jax.trained import Trained, export
-from cmd_jax.verify_resume import ask
+from cmd_jax.verbs.verify_resume import ask
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART, UCF101 = (str(ROOT / "configs" / f"{name}.py") for name in ("quickstart", "ucf101"))

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from cmd_jax import pretrained
-from cmd_jax.distributed import leader_alone
 from cmd_jax.errors import UserError
 from cmd_jax.pretrained import check_same, describe, identity
+from cmd_jax.running.distributed import leader_alone
 
 PARTS = ("vae", "text_encoder", "image_model")
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -163,15 +163,15 @@ def test_a_fact_of_an_earlier_version_says_what_to_do(part, facts, tmp_path):
 def test_weights_are_read_by_process_0_alone(monkeypatch):
     """The others hear the digest; a folder of theirs that holds other files is an error of all."""
     config, texts = group(FIXTURES / "tiny-sd15"), []
-    monkeypatch.setattr("cmd_jax.distributed.gather", lambda text: texts.append(text) or [text])
+    monkeypatch.setattr("cmd_jax.running.distributed.gather", lambda text: texts.append(text) or [text])
     fact = describe(config, "vae")
-    monkeypatch.setattr("cmd_jax.distributed.is_leader", lambda: False)
+    monkeypatch.setattr("cmd_jax.running.distributed.is_leader", lambda: False)
     monkeypatch.setattr(pretrained, "digest_weights", lambda *_: pytest.fail("read by another process"))
     heard = iter(texts)
-    monkeypatch.setattr("cmd_jax.distributed.gather", lambda text: [next(heard), text])
+    monkeypatch.setattr("cmd_jax.running.distributed.gather", lambda text: [next(heard), text])
     assert describe(config, "vae") == fact
     other = json.dumps({"pretrained.path: vae": "other"})
-    monkeypatch.setattr("cmd_jax.distributed.gather", lambda text: [text, other])
+    monkeypatch.setattr("cmd_jax.running.distributed.gather", lambda text: [text, other])
     assert "on process 1, but " in message(describe, config, "vae")
 
 
@@ -180,12 +180,12 @@ def test_an_error_of_process_0_is_everyone_s(monkeypatch):
         raise UserError("weights", "x", "damaged", "fetch it")
 
     texts = []
-    monkeypatch.setattr("cmd_jax.distributed.gather", lambda text: texts.append(text) or [text])
+    monkeypatch.setattr("cmd_jax.running.distributed.gather", lambda text: texts.append(text) or [text])
     assert leader_alone(lambda: {"a": 1}) == {"a": 1}
     message(leader_alone, fails)
-    monkeypatch.setattr("cmd_jax.distributed.is_leader", lambda: False)
+    monkeypatch.setattr("cmd_jax.running.distributed.is_leader", lambda: False)
     for text, outcome in zip(texts, ({"a": 1}, "weights=x: damaged; fetch it"), strict=True):
-        monkeypatch.setattr("cmd_jax.distributed.gather", lambda _, text=text: [text])
+        monkeypatch.setattr("cmd_jax.running.distributed.gather", lambda _, text=text: [text])
         told = message(leader_alone, None) if isinstance(outcome, str) else leader_alone(None)
         assert told == outcome
 

@@ -14,8 +14,6 @@ from jax.sharding import PartitionSpec
 from PIL import Image
 from processes import Job
 
-from cmd_jax import requests
-from cmd_jax import sample as sampling
 from cmd_jax.data.pipeline import to_global
 from cmd_jax.data.shapes import CLASS_NAMES, ShapesSource
 from cmd_jax.errors import UserError
@@ -24,6 +22,8 @@ from cmd_jax.main import main
 from cmd_jax.report import samples as writing
 from cmd_jax.sharding import BATCH_AXES, partitioning
 from cmd_jax.trained import export, load_trained
+from cmd_jax.verbs import requests
+from cmd_jax.verbs import sample as sampling
 
 pytestmark = pytest.mark.xdist_group("tiny")
 LABELS = np.array([0, 5, 17, 30, 47], np.int32)
@@ -221,7 +221,7 @@ def test_labels_of_clips_are_matched_to_the_model_s_by_name():
 
 def test_animate_the_content_frames_of_clips(sampler):
     out, labels, _ = make(sampler, mode="animate", num=3)
-    clips = sampling.read_clips(config_of(), tiny.trained(), 3)
+    clips = requests.read_clips(config_of(), tiny.trained(), 3)
     assert np.array_equal(out["content"], sampler.reconstruct({"video": clips.videos})["content"])
     assert np.array_equal(labels, clips.labels)
     assert make(sampler, mode="animate", num=3, classes="9")[1].tolist() == [9, 9, 9]
@@ -231,18 +231,18 @@ def test_animate_the_content_frames_of_clips(sampler):
 
 def test_classes_by_name_and_number():
     names = ("10", "cat", "dog, big", "1")
-    assert sampling.choose_labels("", names, 6).tolist() == [0, 1, 2, 3, 0, 1]
-    assert sampling.choose_labels(" cat ,0,", names, 3).tolist() == [1, 0, 1]
-    assert sampling.choose_labels("10,1", names, 2).tolist() == [0, 3]  # a name goes before a number
-    assert sampling.choose_labels("", (), 2).tolist() == [0, 0]
+    assert requests.choose_labels("", names, 6).tolist() == [0, 1, 2, 3, 0, 1]
+    assert requests.choose_labels(" cat ,0,", names, 3).tolist() == [1, 0, 1]
+    assert requests.choose_labels("10,1", names, 2).tolist() == [0, 3]  # a name goes before a number
+    assert requests.choose_labels("", (), 2).tolist() == [0, 0]
     for wrong in ("4", "-1", "cta", "9" * 5000, "²", "🐈"):
         with pytest.raises(UserError, match="no such class; did you mean one of: ") as error:
-            sampling.choose_labels(wrong, names, 1)
+            requests.choose_labels(wrong, names, 1)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="did you mean one of: cat, "):
-        sampling.choose_labels("cta", names, 1)
+        requests.choose_labels("cta", names, 1)
     with pytest.raises(UserError, match="without classes"):
-        sampling.choose_labels("cat", (), 1)
+        requests.choose_labels("cat", (), 1)
 
 
 def test_models_of_classes_take_no_texts():

@@ -413,7 +413,7 @@ def check_presets():
     """States of the three stages, born in the shards that `layout` foretells; kernels of blocks in eighths."""
     import tiny
 
-    from cmd_jax.conditions import Classes
+    from cmd_jax.models.conditions import Classes
     from cmd_jax.sharding import partitioning
     from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
     from cmd_jax.state import TrainState, init_state, make_optimizer

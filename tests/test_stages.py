@@ -8,14 +8,15 @@ import pytest
 from fixtures.formula import state_dict
 
 from cmd_jax import defaults
-from cmd_jax.conditions import Classes
+from cmd_jax.builders import build_autoencoder, build_process, check_fits, check_patches
 from cmd_jax.data.sources import channel_statistics
 from cmd_jax.defaults import CLIP_BY_SPACE
 from cmd_jax.errors import UserError
-from cmd_jax.frames import Pixels, VAELatents, pixels
 from cmd_jax.interop.lpips import lpips_params
 from cmd_jax.keys import derive
 from cmd_jax.models.autoencoder import Latents
+from cmd_jax.models.conditions import Classes
+from cmd_jax.models.frames import Pixels, VAELatents, pixels
 from cmd_jax.models.vae import VAE
 from cmd_jax.models.vgg import LPIPS
 from cmd_jax.stages import (
@@ -23,10 +24,6 @@ from cmd_jax.stages import (
     ContentStage,
     FrozenAutoencoder,
     MotionStage,
-    build_autoencoder,
-    build_process,
-    check_fits,
-    check_patches,
     denormalize,
     diffusion_stage,
     normalize,

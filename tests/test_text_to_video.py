@@ -14,29 +14,29 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from cmd_jax import prepare as preparing
-from cmd_jax import sample as sampling
-from cmd_jax.checkpoint import Checkpoints
-from cmd_jax.conditions import Text, Texts, drop
+from cmd_jax.data.latents import MADE_OF
 from cmd_jax.data.shapes import CLASS_NAMES, ShapesSource
 from cmd_jax.defaults import CLIP_BY_SPACE
 from cmd_jax.diffusion.guidance import guide
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json
-from cmd_jax.flops import count
-from cmd_jax.frames import VAELatents, pixels
 from cmd_jax.interop.diffusers import load_pipeline
 from cmd_jax.interop.schedulers import from_scheduler_config
 from cmd_jax.keys import derive
-from cmd_jax.latents import MADE_OF
 from cmd_jax.main import main
 from cmd_jax.models.clip import mean_pool
+from cmd_jax.models.conditions import Text, Texts, drop
+from cmd_jax.models.frames import VAELatents, pixels
+from cmd_jax.planning.flops import count
 from cmd_jax.prepare import prepare
-from cmd_jax.runtime import StopRequest
+from cmd_jax.running.checkpoint import Checkpoints
+from cmd_jax.running.runtime import StopRequest
 from cmd_jax.sharding import make_mesh, partitioning
 from cmd_jax.stages import FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import abstract, init_state, make_optimizer
 from cmd_jax.train import train
 from cmd_jax.trained import Trained, export, load_trained
+from cmd_jax.verbs import sample as sampling
 
 pytestmark = pytest.mark.xdist_group("text")
 PROMPTS = ["a red circle", "blue square, moving"]

@@ -17,7 +17,6 @@ import tiny
 
 from cmd_jax import prepare as preparing
 from cmd_jax import train as training
-from cmd_jax.checkpoint import Checkpoints
 from cmd_jax.config import from_dict, to_json
 from cmd_jax.data import shapes
 from cmd_jax.data.pipeline import BatchPlan
@@ -25,6 +24,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, write_json
 from cmd_jax.main import main
 from cmd_jax.report.console import make_console
+from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import ContentStage, MotionStage
 from cmd_jax.trained import Trained, export, load_trained

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from cmd_jax import defaults
-from cmd_jax.conditions import Classes
 from cmd_jax.config import check, override, parse_argument
 from cmd_jax.interop.clip_tokenizer import Tokenizer
 from cmd_jax.interop.diffusers import save_pipeline
+from cmd_jax.models.conditions import Classes
 from cmd_jax.stages import FrozenAutoencoder, MotionStage
 from cmd_jax.train import train
 from cmd_jax.trained import Trained, export, load_trained

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, write_json
-from cmd_jax.hosts import to_host
 from cmd_jax.interop import sd_config
 from cmd_jax.interop.clip import load_text_encoder, text_encoder_state
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
@@ -31,6 +30,7 @@ from cmd_jax.interop.torch_layout import load_params
 from cmd_jax.interop.weights import write_safetensors
 from cmd_jax.models.unet import UNet, init_unet
 from cmd_jax.models.vae import VAE, init_vae
+from cmd_jax.running.hosts import to_host
 
 STEM = DIFFUSERS["safetensors"]
 CLASSES = sd_config.CLASSES | {"text_encoder": "CLIPTextModel"}

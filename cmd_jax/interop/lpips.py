@@ -9,9 +9,9 @@ import numpy as np
 from flax import traverse_util
 
 from cmd_jax.errors import UserError
-from cmd_jax.hosts import check_tree
 from cmd_jax.interop.weights import read_state_dict, unflatten
 from cmd_jax.models.vgg import BLOCKS, LPIPS, SCALE, SHIFT
+from cmd_jax.running.hosts import check_tree
 
 # Tensors of the lpips package's own state dicts that hold nothing of their own.
 REPEATED = ("scaling_layer.shift", "scaling_layer.scale", *(f"lins.{k}.model.1.weight" for k in range(len(BLOCKS))))

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from cmd_jax.config import STAGES, to_json
-from cmd_jax.distributed import is_leader
 from cmd_jax.errors import UserError
 from cmd_jax.files import versions, write_json, write_text
 from cmd_jax.report.gallery import Item, Section, write_gallery
 from cmd_jax.report.video import film_strip, image_grid, to_uint8, video_grid, write_gif, write_mp4, write_png
-from cmd_jax.runtime import StopRequest, peak_memory_gib
+from cmd_jax.running.distributed import is_leader
+from cmd_jax.running.runtime import StopRequest, peak_memory_gib
 
 
 class OutputFolder:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import tiny
 
-from cmd_jax.conditions import Classes
 from cmd_jax.diffusion.gaussian import PREDICTIONS, Gaussian
 from cmd_jax.diffusion.multistep import dpmpp_coefficients, dpmpp_timesteps
 from cmd_jax.diffusion.schedules import (
@@ -16,6 +15,7 @@ from cmd_jax.diffusion.schedules import (
     spaced_timesteps,
 )
 from cmd_jax.errors import UserError
+from cmd_jax.models.conditions import Classes
 from cmd_jax.stages import ContentStage, FrozenAutoencoder, MotionStage
 
 SCALED = Schedule.from_betas(scaled_linear_betas())

@@ -6,11 +6,11 @@ import pytest
 from fixtures.formula import state_dict
 
 from cmd_jax.config import load
-from cmd_jax.convert import load_converted
 from cmd_jax.errors import UserError
 from cmd_jax.interop.lpips import HEADS, TRUNK, load_lpips, lpips_params
 from cmd_jax.interop.weights import write_safetensors
 from cmd_jax.main import main
+from cmd_jax.verbs.convert import load_converted
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "lpips.npz"
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.py")

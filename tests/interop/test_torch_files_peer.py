@@ -10,8 +10,8 @@ from fixtures.formula import state_dict
 from peer import torch
 
 from cmd_jax.errors import UserError
-from cmd_jax.interop.cmd_stages import autoencoder_stage, denoiser_stage, release_weights
 from cmd_jax.interop.weights import read_state_dict
+from cmd_jax.verbs.convert_stages import autoencoder_stage, denoiser_stage, release_weights
 
 pytestmark = peers.grouped
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from cmd_jax.errors import UserError, choose, of_file, tell
-from cmd_jax.runtime import check_devices, has_terminal
+from cmd_jax.running.runtime import check_devices, has_terminal
 
 log = logging.getLogger(__name__)
 MODES = ("auto", "off", "explicit")

@@ -10,10 +10,10 @@ from cmd_jax import __version__, defaults
 from cmd_jax.config import check_trained
 from cmd_jax.data.sources import channel_statistics
 from cmd_jax.errors import UserError, divisible
-from cmd_jax.hosts import check_tree, digest
 from cmd_jax.interop.cmd_release import complete, load, model, state_dict
 from cmd_jax.models.dit import DiT, sincos_table
 from cmd_jax.pretrained import stated_space
+from cmd_jax.running.hosts import check_tree, digest
 from cmd_jax.stages import FrozenAutoencoder
 from cmd_jax.trained import Trained, autoencoder_facts, belongs
 

@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = """
 import sys, time
-from cmd_jax.runtime import StopRequest
+from cmd_jax.running.runtime import StopRequest
 with StopRequest("nothing to save") as stop:
     stop.first(lambda: print("cleared", flush=True))
     stop.running = {running}
@@ -94,7 +94,7 @@ import sys, time
 from pathlib import Path
 from cmd_jax.errors import tell
 from cmd_jax.report.console import make_console
-from cmd_jax.runtime import StopRequest
+from cmd_jax.running.runtime import StopRequest
 console = make_console()
 with StopRequest("") as stop:
     stop.running = True
@@ -133,7 +133,7 @@ def test_the_second_signal_does_not_wait_for_a_computation(start):
 
 TERMINAL = """
 import subprocess, sys
-from cmd_jax.runtime import has_terminal
+from cmd_jax.running.runtime import has_terminal
 if sys.argv[1:]:
     import pty
     pty.spawn([sys.executable, "-c", f"import subprocess; subprocess.run({sys.argv[1:]}, stdin=subprocess.DEVNULL)"])
@@ -153,7 +153,7 @@ def test_a_terminal_is_noticed_wherever_input_comes_from(inside):
 
 
 def test_handlers_are_put_back():
-    from cmd_jax.runtime import StopRequest
+    from cmd_jax.running.runtime import StopRequest
 
     before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
     with StopRequest("") as stop:

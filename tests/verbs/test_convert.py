@@ -11,7 +11,6 @@ from fixtures.formula import state_dict
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from cmd_jax.convert import KINDS, MODELS, STAGES, add_flags, convert, load_converted
 from cmd_jax.errors import UserError
 from cmd_jax.interop.cmd_release import UNUSED
 from cmd_jax.interop.diffusers import load_unet
@@ -19,8 +18,9 @@ from cmd_jax.interop.weights import read_metadata, read_state_dict, write_safete
 from cmd_jax.models.dit import sincos_table
 from cmd_jax.pretrained import describe
 from cmd_jax.trained import Trained, export, load_trained
+from cmd_jax.verbs.convert import KINDS, MODELS, STAGES, add_flags, convert, load_converted
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 PIPELINE = FIXTURES / "tiny-sd15"
 FIXTURE_OF = {
     "cmd-autoencoder": "autoencoder_pixel", "cmd-content": "content_dit", "cmd-motion": "motion_dit",

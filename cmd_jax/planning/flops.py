@@ -1,6 +1,6 @@
 """How much arithmetic a program is, counted from its jaxpr; nothing is allocated or compiled.
 
-`python -m cmd_jax.flops` prints `table()`: the paper's numbers next to those of this code.
+`python -m cmd_jax.planning.flops` prints `table()`: the paper's numbers next to those of this code.
 """
 
 import math

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from cmd_jax import peers
 from cmd_jax.errors import UserError
-from cmd_jax.peers import Peers
+from cmd_jax.running import peers
+from cmd_jax.running.peers import Peers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 1.0
 SLACK = 2.0  # seconds that a busy machine may add
 
@@ -236,7 +236,7 @@ SCRIPT = f"""
 import json, os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from cmd_jax.peers import Peers
+from cmd_jax.running.peers import Peers
 assert "jax" not in sys.modules
 
 def on_fault(reason, line, facts):

@@ -12,8 +12,8 @@ import pytest
 import tiny
 from processes import environment, free_port, train
 
-from cmd_jax import distributed
 from cmd_jax.errors import UserError
+from cmd_jax.running import distributed
 
 OPTIONS = tiny.config_of("autoencoder").processes
 
@@ -115,7 +115,7 @@ def test_alone_everything_agrees_and_acts_once():
 
 SCRIPT = """
 import sys
-from cmd_jax import distributed
+from cmd_jax.running import distributed
 from cmd_jax.errors import UserError
 import tiny
 index, port = int(sys.argv[1]), sys.argv[2]

@@ -3,41 +3,15 @@
 import hashlib
 import json
 import logging
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from cmd_jax.data.sources import STATISTICS_CLIPS
-from cmd_jax.files import atomic_path, versions
-from cmd_jax.pretrained import identity
+from cmd_jax.files import atomic_path
 
-LIBRARIES = ("numpy", "av", "pillow", "tokenizers")  # that clips and captions pass on their way to the encoder
 MADE_OF = "made_of"
 
 log = logging.getLogger(__name__)
-
-
-def made_of(config, facts: dict, mesh) -> dict:
-    """What the latents of a run depend on, down to their last bits, as JSON has it.
-
-    config: of the run. facts: of what it is trained on, as its folder keeps them; those of its data, autoencoder, VAE
-    and text encoder count. mesh: on which they are encoded.
-    """
-    models = {part: identity(part, facts[part]) for part in ("vae", "text_encoder") if part in facts}
-    autoencoder = {name: facts[name] for name in ("autoencoder_params", "autoencoder_config") if name in facts}
-    what = {
-        "data": facts["fingerprint"],
-        "seed": config.seed,
-        "clips": config.latents.cache_clips or f"{STATISTICS_CLIPS} all over the data",
-        "batch_size": config.train.batch_size,
-        "pretrained": {"dtype": config.pretrained.dtype, "vae_frames": config.pretrained.vae_frames},
-        "mesh": dict(mesh.shape),
-        "rules": config.rules,
-        "devices": sorted({device.device_kind for device in mesh.devices.flat}),
-        "versions": versions() | {name: version(name) for name in LIBRARIES},
-    }
-    return json.loads(json.dumps(what | models | autoencoder))
 
 
 def path_of(workdir: Path, what: dict) -> Path:

@@ -22,13 +22,13 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from cmd_jax.checkpoint import SAVING
 from cmd_jax.config import load
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, write_json
 from cmd_jax.prepare import lock_folder
 from cmd_jax.report.console import make_console
-from cmd_jax.runtime import check_devices, is_heard
+from cmd_jax.running.checkpoint import SAVING
+from cmd_jax.running.runtime import check_devices, is_heard
 
 FOLDER = "verify-resume"
 OURS = ("whole", "killed", "devices", "programs", "report.json", ".lock")
@@ -458,7 +458,7 @@ def probe(specification: str, overrides: dict[str, str], devices: int | None):
 PROBE = """
 import json, sys
 from cmd_jax.errors import UserError
-from cmd_jax.verify_resume import probe
+from cmd_jax.verbs.verify_resume import probe
 try:
     probe(*json.loads(sys.argv[1]))
 except UserError as error:

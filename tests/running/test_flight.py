@@ -18,13 +18,13 @@ import pytest
 from processes import environment
 
 from cmd_jax import defaults
-from cmd_jax.conditions import Classes
-from cmd_jax.flight import FlightRecord, explain, nonfinite
+from cmd_jax.models.conditions import Classes
+from cmd_jax.running.flight import FlightRecord, explain, nonfinite
 from cmd_jax.sharding import make_mesh, partitioning
 from cmd_jax.stages import ContentStage, FrozenAutoencoder
 from cmd_jax.state import TrainState, train_step
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 B, H, W, DEPTH, CLASSES = 4, 8, 16, 3, 5
 KEY = jax.random.key(3)
 
@@ -254,7 +254,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import flax.linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from cmd_jax.flight import explain
+from cmd_jax.running.flight import explain
 from cmd_jax.models.layers import dense
 from cmd_jax.state import TrainState
 

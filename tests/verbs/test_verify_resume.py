@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import tiny
 
-from cmd_jax import verify_resume as verifying
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json
 from cmd_jax.main import main
-from cmd_jax.verify_resume import Evidence, Kill, Leg, plan_kills, verify_resume, with_devices
+from cmd_jax.verbs import verify_resume as verifying
+from cmd_jax.verbs.verify_resume import Evidence, Kill, Leg, plan_kills, verify_resume, with_devices
 
 STEPS, INTERVAL = 12, 3
 DIGESTS = {name: name[0] * 64 for name in ("params", "ema", "opt_state")}
@@ -362,7 +362,7 @@ def test_no_training_is_left_behind_when_this_is_stopped(fake, tmp_path):
     script = f"""
 import sys
 from pathlib import Path
-from cmd_jax import verify_resume as verifying
+from cmd_jax.verbs import verify_resume as verifying
 verifying.Training.PROGRAM = (sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
 verifying.ask = lambda *_: ("cpu", 2)
 verifying.verify_resume({CONFIG!r}, {CHANGES!r}, Path({str(fake)!r}), 0, (2,))

@@ -3,9 +3,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cmd_jax.flops import AUTOENCODER, MOTION, UNET, Clip, Flops, count, format_table, full_size, table
 from cmd_jax.models.attention import attend
 from cmd_jax.models.layers import scanned
+from cmd_jax.planning.flops import AUTOENCODER, MOTION, UNET, Clip, Flops, count, format_table, full_size, table
 
 
 def array(*shape, dtype=jnp.float32):

@@ -19,9 +19,7 @@ from ml_collections import ConfigDict
 from cmd_jax import __version__
 from cmd_jax.errors import UserError, choose
 from cmd_jax.files import parse_json, read_json
-from cmd_jax.hosts import check_tree
 from cmd_jax.interop import cmd_release, diffusers_dit, i3d, lpips
-from cmd_jax.interop.cmd_stages import autoencoder_stage, denoiser_stage, release_weights
 from cmd_jax.interop.diffusers import load_pipeline, save_pipeline
 from cmd_jax.interop.weights import (
     TORCH_SUFFIXES,
@@ -33,7 +31,9 @@ from cmd_jax.interop.weights import (
 )
 from cmd_jax.models.vgg import LPIPS
 from cmd_jax.pretrained import check_same, describe
+from cmd_jax.running.hosts import check_tree
 from cmd_jax.trained import Trained, export, load_trained
+from cmd_jax.verbs.convert_stages import autoencoder_stage, denoiser_stage, release_weights
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 
 from cmd_jax import prepare
 from cmd_jax.data.folder import FolderSource
+from cmd_jax.data.latents import path_of, read_latents, write_latents
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.shapes import ShapesSource
-from cmd_jax.latents import LIBRARIES, made_of, path_of, read_latents, write_latents
 from cmd_jax.models.autoencoder import Autoencoder
+from cmd_jax.prepare import LIBRARIES, made_of
 from cmd_jax.pretrained import describe
 from cmd_jax.report.console import make_console
 from cmd_jax.sharding import make_mesh
@@ -95,8 +96,8 @@ def test_so_do_the_machine_and_the_libraries(mesh, monkeypatch):
     ]
     names = {name_of(mesh) for mesh in meshes}
     for library in (*LIBRARIES, "jax"):
-        monkeypatch.setattr("cmd_jax.latents.version", lambda name, library=library: f"{name == library}")
-        monkeypatch.setattr("cmd_jax.latents.versions", lambda library=library: {"jax": str(library == "jax")})
+        monkeypatch.setattr("cmd_jax.prepare.version", lambda name, library=library: f"{name == library}")
+        monkeypatch.setattr("cmd_jax.prepare.versions", lambda library=library: {"jax": str(library == "jax")})
         names.add(name_of(mesh))
     assert len(names) == 3 + len(LIBRARIES) + 1
 

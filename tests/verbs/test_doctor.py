@@ -8,13 +8,13 @@ import pytest
 import tiny
 from jax.sharding import AbstractMesh
 
-from cmd_jax import doctor as doctoring
 from cmd_jax.config import to_json
 from cmd_jax.data.shapes import CLASS_NAMES
-from cmd_jax.doctor import doctor
 from cmd_jax.errors import UserError
 from cmd_jax.sharding import MESH_AXES, mesh_sizes
 from cmd_jax.trained import Trained, export
+from cmd_jax.verbs import doctor as doctoring
+from cmd_jax.verbs.doctor import doctor
 
 WIDE = {"model.width": "1024", "model.heads": "8"}
 

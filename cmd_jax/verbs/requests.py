@@ -10,8 +10,8 @@ from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.prompts import check_prompt, read_prompts
 from cmd_jax.data.sources import open_source
 from cmd_jax.data.video import fit
-from cmd_jax.distributed import leader_first
 from cmd_jax.errors import UserError, nearest
+from cmd_jax.running.distributed import leader_first
 
 
 class Request(NamedTuple):
@@ -60,24 +60,6 @@ def given_prompts(options, seed: int) -> list[str]:
     if options.prompts_file:
         return [prompt.text for prompt in read_prompts(options.prompts_file, seed)]
     return [check_prompt(options.prompt)] if options.prompt else []
-
-
-def check_wordless(options):
-    """A model of classes takes no texts."""
-    for field in ("prompt", "prompts_file", "negative"):
-        if options[field]:
-            problem = "the model was trained on classes, not on texts"
-            raise UserError(f"sampling.{field}", options[field], problem, "name sampling.classes, or leave it out")
-
-
-def null_prompt(options, tokenizer) -> np.ndarray | None:
-    """Token ids [L] of the negative prompt, or None without one, which stands for the empty text."""
-    if not options.negative:
-        return None
-    if options.guidance == 1:
-        problem = "has no effect without guidance"
-        raise UserError("sampling.negative", options.negative, problem, "set sampling.guidance above 1")
-    return tokenizer([check_prompt(options.negative, "sampling.negative")])[0]
 
 
 def labels_of(clips: Clips, class_names: tuple[str, ...], where: str) -> np.ndarray:

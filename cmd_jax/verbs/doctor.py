@@ -12,19 +12,20 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from cmd_jax.conditions import Classes, Texts
+from cmd_jax.builders import reads_text
 from cmd_jax.config import load
 from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.sources import open_source
 from cmd_jax.errors import UserError
 from cmd_jax.files import versions
-from cmd_jax.frames import Pixels, VAELatents
+from cmd_jax.models.conditions import Classes, Texts
+from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.models.vae import init_vae
 from cmd_jax.models.vgg import LPIPS
 from cmd_jax.pretrained import stated, stated_conditions, stated_space
 from cmd_jax.report.console import make_console
 from cmd_jax.sharding import Placed, batch_ways, check_batch, layout, make_mesh, replicated_report
-from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage, reads_text
+from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import make_optimizer
 from cmd_jax.trained import read_stage
 

@@ -11,12 +11,12 @@ from cmd_jax import defaults
 from cmd_jax.config import check
 from cmd_jax.errors import UserError
 from cmd_jax.interop.cmd_release import UNUSED, load
-from cmd_jax.interop.cmd_stages import autoencoder_stage, denoiser_stage, release_weights
 from cmd_jax.pretrained import describe, stated_space
 from cmd_jax.sample import denoiser_stage as stage_of
 from cmd_jax.sample import load_sampler
 from cmd_jax.stages import AutoencoderStage
 from cmd_jax.trained import Trained, export, load_trained
+from cmd_jax.verbs.convert_stages import autoencoder_stage, denoiser_stage, release_weights
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = [f"class {i}" for i in "abcdefg"]

@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cmd_jax import checkpoint as checkpointing
-from cmd_jax import manifest as manifests
-from cmd_jax.checkpoint import Checkpoints
 from cmd_jax.errors import UserError
-from cmd_jax.hosts import digest, to_host
-from cmd_jax.manifest import digest_of, verify, write_manifest
+from cmd_jax.running import checkpoint as checkpointing
+from cmd_jax.running import manifest as manifests
+from cmd_jax.running.checkpoint import Checkpoints
+from cmd_jax.running.hosts import digest, to_host
+from cmd_jax.running.manifest import digest_of, verify, write_manifest
 from cmd_jax.state import TrainState
 
 
@@ -65,8 +65,8 @@ def two(tmp_path):
 
 @pytest.fixture
 def warned(caplog):
-    with caplog.at_level(logging.WARNING, "cmd_jax.checkpoint"):
-        yield lambda: [record.getMessage() for record in caplog.records if record.name == "cmd_jax.checkpoint"]
+    with caplog.at_level(logging.WARNING, "cmd_jax.running.checkpoint"):
+        yield lambda: [record.getMessage() for record in caplog.records if record.name == "cmd_jax.running.checkpoint"]
 
 
 # Damage.
@@ -312,7 +312,7 @@ def test_manifest_without_room_keeps_the_step_before(two, monkeypatch, told_by):
 def in_children(function, *argument_lists):
     """function(pipe, *arguments) in processes of their own -> [(process, our end of its pipe)]; loaded but once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cmd_jax.checkpoint"])
+    context.set_forkserver_preload(["cmd_jax.running.checkpoint"])
     children = []
     for arguments in argument_lists:
         ours, theirs = context.Pipe()
@@ -368,7 +368,7 @@ CROWDED = """
 import gc, logging, resource, sys
 from pathlib import Path
 import jax.numpy as jnp, numpy as np
-from cmd_jax.checkpoint import Checkpoints
+from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.errors import UserError
 from cmd_jax.state import TrainState
 logging.basicConfig()

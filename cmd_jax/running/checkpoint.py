@@ -24,11 +24,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from cmd_jax.distributed import barrier, gather, leader_alone
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, sync_path, write_text
-from cmd_jax.hosts import check_tree
-from cmd_jax.manifest import MANIFEST, CutOff, Damaged, item_digest, read_manifest, verify, write_manifest
+from cmd_jax.running.distributed import barrier, gather, leader_alone
+from cmd_jax.running.hosts import check_tree
+from cmd_jax.running.manifest import MANIFEST, CutOff, Damaged, item_digest, read_manifest, verify, write_manifest
 from cmd_jax.state import TrainState
 
 ITEMS = ("step", "params", "ema", "opt_state")  # of a TrainState, each restorable by itself

@@ -1,0 +1,111 @@
+"""What a config stands for: modules, diffusion processes, and the sizes that they take."""
+
+import jax.numpy as jnp
+
+from cmd_jax import defaults
+from cmd_jax.diffusion.flow import Flow
+from cmd_jax.diffusion.gaussian import PREDICTIONS, Gaussian
+from cmd_jax.diffusion.schedules import Schedule, linear_betas, scaled_linear_betas
+from cmd_jax.errors import UserError, choose, divisible
+from cmd_jax.interop.sd_config import unet_from_config
+from cmd_jax.models.autoencoder import CONTENTS, MODES, POSITIONS, Autoencoder
+from cmd_jax.models.dit import CONDITIONS, DiT
+from cmd_jax.models.dit import POSITIONS as DIT_POSITIONS
+from cmd_jax.models.frames import Pixels, VAELatents
+from cmd_jax.models.unet import UNet
+
+
+def build_autoencoder(model) -> Autoencoder:
+    """The module of an autoencoder config's `model` group."""
+    choose("model.mode", model.mode, MODES)
+    choose("model.position", model.position, POSITIONS)
+    choose("model.content", model.content, CONTENTS)
+    return Autoencoder(**{**model.to_dict(), "dtype": jnp.dtype(model.dtype)})
+
+
+def build_process(config, clip: float | None = None) -> Gaussian | Flow:
+    """The diffusion process of a config's `diffusion` group, and of a clip as `clip_of` makes it."""
+    choose("diffusion.kind", config.kind, ("gaussian", "flow"))
+    choose("diffusion.schedule", config.schedule, ("linear", "scaled_linear"))
+    choose("diffusion.prediction", config.prediction, PREDICTIONS)
+    if config.kind == "flow":
+        if config.learned_range:
+            raise UserError("diffusion.learned_range", True, "flow matching has no variance", "set it to False")
+        return Flow(time_mean=config.time_mean, time_std=config.time_std, clip=clip)
+    betas = (linear_betas if config.schedule == "linear" else scaled_linear_betas)(config.timesteps)
+    return Gaussian(Schedule.from_betas(betas), config.prediction, config.learned_range, clip)
+
+
+def clip_of(config, space: Pixels | VAELatents) -> float | None:
+    """Where sampling holds x0, by the config of a content or motion stage on frames of `space`; None: nowhere.
+
+    Unless diffusion.clip says it: 1 for content frames that are pixels, and as they are; none for all that is latent.
+    """
+    clip, pixels = config.diffusion.clip, isinstance(space, Pixels)
+    if config.stage == "content" and clip > 0 and not pixels:
+        problem = "content frames are latents of the VAE here, which have no such bound: samples would be crushed"
+        raise UserError("diffusion.clip", clip, problem, f"use {defaults.CLIP_BY_SPACE}, by what is diffused, or 0.0")
+    if clip == defaults.CLIP_BY_SPACE:
+        return 1.0 if config.stage == "content" and pixels and not config.latents.normalize else None
+    return clip or None
+
+
+def build_denoiser(config, channels: int, classes: int | None, process) -> DiT:
+    """The DiT of a content or motion config."""
+    choose("model.position", config.model.position, DIT_POSITIONS)
+    choose("model.condition", config.model.condition, CONDITIONS)
+    out_channels = channels * (2 if process.learned_range else 1)
+    model = {**config.model.to_dict(), "dtype": jnp.dtype(config.model.dtype)}
+    return DiT(out_channels=out_channels, classes=classes, **model)
+
+
+def reads_text(config) -> bool:
+    """Whether a content or motion config is conditioned on texts."""
+    return defaults.fine_tunes(config) or config.model.condition == "text"
+
+
+def frames_shape(config, space: Pixels | VAELatents) -> tuple[int, int, int, int]:
+    """[T, h, w, C] of clips as an autoencoder config's model sees them in `space`; UserError if they do not fit."""
+    data = config.data
+    if config.model.channels != space.channels:
+        problem = f"the latents of the VAE have {space.channels}"
+        raise UserError("model.channels", config.model.channels, problem, f"use {space.channels}")
+    step = space.factor * config.model.patch
+    for side in ("height", "width"):
+        divisible(f"data.{side}", data[side], f"{space.factor} of the VAE x model.patch", step)
+    return data.frames, data.height // space.factor, data.width // space.factor, space.channels
+
+
+def check_fits(config, autoencoder, image_model=None):
+    """UserError for sizes and units that the denoiser of a content or motion config cannot take."""
+    if defaults.fine_tunes(config):
+        check_levels(unet_from_config(image_model["unet"]), autoencoder)
+    else:
+        check_patches(config, autoencoder)
+        clip_of(config, autoencoder.space)
+
+
+def check_levels(unet: UNet, autoencoder):
+    """The content frame must be halved from each level of the UNet to the next."""
+    step = unet.factor * autoencoder.space.factor
+    for side, size in zip(("height", "width"), autoencoder.clip_shape[1:3], strict=True):
+        if size % step:
+            problem = f"the VAE and the UNet halve it until 1/{step} is left"
+            raise UserError(f"data.{side}", size, problem, f"use a multiple of {step}")
+
+
+def check_patches(config, autoencoder):
+    """The grids that a DiT cuts into patches must be multiples of them."""
+    patch, (height, width, _) = config.model.patch, autoencoder.content_shape
+    frames, cells, _ = autoencoder.motion_shape
+    of = "" if autoencoder.space.factor == 1 else f" / {autoencoder.space.factor} of the VAE"
+    rows, columns = ("data.height" + of, height), ("data.width" + of, width)
+    if config.stage == "content":
+        sides = [(*rows, "patch", patch), (*columns, "patch", patch)]
+    else:
+        extra = config.model.content_patch
+        sides = [("data.frames", frames, "patch", patch), ("h+w", cells, "patch", patch)]
+        sides += [(*rows, "content_patch", extra), (*columns, "content_patch", extra)]
+    for field, size, by, p in sides:
+        if size % p:
+            raise UserError(field, size, f"not a multiple of {config.stage} model.{by}={p}", f"change model.{by}")
