@@ -22,6 +22,7 @@ from cmd_jax.main import main
 from cmd_jax.report import samples as writing
 from cmd_jax.sharding import BATCH_AXES, partitioning
 from cmd_jax.trained import export, load_trained
+from cmd_jax.verbs import evaluate as evaluating
 from cmd_jax.verbs import requests
 from cmd_jax.verbs import sample as sampling
 
@@ -257,7 +258,8 @@ def test_models_of_classes_take_no_texts():
 @pytest.fixture
 def workdir(tmp_path, sampler, monkeypatch):
     """An empty workdir for verbs that get the sampler of this module, whatever their config says."""
-    monkeypatch.setattr(sampling, "load_sampler", lambda *_: sampler)
+    for verb in (sampling, evaluating):
+        monkeypatch.setattr(verb, "load_sampler", lambda *_: sampler)
     return tmp_path
 
 

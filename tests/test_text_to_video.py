@@ -36,6 +36,7 @@ from cmd_jax.stages import FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import abstract, init_state, make_optimizer
 from cmd_jax.train import train
 from cmd_jax.trained import Trained, export, load_trained
+from cmd_jax.verbs import evaluate as evaluating
 from cmd_jax.verbs import sample as sampling
 
 pytestmark = pytest.mark.xdist_group("text")
@@ -316,7 +317,8 @@ def command(workdir, *flags):
 
 @pytest.fixture
 def workdir(tmp_path, sampler, monkeypatch):
-    monkeypatch.setattr(sampling, "load_sampler", lambda *_: sampler)
+    for verb in (sampling, evaluating):
+        monkeypatch.setattr(verb, "load_sampler", lambda *_: sampler)
     return tmp_path
 
 
