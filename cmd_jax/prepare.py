@@ -1,7 +1,5 @@
-"""Before the first step: claim the stage folder, open the data, apply the frozen autoencoder, build the stage."""
+"""Before the first step: open the data, apply the frozen autoencoder, build the stage."""
 
-import contextlib
-import fcntl
 import json
 import logging
 import time
@@ -24,8 +22,7 @@ from cmd_jax.interop.lpips import load_lpips
 from cmd_jax.models.conditions import Classes
 from cmd_jax.models.frames import Pixels
 from cmd_jax.pretrained import check_same, describe, identity, load_space, load_texts, open_space, stated_space
-from cmd_jax.running.checkpoint import check_name
-from cmd_jax.running.distributed import agree, gather, is_leader, leader_first, of_leader
+from cmd_jax.running.distributed import agree, broadcast_from_leader, gather, is_leader, leader_first
 from cmd_jax.sharding import partitioning
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import abstract
@@ -44,52 +41,10 @@ ELSEWHERE = "restore it, or start anew in another --workdir"
 log = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def claimed(folder: Path, config):
-    """Make the stage folder, or accept it if it holds an earlier part of this very run -> whether it does.
-
-    Until the end no other run can train in it; the lock, held by process 0, goes with it, however that ends.
-    """
-
-    def claim():
-        resuming = any(path.name.isdigit() for path in (folder / "checkpoints").glob("*"))
-        if not is_leader():
-            return None, resuming
-        lock = lock_folder(folder)
-        try:
-            if resuming and (folder / "config.json").exists():
-                check_same_run(folder, config)
-        except UserError:
-            lock.close()
-            raise
-        return lock, resuming
-
-    lock, resuming = leader_first(claim)
-    resuming = of_leader(resuming)
-    with lock or contextlib.nullcontext():
-        yield resuming
-
-
-def lock_folder(folder: Path):
-    """The open lock file of a stage folder, which is made."""
-    check_name(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as e:
-        raise UserError("workdir", folder, f"cannot be written ({e.strerror})", "give a folder you may write to") from e
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError("workdir", folder, "another process trains in it", "wait for it, or take another") from None
-    except OSError:
-        log.warning("%s is on a file system without locks: take care not to train in it twice at a time", folder)
-    return lock
-
-
 def check_same_run(folder: Path, config):
-    """UserError for the first key that a resumed run may not change."""
+    """UserError for the first key that a resumed run may not change; folder: of its stage."""
+    if not (folder / "config.json").exists():
+        return
     free = RESUMABLE + (RESUMABLE_CONSTANT if config.optimizer.decay == "constant" else ())
     path = folder / "config.json"
     texts = to_json(from_dict(read_json(path, "workdir"), "workdir", path)), to_json(config)
@@ -238,7 +193,7 @@ def encoded_clips(config, workdir: Path, source, encoding, facts, mesh, console)
         )  # fmt: skip
     spread = np.linspace(0, len(source), STATISTICS_CLIPS, endpoint=False).astype(int)
     indices = np.arange(count) % len(source) if count else spread
-    what = of_leader(made_of(config, facts, mesh))
+    what = broadcast_from_leader(made_of(config, facts, mesh))
     path = path_of(workdir, what)
     latents = read_latents(path, what)
     found = [json.loads(text) for text in gather(json.dumps(latents is not None))]

@@ -16,13 +16,14 @@ from cmd_jax.errors import UserError, tell
 from cmd_jax.files import COUNT, check_like, read_json, versions, write_json, write_text
 from cmd_jax.keys import derive
 from cmd_jax.models.frames import to_uint8
-from cmd_jax.prepare import claimed, prepare
+from cmd_jax.prepare import check_same_run, prepare
 from cmd_jax.report.console import make_console
 from cmd_jax.report.training import PREVIEW_CLIPS, Metrics, StepLog
 from cmd_jax.running.checkpoint import Checkpoints
-from cmd_jax.running.distributed import is_leader, leave, of_leader, run_id
+from cmd_jax.running.distributed import broadcast_from_leader, is_leader, leader_alone, leave, run_id
 from cmd_jax.running.flight import FlightRecord, explain
 from cmd_jax.running.hosts import digest, to_host
+from cmd_jax.running.lock import locked_run
 from cmd_jax.running.peers import Peers
 from cmd_jax.running.runtime import StopRequest, peak_memory_gib
 from cmd_jax.sharding import (
@@ -93,10 +94,12 @@ def train(config, workdir: Path) -> dict:
     # The stop request is outermost, so that a signal never cuts off the end of a save.
     with (
         StopRequest(STOPPED_EARLY) as stop,
-        claimed(folder, config) as resuming,
+        locked_run(folder) as resuming,
         watched(config, folder, flight, stop) as peers,
         partitioning(mesh, config.rules),
     ):
+        if resuming:
+            leader_alone(lambda: check_same_run(folder, config))
         stage, read, clips, name_of, facts = prepare(config, workdir, mesh, console, resuming)
         plan = BatchPlan(clips, config.train.batch_size, config.seed)
         optimizer = make_optimizer(config.optimizer)
@@ -113,7 +116,7 @@ def train(config, workdir: Path) -> dict:
                 check_continues(earlier, position(config, int(state.step), facts), console)
                 console.print(f"resuming {config.stage} at step {int(state.step)} of {config.train.steps}")
             start = int(state.step)
-            if start >= config.train.steps and of_leader(is_finished(folder, start)):
+            if start >= config.train.steps and broadcast_from_leader(is_finished(folder, start)):
                 console.print(f"{config.stage} is trained already")
                 return read_json(folder / "summary.json")
             if is_leader():

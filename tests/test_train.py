@@ -25,6 +25,7 @@ from cmd_jax.files import read_json, write_json
 from cmd_jax.main import main
 from cmd_jax.report.console import make_console
 from cmd_jax.running.checkpoint import Checkpoints
+from cmd_jax.running.lock import locked_run
 from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import ContentStage, MotionStage
 from cmd_jax.trained import Trained, export, load_trained
@@ -333,8 +334,8 @@ def begun(tmp_path):
 )
 def test_folder_of_another_run_is_refused(begun, changes, field):
     before = (begun / "config.json").read_text()
-    with pytest.raises(UserError) as error, preparing.claimed(begun, tiny.config_of("content", **changes)):
-        pass
+    with pytest.raises(UserError) as error:
+        preparing.check_same_run(begun, tiny.config_of("content", **changes))
     assert error.value.field == field
     assert f"the run in {begun} was started with" in str(error.value)
     assert (begun / "config.json").read_text() == before
@@ -351,8 +352,7 @@ def test_folder_of_another_run_is_refused(begun, changes, field):
     ],
 )
 def test_folder_of_the_same_run_is_accepted(begun, changes):
-    with preparing.claimed(begun, tiny.config_of("content", **changes)) as resuming:
-        assert resuming
+    preparing.check_same_run(begun, tiny.config_of("content", **changes))
 
 
 def test_folder_without_a_checkpoint_is_taken_over(begun, run):
@@ -361,7 +361,7 @@ def test_folder_without_a_checkpoint_is_taken_over(begun, run):
     (begun / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
     write_json(begun / "facts.json", {"fingerprint": "x", "autoencoder": "y", "statistics": "z"})
     config = tiny.config_of("content", model__width=32, latents__autoencoder=run / "autoencoder" / "ema.safetensors")
-    with preparing.claimed(begun, config) as resuming:
+    with locked_run(begun) as resuming:
         assert not resuming
         shutil.copy(next(run.glob("latents-*.npz")), begun.parent)
         preparing.prepare(config, begun.parent, make_mesh(config.mesh), make_console(), resuming)

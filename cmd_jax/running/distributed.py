@@ -201,7 +201,7 @@ def gather(text: str) -> list[str]:
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
-def of_leader(value):
+def broadcast_from_leader(value):
     """Process 0's `value`, made of what JSON knows."""
     return json.loads(gather(json.dumps(value))[0])
 
@@ -218,7 +218,7 @@ def agree(facts: dict[str, str], remedy: str):
 
 def run_id() -> str:
     """One random name for this start of the job."""
-    return of_leader(secrets.token_hex(8))
+    return broadcast_from_leader(secrets.token_hex(8))
 
 
 def leave(code: int, last_words: str = ""):
@@ -244,7 +244,7 @@ def leader_alone(action: Callable):
         except OSError as e:
             problem = of_file(e)
     error = problem and [problem.field, str(problem.value), problem.problem, problem.remedy]
-    value, error = of_leader([value, error])
+    value, error = broadcast_from_leader([value, error])
     if problem:
         raise problem
     if error:

@@ -25,9 +25,9 @@ from rich.table import Table
 from cmd_jax.config import load
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, write_json
-from cmd_jax.prepare import lock_folder
 from cmd_jax.report.console import make_console
 from cmd_jax.running.checkpoint import SAVING
+from cmd_jax.running.lock import lock_folder
 from cmd_jax.running.runtime import check_devices, is_heard
 
 FOLDER = "verify-resume"

@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json
-from cmd_jax.prepare import lock_folder
 from cmd_jax.running.checkpoint import ITEMS, Checkpoints
 from cmd_jax.running.hosts import check_tree, digest, to_host
+from cmd_jax.running.lock import lock_folder
 from cmd_jax.running.manifest import verify
 from cmd_jax.state import TrainState
 from cmd_jax.trained import Trained, belongs, export, load_trained

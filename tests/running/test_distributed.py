@@ -108,7 +108,7 @@ def test_alone_everything_agrees_and_acts_once():
     calls = []
     assert distributed.leader_first(lambda: calls.append(1) or 7) == 7 and calls == [1]
     distributed.agree({"a": "b"}, "nothing")
-    assert distributed.of_leader({"a": [1, None]}) == {"a": [1, None]}
+    assert distributed.broadcast_from_leader({"a": [1, None]}) == {"a": [1, None]}
     assert len({distributed.run_id() for _ in range(3)}) == 3
     assert not distributed.several()
 
@@ -120,7 +120,7 @@ from cmd_jax.errors import UserError
 import tiny
 index, port = int(sys.argv[1]), sys.argv[2]
 distributed.start("explicit", "127.0.0.1:" + port, 2, index, tiny.config_of("autoencoder").processes)
-print(distributed.gather("x" * (index + 1) + "é"), distributed.of_leader(index), flush=True)
+print(distributed.gather("x" * (index + 1) + "é"), distributed.broadcast_from_leader(index), flush=True)
 
 def refuse(*_):
     raise UserError("field", 1, "wrong", "mend it")
