@@ -17,6 +17,7 @@ import shutil
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -137,7 +138,9 @@ class Checkpoints:
         try:
             for name in ITEMS:
                 (folder / name).mkdir(parents=True, exist_ok=True)
-            for result in asyncio.run(self._start_writes(folder, state)):
+            with ThreadPoolExecutor(1) as pool:  # this thread may be running an event loop, as a notebook's does
+                results = pool.submit(asyncio.run, self._start_writes(folder, state)).result()
+            for result in results:
                 errors.append(result) if isinstance(result, Exception) else futures.extend(result)
         except OSError as e:  # told by `wait`, when the other processes know too
             errors.append(e)

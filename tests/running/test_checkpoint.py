@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -152,6 +153,18 @@ def test_state_may_be_donated_as_soon_as_save_returns(tmp_path):
         jax.block_until_ready(step(step(state)))
         checkpoints.wait()
         assert digest(checkpoints.restore(state_at(0))[0]) == digest(state_at(5))
+
+
+def test_a_running_event_loop_may_save_and_restore(tmp_path):
+    """As in a notebook, whose cells run within one."""
+
+    async def cell():
+        save(tmp_path, 1, 2)
+        with opened(tmp_path) as checkpoints:
+            return checkpoints.restore(state_at(0))
+
+    restored, run = asyncio.run(cell())
+    assert digest(restored) == digest(state_at(2)) and run == {"position": 2}
 
 
 def test_manifest_lists_every_file_with_size_and_hash(tmp_path):
