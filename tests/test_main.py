@@ -20,7 +20,7 @@ from cmd_jax.main import EXAMPLES, main
 from cmd_jax.running import runtime
 from cmd_jax.stages import AutoencoderStage
 from cmd_jax.trained import Trained, export
-from cmd_jax.verbs.verify_resume import ask
+from cmd_jax.verbs.resume_trainings import ask
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART, UCF101 = (str(ROOT / "configs" / f"{name}.py") for name in ("quickstart", "ucf101"))

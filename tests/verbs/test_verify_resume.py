@@ -13,155 +13,11 @@ from cmd_jax.errors import UserError
 from cmd_jax.files import read_json
 from cmd_jax.main import main
 from cmd_jax.verbs import verify_resume as verifying
-from cmd_jax.verbs.verify_resume import Evidence, Kill, Leg, plan_kills, verify_resume, with_devices
+from cmd_jax.verbs.resume_trainings import PlannedKill, Training, plan_kills, with_devices
+from cmd_jax.verbs.resume_verdicts import read_ledger
+from cmd_jax.verbs.verify_resume import verify_resume
 
 STEPS, INTERVAL = 12, 3
-DIGESTS = {name: name[0] * 64 for name in ("params", "ema", "opt_state")}
-
-
-def step_of(step: int, loss_of=lambda step: 1 / (step + 1)) -> tuple[int, str, str]:
-    return step, f"{step:016x}", float(loss_of(step)).hex()
-
-
-def leg(start: int, stop: int, devices: int = 2, **options) -> Leg:
-    return Leg(start, devices, [step_of(step, **options) for step in range(start, stop)])
-
-
-WHOLE = Evidence([leg(0, STEPS)], DIGESTS)
-# Killed in the save of step 3, which it so lost, and again after a complete one.
-KILLED = [leg(0, 5), leg(0, 8), leg(6, STEPS)]
-KILLS = [Kill(5, 3, True), Kill(8, 6, False)]
-
-
-def faults(legs=KILLED, digests=DIGESTS, kills=KILLS, asked=2) -> list[str]:
-    """The claims that do not hold of a killed run."""
-    verdicts = verifying.judge_killed(WHOLE, Evidence(legs, digests), kills, asked, STEPS, INTERVAL)
-    return [verdict.claim.removeprefix("killed: ") for verdict in verdicts if not verdict.holds]
-
-
-def tampered(number: int, step: int, part: int, value: str) -> list[Leg]:
-    """KILLED with one value of one line changed."""
-    legs = [leg._replace(steps=list(leg.steps)) for leg in KILLED]
-    index = step - legs[number].start
-    line = list(legs[number].steps[index])
-    line[part] = value
-    legs[number].steps[index] = tuple(line)
-    return legs
-
-
-# What the ledgers must say.
-
-
-def test_an_honest_ledger_passes():
-    assert faults() == []
-    assert Evidence(KILLED, DIGESTS).repeated() == [5, 2]
-    assert Evidence(KILLED, DIGESTS).last() == WHOLE.last()
-
-
-def test_another_clip_is_noticed():
-    assert faults(tampered(2, 9, 1, "f" * 16)) == ["same clips at every step"]
-    # In a step that was done again, only its repetition counts for the parameters, but both must be alike.
-    assert faults(tampered(0, 2, 1, "f" * 16)) == ["repeated steps gave the same clips and losses"]
-
-
-def test_the_last_bit_of_a_loss_is_noticed():
-    loss = float.fromhex(step_of(9)[2])
-    near = (loss + loss * 2**-52).hex()
-    assert near != loss.hex()
-    assert faults(tampered(2, 9, 2, near)) == ["same loss at every step, to the bit"]
-    near = (0.5 + 2**-53).hex()
-    assert faults(tampered(0, 1, 2, near)) == ["repeated steps gave the same clips and losses"]
-
-
-@pytest.mark.parametrize("name", DIGESTS)
-def test_another_digest_is_noticed(name):
-    claim = "same params, ema, opt_state at the end, to the bit"
-    assert faults(digests=DIGESTS | {name: "0" * 64}) == [claim]
-    assert faults(digests={k: v for k, v in DIGESTS.items() if k != name}) == [claim]
-
-
-def test_missing_steps_are_noticed():
-    torn = tampered(2, 9, 0, "")
-    del torn[2].steps[3]
-    assert "every step was done" in faults(torn)
-    assert "same clips at every step" in faults(torn)
-    assert faults([*KILLED[:2], leg(6, STEPS - 1)])[0] == "every step was done"
-    # A start beyond what was done has left steps out, though all of those there agree.
-    assert (
-        faults([leg(0, 5), leg(0, 8), leg(9, STEPS)], kills=[KILLS[0], Kill(8, 6, False)])[0] == "every step was done"
-    )
-
-
-@pytest.mark.parametrize(
-    "kills, lost",
-    [
-        ([Kill(5, 3, False), KILLS[1]], True),  # 3 was complete, yet it began at 0
-        ([Kill(7, 6, True), KILLS[1]], True),  # 3 must have been complete
-        ([KILLS[0], Kill(8, 6, True)], False),  # it did better than it had to
-        ([KILLS[0]], True),  # a start too many
-    ],
-)
-def test_lost_checkpoints_are_noticed(kills, lost):
-    assert len(faults(kills=kills, asked=len(kills))) == lost
-
-
-def test_too_few_kills_are_noticed():
-    verdicts = verifying.judge_killed(WHOLE, Evidence(KILLED, DIGESTS), KILLS, 3, STEPS, INTERVAL)
-    (verdict,) = [v for v in verdicts if not v.holds]
-    assert verdict.detail == "2 of 3 kills, 1 of them in a save; the run ended before: raise train.steps"
-
-
-def changed(legs: list[Leg], devices=(2, 1, 4)) -> list[str]:
-    verdicts = verifying.judge_devices(WHOLE, Evidence(legs, {}), devices, STEPS)
-    return [verdict.claim.removeprefix("devices: ") for verdict in verdicts if not verdict.holds]
-
-
-def test_changing_devices_may_change_losses_a_little():
-    def near(step):
-        return (1 + 0.9e-4 * (step == 7)) / (step + 1)
-
-    def far(step):
-        return (1 + 1.1e-4 * (step == 7)) / (step + 1)
-
-    def legs(loss_of):
-        return [leg(0, 4), leg(4, 9, 1, loss_of=loss_of), leg(9, STEPS, 4)]
-
-    assert changed(legs(near)) == []
-    assert changed(legs(far)) == ["losses within 0.0001 of each other"]
-    other = legs(near)
-    other[1].steps[0] = (4, "f" * 16, other[1].steps[0][2])
-    assert changed(other) == ["same clips at every step"]
-
-
-def test_devices_that_were_not_used_are_noticed():
-    claim = "trained on each number of devices in turn"
-    assert changed([leg(0, 4), leg(4, STEPS, 1)]) == [claim]
-    assert changed([leg(0, 4), leg(4, 9, 1), leg(9, STEPS, 1)]) == [claim]
-    assert changed([leg(0, 5), leg(4, 9, 1), leg(9, STEPS, 4)]) == ["no step was repeated"]
-
-
-def test_a_ledger_with_a_torn_line_is_read(tmp_path):
-    path = tmp_path / "ledger.jsonl"
-    lines = [{"start": 0, "devices": 2, "processes": 1}, {"step": 0, "ids": "a", "loss": "0x1p+0"}]
-    path.write_text(
-        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1, "id\n{"start": 0, "devices": 1}\n'
-    )
-    assert verifying.read_ledger(path) == [Leg(0, 2, [(0, "a", "0x1p+0")]), Leg(0, 1, [])]
-
-
-def test_the_table_has_a_row_for_each_checkpoint_and_the_end():
-    half = Evidence([leg(0, 4), leg(4, STEPS, loss_of=lambda step: 1.5 / (step + 1))], DIGESTS)
-    half.legs[1].steps[2] = (6, "f" * 16, half.legs[1].steps[2][2])
-    rows = verifying.table_rows({"whole": WHOLE, "killed": half}, STEPS, 5)
-    assert [row["step"] for row in rows] == [5, 10, 12]
-    assert [row["killed"]["ids"] for row in rows] == [True, False, False]
-    assert rows[0]["whole"] == step_of(4)[2]
-    assert rows[0]["killed"]["difference"] == pytest.approx(1 / 3)
-    # A run that is cut short has no loss there.
-    rows = verifying.table_rows({"whole": WHOLE, "killed": Evidence([leg(0, 7)], {})}, STEPS, 6)
-    assert rows[1]["killed"] == {"ids": False, "loss": None, "difference": None}
-    rows = verifying.table_rows({"whole": Evidence([leg(0, 7)], {}), "killed": WHOLE}, STEPS, 6)
-    assert (rows[1]["whole"], rows[1]["killed"]["ids"], rows[1]["killed"]["difference"]) == (None, False, None)
 
 
 # When to kill.
@@ -260,7 +116,7 @@ CHANGES = {"train.steps": str(STEPS), "train.checkpoint_every": str(INTERVAL)}
 def fake(tmp_path, monkeypatch):
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
-    monkeypatch.setattr(verifying.Training, "PROGRAM", (sys.executable, str(script)))
+    monkeypatch.setattr(Training, "PROGRAM", (sys.executable, str(script)))
     monkeypatch.setattr(verifying, "ask", lambda environment, specification, overrides, devices: ("cpu", devices))
     return tmp_path / "work"
 
@@ -324,7 +180,7 @@ def test_devices_that_jax_does_not_see_are_refused(fake, monkeypatch):
 
 
 def test_a_run_that_is_over_too_soon_to_be_killed_fails(fake, monkeypatch):
-    monkeypatch.setattr(verifying, "plan_kills", lambda *_: [verifying.PlannedKill(99, False, 0.0)])
+    monkeypatch.setattr(verifying, "plan_kills", lambda *_: [PlannedKill(99, False, 0.0)])
     assert verify_resume(CONFIG, CHANGES, fake, 1, (2,)) == 1
     assert failed_claims(fake) == ["killed: as often as asked"]
 
@@ -444,11 +300,11 @@ def test_fifty_kills_in_a_row(real, tmp_path, capsys):
     killed = read_json(tmp_path / "verify-resume" / "report.json")["runs"]["killed"]
     assert len(killed["kills"]) == 50 and sum(kill["saving"] for kill in killed["kills"]) >= 15
 
-    legs = verifying.read_ledger(tmp_path / "verify-resume" / "killed" / "autoencoder" / "ledger.jsonl")
-    assert len(legs) == 51
-    for kill, leg in zip(killed["kills"], legs[1:], strict=True):
+    segments = read_ledger(tmp_path / "verify-resume" / "killed" / "autoencoder" / "ledger.jsonl")
+    assert len(segments) == 51
+    for kill, segment in zip(killed["kills"], segments[1:], strict=True):
         # A save is begun when the one before it is complete: one that is cut off costs one interval.
-        assert leg.start >= kill["newest"] - 4 and leg.start % 4 == 0
+        assert segment.start >= kill["newest"] - 4 and segment.start % 4 == 0
 
     train = [sys.executable, "-m", "cmd_jax.main", "train", f"--config={CONFIG}", f"--workdir={tmp_path / 'alone'}"]
     subprocess.run([*train, *changes], check=True, capture_output=True)
