@@ -1,4 +1,4 @@
-"""The one kind of error a user is shown: `field=value: what is wrong; what to do`."""
+"""The one kind of error a user is shown, `field=value: what is wrong; what to do`, and what a stopped run raises."""
 
 import contextlib
 import difflib
@@ -15,6 +15,10 @@ class UserError(Exception):
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
         field, value, problem = _short(field), _short(str(value)), _short(problem, LONGEST_PROBLEM)
         super().__init__(f"{field}={value}: {problem}; {printable(remedy)}")
+
+
+class Stopped(KeyboardInterrupt):
+    """A request to stop was followed: what there was to save is saved, and nothing else goes on."""
 
 
 def _short(text: str, length: int = LONGEST_VALUE) -> str:

@@ -3,11 +3,12 @@
 import argparse
 import json
 import logging
+import os
 import sys
 import traceback
 from pathlib import Path
 
-from cmd_jax.errors import UserError, nearest, of_file, tell
+from cmd_jax.errors import Stopped, UserError, nearest, of_file, tell
 from cmd_jax.files import check_path
 from cmd_jax.running.runtime import check_devices, keep_freed_memory
 
@@ -187,7 +188,8 @@ def run(flags, overrides: dict[str, str]) -> int:
 
     config = load(flags.config, overrides)
     check_stage(verb, config.stage)
-    distributed.start(flags.distributed, flags.coordinator, flags.num_processes, flags.process_id, config.processes)
+    cluster = flags.distributed, flags.coordinator, flags.num_processes, flags.process_id
+    distributed.start(*cluster, config.processes, end_process)
     from cmd_jax.files import versions
 
     remedy = "start every process with the same command and the same installation"
@@ -199,7 +201,7 @@ def run(flags, overrides: dict[str, str]) -> int:
         from cmd_jax.verbs.sample import sample as do
     else:
         from cmd_jax.verbs.evaluate import evaluate as do
-    do(config, workdir)
+    do(config, workdir, end_process)
     return 0
 
 
@@ -237,16 +239,31 @@ def main(arguments: list[str] | None = None) -> int:
         code = command(arguments)
     except Exception:
         if one_of_several():
-            sys.modules["cmd_jax.running.distributed"].leave(1, traceback.format_exc())
+            leave(1, traceback.format_exc())
         raise
     if code and one_of_several():
-        sys.modules["cmd_jax.running.distributed"].leave(code)
+        leave(code)
     return code
 
 
 def one_of_several() -> bool:
     """Whether peers would be kept waiting; asked without starting JAX."""
     return "cmd_jax.running.distributed" in sys.modules and sys.modules["cmd_jax.running.distributed"].several()
+
+
+def leave(code: int, last_words: str = ""):
+    """End this process of several at once: an orderly end would wait for peers that may be gone."""
+    if last_words:
+        tell(last_words.rstrip("\n"))
+    sys.modules["cmd_jax.running.distributed"].linger()
+    end_process(code)
+
+
+def end_process(code: int, last_words: str = ""):
+    """At once, from any thread, whatever the others are stuck in."""
+    if last_words:
+        tell(last_words)
+    os._exit(code)
 
 
 def command(arguments: list[str] | None) -> int:
@@ -259,6 +276,8 @@ def command(arguments: list[str] | None) -> int:
         return run(flags, overrides)
     except UserError as error:
         return fail(error, debug)
+    except Stopped:
+        return 0
     except KeyboardInterrupt:
         return 130
     except OSError as error:

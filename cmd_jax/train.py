@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from cmd_jax.config import to_json
 from cmd_jax.data.pipeline import BatchPlan, batches
-from cmd_jax.errors import UserError, tell
+from cmd_jax.errors import Stopped, UserError
 from cmd_jax.files import COUNT, check_like, read_json, versions, write_json, write_text
 from cmd_jax.keys import derive
 from cmd_jax.models.frames import to_uint8
@@ -20,12 +21,12 @@ from cmd_jax.prepare import check_same_run, prepare
 from cmd_jax.report.console import make_console
 from cmd_jax.report.training import PREVIEW_CLIPS, Metrics, StepLog
 from cmd_jax.running.checkpoint import Checkpoints
-from cmd_jax.running.distributed import broadcast_from_leader, is_leader, leader_alone, leave, run_id
+from cmd_jax.running.distributed import broadcast_from_leader, is_leader, leader_alone
 from cmd_jax.running.flight import FlightRecord, explain
 from cmd_jax.running.hosts import digest, to_host
 from cmd_jax.running.lock import locked_run
-from cmd_jax.running.peers import Peers
 from cmd_jax.running.runtime import StopRequest, peak_memory_gib
+from cmd_jax.running.watch import STOPPED_EARLY, watched
 from cmd_jax.sharding import (
     MESH_AXES,
     check_batch,
@@ -47,55 +48,30 @@ RUN = {
     "config": {"model": {"remat": str, ...: object}, "train": {"accumulate": COUNT, ...: object}, ...: object},
     ...: object,
 }  # fmt: skip
-STOPPED_EARLY = "stopped by a signal before the first step; nothing to save"
 
 
-@contextlib.contextmanager
-def watched(config, folder: Path, flight: FlightRecord, stop: StopRequest):
-    """Peers of this run; the end of one is the end of all, with a line that says which and why."""
-
-    def on_fault(kind: str, text: str, facts: dict):
-        """Ends the process whatever its main thread is stuck in; with 3 where a restart may mend it."""
-        try:
-            if kind != "peer-failed":
-                flight.write(kind, message=text, **facts)
-        finally:
-            leave(0 if text == STOPPED_EARLY else 2 if kind == "peer-failed" else 3, text)
-
-    options, count = config.processes, jax.process_count()
-    with Peers(
-        folder, jax.process_index(), count, run_id(),
-        peer_timeout=options.peer_timeout, stall_timeout=options.stall_timeout, on_fault=on_fault,
-    ) as peers:  # fmt: skip
-        stop.first(lambda: peers.fail(STOPPED_EARLY))
-        try:
-            yield peers
-        except UserError:
-            raise
-        except Exception as error:
-            if count > 1:
-                # A collective that breaks off is a lost peer as a rule; the watch will soon know which, and ends this.
-                tell(f"{type(error).__name__}: {error}; looking for a lost peer")
-                time.sleep(options.peer_timeout * 1.5)
-            raise
-
-
-def train(config, workdir: Path) -> dict:
+def train(config, workdir: Path | str, end_process: Callable | None = None) -> dict:
     """Train the config's stage in WORKDIR/STAGE, resuming what is there; returns its summary.
 
     Errors: UserError for a folder that holds another run, data or weights that do not fit, a loss that is not finite.
-    SystemExit(0) after a request to stop, when the state is saved. A lost peer or a stall ends the process with 3.
+    Stopped after a request to stop (SIGTERM, SIGINT or SIGHUP, where this runs in the main thread): in the loop the
+    state is saved, and the same call resumes it.
+
+    end_process(exit code, last_words=""): for a command, which it ends from any thread, whatever the main one is stuck
+    in: at a second signal, at one before the loop, for a lost peer and a stall. Without it, as in a library, nothing
+    ends the process: see StopRequest and `watched` for what is done instead.
     """
     begun = time.perf_counter()
+    workdir = Path(workdir).expanduser().absolute()
     console, folder = make_console(quiet=not is_leader()), workdir / config.stage
     mesh = make_mesh(config.mesh)
     check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulate)
     flight = FlightRecord(folder, jax.process_index())
     # The stop request is outermost, so that a signal never cuts off the end of a save.
     with (
-        StopRequest(STOPPED_EARLY) as stop,
+        StopRequest(STOPPED_EARLY, end_process) as stop,
         locked_run(folder) as resuming,
-        watched(config, folder, flight, stop) as peers,
+        watched(folder, config.processes, flight, stop, end_process) as peers,
         partitioning(mesh, config.rules),
     ):
         if resuming:
@@ -136,8 +112,9 @@ def train(config, workdir: Path) -> dict:
             with peers.busy():
                 facts |= {"digest": checkpoints.digest("ema")}
                 return finish(config, folder, state, report, loop, facts, console)
-    console.print(f"stopped by {loop.stopped_by()} after step {int(state.step)}; saved; run the same command to resume")
-    raise SystemExit(0)
+    stopped = f"stopped by {loop.stopped_by()} after step {int(state.step)}; saved; run the same command to resume"
+    console.print(stopped)
+    raise Stopped(stopped)
 
 
 def position(config, step: int, facts: dict) -> dict:

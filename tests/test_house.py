@@ -66,6 +66,15 @@ def test_what_keeps_a_run_alive_knows_no_stage():
             assert not {room_of(x) for x in imports_of(path, paths)} & {"models", "diffusion", "stages", "builders"}
 
 
+def test_only_commands_end_the_process():
+    """What a notebook may call returns or raises. A signal to verify-resume, a command, unwinds by SystemExit."""
+    found = set()
+    for name, path in modules().items():
+        words = {getattr(x, "attr", getattr(x, "id", None)) for x in ast.walk(ast.parse(path.read_text()))}
+        found |= {(name, word) for word in words & {"_exit", "abort", "exit", "SystemExit"}}
+    assert found == {("main", "_exit"), ("main", "exit"), ("report.collect", "exit"), ("verbs.verify_resume", "exit")}
+
+
 def test_no_file_holds_everything():
     long = {name: n for name, path in modules().items() if (n := len(path.read_text().splitlines())) > LONGEST}
     assert not long.keys() - set(TABLES), long

@@ -228,11 +228,12 @@ def test_help_shows_an_example_that_is_a_command(verb, capsys):
 
 def test_the_verb_gets_the_config_and_an_absolute_workdir(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr("cmd_jax.train.train", lambda config, workdir: calls.append((config, workdir)))
+    monkeypatch.setattr("cmd_jax.train.train", lambda *arguments: calls.append(arguments))
     monkeypatch.chdir(tmp_path)
     assert main(["train", f"--config={QUICKSTART}:motion", "--workdir=here", "--config.seed=3"]) == 0
-    [(config, workdir)] = calls
+    [(config, workdir, end_process)] = calls
     assert (config.stage, config.seed, workdir) == ("motion", 3, tmp_path / "here")
+    assert end_process is command.end_process  # which only the command has
 
 
 def test_out_of_memory_says_what_to_lower(monkeypatch, fails):

@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -20,12 +22,13 @@ from cmd_jax import train as training
 from cmd_jax.config import from_dict, to_json
 from cmd_jax.data import shapes
 from cmd_jax.data.pipeline import BatchPlan
-from cmd_jax.errors import UserError
+from cmd_jax.errors import Stopped, UserError
 from cmd_jax.files import read_json, write_json
 from cmd_jax.main import main
 from cmd_jax.report.console import make_console
 from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.running.lock import locked_run
+from cmd_jax.running.runtime import StopRequest
 from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import ContentStage, MotionStage
 from cmd_jax.trained import Trained, export, load_trained
@@ -129,22 +132,24 @@ def test_a_finished_run_is_left_as_it_is(run, capsys):
 # Stopping and resuming.
 
 
-def test_autoencoder_stopped_by_a_signal_resumes_bit_for_bit(run, tmp_path, monkeypatch, capsys):
+def test_stopped_in_an_event_loop_and_resumed_in_a_thread_bit_for_bit(run, tmp_path, monkeypatch, capsys):
     scalars = training.Metrics.scalars
 
     def interrupt(self, step, values):
         scalars(self, step, values)
         if step == 2:  # told of when step 3 is under way: step 4 brings the request, and step 5 is the last
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.5)  # a thread hears it
 
     tmp_path /= "exp[lr=1e-2] [bold]x :smile:"
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in StopRequest.SIGNALS]
+
+    async def cell():
+        training.train(tiny.config_of("autoencoder"), str(tmp_path))
+
     monkeypatch.setattr(training.Metrics, "scalars", interrupt)
-    with pytest.raises(SystemExit) as stopped:
-        training.train(tiny.config_of("autoencoder"), tmp_path)
-    assert stopped.value.code == 0
-    assert signal.getsignal(signal.SIGTERM) is handler
+    with pytest.raises(Stopped, match="after step 5; saved"):
+        asyncio.run(cell())
+    assert [signal.getsignal(number) for number in StopRequest.SIGNALS] == handlers
     folder = tmp_path / "autoencoder"
     assert latest(folder) == 5
     assert not (folder / "summary.json").exists()  # which says that a run is finished
@@ -154,7 +159,9 @@ def test_autoencoder_stopped_by_a_signal_resumes_bit_for_bit(run, tmp_path, monk
         file.write('{"step": 6, "loss": 9.0, "wall_seconds": 1e6}\n{"step": 7, "lo')
 
     monkeypatch.undo()
-    training.train(tiny.config_of("autoencoder"), tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        summary = pool.submit(training.train, tiny.config_of("autoencoder"), tmp_path).result()
+    assert summary == read_json(folder / "summary.json")
     out = capsys.readouterr().out
     assert "resuming autoencoder at step 5 of 6" in out and f"; wrote {folder}/summary.json\n" in out
     resumed, whole = (read_json(workdir / "autoencoder" / "summary.json") for workdir in (tmp_path, run))
@@ -176,9 +183,9 @@ def test_a_signal_in_the_middle_of_a_preview_saves_and_ends(run, tmp_path, monke
         "motion", train__preview_every=2, latents__autoencoder=run / "autoencoder" / "ema.safetensors"
     )
     begun = time.monotonic()
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(Stopped):
         training.train(config, tmp_path)
-    assert stopped.value.code == 0 and time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 60
     assert latest(tmp_path / "motion") in (4, 5)
     assert {p.name[:7] for p in (tmp_path / "motion" / "previews").iterdir()} >= {"0000002"}
 

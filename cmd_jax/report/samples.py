@@ -77,9 +77,9 @@ def write_samples(folder: Path, out: dict, captions: list[str], title: str, opti
 
 
 @contextlib.contextmanager
-def writing(output: OutputFolder):
+def writing(output: OutputFolder, end_process=None):
     """The output's folder on the process that writes it, None on the others; a signal to stop removes it."""
-    with StopRequest("stopped by a signal; nothing was written") as stop:
+    with StopRequest("stopped by a signal; nothing was written", end_process) as stop:
         if not is_leader():
             yield None
             return

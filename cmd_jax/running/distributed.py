@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from cmd_jax.errors import UserError, choose, of_file, tell
+from cmd_jax.errors import UserError, choose, of_file
 from cmd_jax.running.runtime import check_devices, has_terminal
 
 log = logging.getLogger(__name__)
@@ -34,12 +34,16 @@ BARRIER_SECONDS = 86_400  # what opening data or slow disks may need: a peer tha
 _gathered = itertools.count()
 
 
-def start(mode: str, coordinator: str, num_processes: int | None, process_id: int | None, options):
+def start(
+    mode: str, coordinator: str, num_processes: int | None, process_id: int | None, options,
+    end_process: Callable,
+):  # fmt: skip
     """Connect the processes; must come before anything that starts a JAX backend.
 
     mode "auto" asks JAX whether it sees a cluster it knows (TPU pod, SLURM, GKE, Open MPI, or the variable
     JAX_COORDINATOR_ADDRESS), "explicit" takes the three numbers given, "off" leaves this process alone.
-    options: the config's `processes` group. UserError where flags, port or the number of processes are wrong.
+    options: the config's `processes` group. end_process(exit code, last words): called where others do not come within
+    options.start_timeout. UserError where flags, port or the number of processes are wrong.
     """
     choose("--distributed", mode, MODES)
     numbers = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
@@ -58,7 +62,7 @@ def start(mode: str, coordinator: str, num_processes: int | None, process_id: in
         check_numbers(coordinator, num_processes, process_id)
         if process_id == 0:
             probe_port(coordinator)
-        with deadline(f"this is {process_id} of {num_processes}", options.start_timeout):
+        with deadline(f"this is {process_id} of {num_processes}", options.start_timeout, end_process):
             if process_id:
                 wait_for_coordinator(coordinator, options.start_timeout)
             jax.distributed.initialize(coordinator, num_processes, process_id, **times)
@@ -66,7 +70,7 @@ def start(mode: str, coordinator: str, num_processes: int | None, process_id: in
         tasks = slurm_tasks()
         check_slurm(tasks)
         who = f"SLURM speaks of {tasks} tasks; --distributed=off takes this one alone" if tasks else "found by JAX"
-        with deadline(who, options.start_timeout):
+        with deadline(who, options.start_timeout, end_process):
             try:
                 jax.distributed.initialize(**times)
             except RuntimeError as e:
@@ -152,26 +156,20 @@ def wait_for_coordinator(coordinator: str, seconds: float):
             time.sleep(0.2)
 
 
-class deadline:
+@contextlib.contextmanager
+def deadline(who: str, seconds: float, end_process: Callable):
     """Ends this process with one line after `seconds` within: JAX itself would abort it without a word."""
-
-    def __init__(self, who: str, seconds: float):
-        self.error = UserError(
-            "processes.start_timeout", f"{seconds:.0f}", f"not all processes connected in time ({who})",
-            "start all of them with the same number, or raise it",
-        )  # fmt: skip
-        self.timer = threading.Timer(seconds, self._end)
-        self.timer.daemon = True
-
-    def _end(self):
-        tell(self.error)
-        os._exit(2)
-
-    def __enter__(self):
-        self.timer.start()
-
-    def __exit__(self, *error):
-        self.timer.cancel()
+    error = UserError(
+        "processes.start_timeout", f"{seconds:.0f}", f"not all processes connected in time ({who})",
+        "start all of them with the same number, or raise it",
+    )  # fmt: skip
+    timer = threading.Timer(seconds, end_process, (2, str(error)))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def barrier(name: str):
@@ -221,16 +219,12 @@ def run_id() -> str:
     return broadcast_from_leader(secrets.token_hex(8))
 
 
-def leave(code: int, last_words: str = ""):
-    """End this process of several at once: an orderly end would wait for peers that may be gone."""
-    if last_words:
-        tell(last_words.rstrip("\n"))
+def linger():
+    """Before this process ends by a fault: its output is out; others, whom the end of process 0 aborts, know why."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    # The others read why; the coordinator leaves last, since its end aborts them.
-    if jax.process_count() > 1 and is_leader():
+    if several() and is_leader():
         time.sleep(LINGER)
-    os._exit(code)
 
 
 def leader_alone(action: Callable):

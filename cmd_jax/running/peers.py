@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cmd_jax.errors import UserError
+from cmd_jax.errors import Stopped, UserError
 from cmd_jax.files import COUNT, parse_json, write_text
 
 log = logging.getLogger(__name__)
@@ -59,15 +59,14 @@ class Peers:
 
     def __exit__(self, kind, error, trace):
         if self._state["state"] == "running":
-            if error is None or (isinstance(error, SystemExit) and not error.code):
+            if error is None:
                 self.done()
+            elif isinstance(error, UserError | Stopped):
+                self.fail(str(error))
             else:
-                if isinstance(error, UserError):
-                    self.fail(str(error))
-                else:
-                    crash = f"process {self.index} crashed ({kind.__name__}: {error})"
-                    line = self._line("processes", self.count, crash, "look at its log")
-                    self._end("failed", line, "peer-crashed")
+                crash = f"process {self.index} crashed ({kind.__name__}: {error})"
+                line = self._line("processes", self.count, crash, "look at its log")
+                self._end("failed", line, "peer-crashed")
         self._leaving.set()
         # It may itself be what ends this process, or hang with the file system.
         self._thread.join(timeout=self.peer_timeout)

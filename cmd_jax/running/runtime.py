@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from cmd_jax.errors import UserError, tell
+from cmd_jax.errors import Stopped, UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
@@ -72,8 +72,9 @@ def peak_memory_gib() -> float:
 
 
 def is_heard(number: int) -> bool:
-    """Whether a signal is meant for this process: not a SIGHUP that its parent had it ignore, like nohup."""
-    return number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    """Whether a signal is meant for Python in this process: not a SIGHUP that its parent had it ignore, like nohup."""
+    handler = signal.getsignal(number)  # None where a program in which Python is embedded has set it
+    return handler is not None and (number != signal.SIGHUP or handler != signal.SIG_IGN)
 
 
 def drop_terminal():
@@ -89,55 +90,76 @@ def drop_terminal():
 class StopRequest:
     """Turns the first SIGTERM, SIGINT or SIGHUP into `signal`, which the training loop reads.
 
-    A second one ends at once, but for SIGHUP, of which a terminal that closes may send several.
+    A second one ends at once, but for SIGHUP, of which a terminal that closes may send several. Until the loop sets
+    `running` there is nothing to save: the first one ends all with `farewell`, after the calls that `first` was given.
+    A SIGHUP that is ignored, as by nohup, stays ignored.
 
-    Until the loop sets `running` there is nothing to save: the first one ends the process with 0, `farewell`, and
-    after the calls that `first` was given. A thread hears the signals, since Python's own handlers wait while
-    the main thread compiles or computes. A SIGHUP that is ignored, as by nohup, stays ignored.
+    end_process(exit code, last_words=""): for a command. A thread that hears the signals calls it, since Python's own
+    handlers wait while the main thread compiles or computes. Without it, as in a library, an end is Stopped, raised in
+    the main thread as soon as Python runs there. Outside of the main thread, where Python lets nobody set handlers, no
+    signal is heard.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-    def __init__(self, farewell: str):
-        self.farewell, self.signal, self.running, self._calls = farewell, None, False, []
+    def __init__(self, farewell: str, end_process: Callable | None = None):
+        self.farewell, self.signal, self.running = farewell, None, False
+        self._calls, self._end_process, self._undo = [], end_process, contextlib.ExitStack()
 
     def first(self, call: Callable[[], None]):
         """Have `call()` done before an early end."""
         self._calls.append(call)
 
     def __enter__(self):
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS if is_heard(number)}
-        self._wakeup = signal.set_wakeup_fd(self._write)
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
+        with contextlib.ExitStack() as undo:
+            if threading.current_thread() is threading.main_thread():
+                wakeup = self._start_thread(undo) if self._end_process else None
+                for number in filter(is_heard, self.SIGNALS):
+                    handler = signal.signal(number, (lambda *_: None) if self._end_process else self._interrupt)
+                    undo.callback(signal.signal, number, handler)
+                if wakeup is not None:
+                    undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(wakeup))
+            self._undo = undo.pop_all()
         return self
 
-    def _listen(self):
-        while number := os.read(self._read, 1)[0]:
+    def _start_thread(self, undo: contextlib.ExitStack) -> int:
+        """A thread that listens -> the descriptor to which Python shall write the signals."""
+        read, write = os.pipe()
+        undo.callback(os.close, read)
+        undo.callback(os.close, write)
+        os.set_blocking(write, False)
+        thread = threading.Thread(target=self._listen, args=(read,), daemon=True)
+        thread.start()
+        undo.callback(thread.join)
+        undo.callback(os.write, write, b"\0")
+        return write
+
+    def _listen(self, read: int):
+        while number := os.read(read, 1)[0]:
             if number in self.SIGNALS:
                 self._receive(number)
 
     def _receive(self, number: int):
+        """In the thread of a command."""
         if number == signal.SIGHUP:
             drop_terminal()
             if self.signal:
                 return
         if self.signal:
-            os._exit(128 + number)
+            self._end_process(128 + number)
         self.signal = number
         if not self.running:
             for call in self._calls:
                 call()
-            tell(self.farewell)
-            os._exit(0)
+            self._end_process(0, self.farewell)
+
+    def _interrupt(self, number: int, frame):
+        """As the handler of a library. What `first` was given is left to the contexts that Stopped leaves."""
+        if self.signal and number != signal.SIGHUP:
+            raise Stopped("stopped by a second signal, before all was saved")
+        self.signal = self.signal or number
+        if not self.running:
+            raise Stopped(self.farewell)
 
     def __exit__(self, *error):
-        signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        os.write(self._write, b"\0")
-        self._thread.join()
-        os.close(self._read)
-        os.close(self._write)
+        self._undo.close()

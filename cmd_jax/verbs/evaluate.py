@@ -24,10 +24,11 @@ from cmd_jax.verbs.requests import (
 from cmd_jax.verbs.sample import asked
 
 
-def evaluate(config, workdir: Path) -> dict:
+def evaluate(config, workdir: Path, end_process=None) -> dict:
     """The `evaluate` verb: PSNR of reconstructed clips of data.split, and attributes of generated videos of shapes.
 
     Prints them with counts and chance levels; writes them to summary.json beside the videos it shows.
+    end_process: as for `train`.
     """
     console, started = make_console(quiet=not is_leader()), time.perf_counter()
     options = config.sampling
@@ -35,7 +36,7 @@ def evaluate(config, workdir: Path) -> dict:
         raise UserError("sampling.mode", options.mode, "evaluate scores generated videos", "use sampling.mode=generate")
     output = OutputFolder(workdir, options.output)
     sampler = load_sampler(config, workdir)
-    with writing(output) as folder:
+    with writing(output, end_process) as folder:
         clips = read_clips(config, workdir, config.evaluation.clips)
         decoded = sampler.reconstruct({"video": clips.videos})
         decibels = psnr(decoded["video"], decoded["original"])

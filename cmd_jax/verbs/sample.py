@@ -25,16 +25,16 @@ from cmd_jax.verbs.requests import (
 MODES = ("generate", "reconstruct", "vary-motion", "animate")
 
 
-def sample(config, workdir: Path) -> Path:
+def sample(config, workdir: Path, end_process=None) -> Path:
     """The `sample` verb: write the samples of `sampling.mode` and their gallery; returns the folder.
 
-    Of several processes the first one writes, and the others return None.
+    Of several processes the first one writes, and the others return None. end_process: as for `train`.
     """
     console, started = make_console(quiet=not is_leader()), time.perf_counter()
     choose("sampling.mode", config.sampling.mode, MODES)
     output = OutputFolder(workdir, config.sampling.output)
     sampler = load_sampler(config, workdir)
-    with writing(output) as folder:
+    with writing(output, end_process) as folder:
         out, captions = make_samples(sampler, config, workdir)
         if folder is None:
             return None

@@ -37,7 +37,7 @@ OPTIONS = tiny.config_of("autoencoder").processes
 )
 def test_flags_that_make_no_sense(arguments, line):
     with pytest.raises(UserError) as error:
-        distributed.start(*arguments, OPTIONS)
+        distributed.start(*arguments, OPTIONS, pytest.fail)
     assert str(error.value).startswith(line)
 
 
@@ -47,7 +47,7 @@ def test_a_busy_port_is_noticed_before_jax_crashes_on_it():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--coordinator=localhost:{port}: its port cannot be had "):
-            distributed.start("explicit", f"localhost:{port}", 2, 0, OPTIONS)
+            distributed.start("explicit", f"localhost:{port}", 2, 0, OPTIONS, pytest.fail)
     distributed.probe_port(f"localhost:{free_port()}")
 
 
@@ -60,8 +60,8 @@ def test_a_coordinator_that_never_answers():
 
 def test_expected_processes_are_counted():
     with pytest.raises(UserError, match="processes.expected=4: 1 processes were started; "):
-        distributed.start("off", None, None, None, tiny.config_of("autoencoder", processes__expected=4).processes)
-    distributed.start("off", None, None, None, tiny.config_of("autoencoder", processes__expected=1).processes)
+        distributed.start("off", None, None, None, tiny.config_of("autoencoder", processes__expected=4).processes, None)
+    distributed.start("off", None, None, None, tiny.config_of("autoencoder", processes__expected=1).processes, None)
 
 
 TASK = dict.fromkeys(distributed.SLURM, "0") | {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_TASK_PID": "1"}
@@ -88,9 +88,9 @@ def test_a_shell_of_a_slurm_job_is_told_from_a_task(monkeypatch, changes, termin
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: waited.append(1))
     if refused:
         with pytest.raises(UserError, match="^SLURM_NTASKS=2: .*SLURM.*--distributed=off"):
-            distributed.start("auto", None, None, None, OPTIONS)
+            distributed.start("auto", None, None, None, OPTIONS, pytest.fail)
     else:
-        distributed.start("auto", None, None, None, OPTIONS)
+        distributed.start("auto", None, None, None, OPTIONS, pytest.fail)
     assert bool(waited) != refused
 
 
@@ -117,9 +117,10 @@ SCRIPT = """
 import sys
 from cmd_jax.running import distributed
 from cmd_jax.errors import UserError
+from cmd_jax.main import leave
 import tiny
 index, port = int(sys.argv[1]), sys.argv[2]
-distributed.start("explicit", "127.0.0.1:" + port, 2, index, tiny.config_of("autoencoder").processes)
+distributed.start("explicit", "127.0.0.1:" + port, 2, index, tiny.config_of("autoencoder").processes, leave)
 print(distributed.gather("x" * (index + 1) + "é"), distributed.broadcast_from_leader(index), flush=True)
 
 def refuse(*_):
@@ -135,7 +136,7 @@ attempt(lambda: distributed.agree({"a": "1", "b": str(index)}, "start both alike
 attempt(lambda: distributed.agree({"a": "1"} | ({"c": "2"} if index else {}), "start both alike"))
 attempt(lambda: distributed.leader_first(lambda: index))
 attempt(lambda: distributed.leader_first(refuse))
-distributed.leave(5)
+leave(5)
 """
 
 

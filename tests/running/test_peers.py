@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cmd_jax.errors import UserError
+from cmd_jax.errors import Stopped, UserError
 from cmd_jax.running import peers
 from cmd_jax.running.peers import Peers
 
@@ -85,7 +85,7 @@ def test_a_heartbeat(tmp_path):
     [
         (UserError("loss", "nan", "not finite", "look"), "failed", "loss=nan: not finite; look"),
         (ValueError("two\nlines"), "failed", "=2: process 0 crashed (ValueError: two lines); look at its log, then "),
-        (SystemExit(0), "done", ""),
+        (Stopped("stopped early"), "failed", "stopped early"),
         (SystemExit(2), "failed", "=2: process 0 crashed (SystemExit: 2); look at its log, then "),
     ],
 )

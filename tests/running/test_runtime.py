@@ -1,17 +1,24 @@
 """Requests to stop, sent to real processes."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-SCRIPT = """
-import sys, time
+from cmd_jax.errors import Stopped, UserError
 from cmd_jax.running.runtime import StopRequest
-with StopRequest("nothing to save") as stop:
+
+SCRIPT = """
+import os, sys, time
+from cmd_jax.main import end_process
+from cmd_jax.running.runtime import StopRequest
+with StopRequest("nothing to save", end_process) as stop:
     stop.first(lambda: print("cleared", flush=True))
     stop.running = {running}
     print("ready", flush=True)
@@ -93,10 +100,11 @@ TALKER = """
 import sys, time
 from pathlib import Path
 from cmd_jax.errors import tell
+from cmd_jax.main import end_process
 from cmd_jax.report.console import make_console
 from cmd_jax.running.runtime import StopRequest
 console = make_console()
-with StopRequest("") as stop:
+with StopRequest("", end_process) as stop:
     stop.running = True
     while not stop.signal:
         console.print("a step")
@@ -152,10 +160,50 @@ def test_a_terminal_is_noticed_wherever_input_comes_from(inside):
     assert done.stdout.strip() == str(inside), done.stderr
 
 
-def test_handlers_are_put_back():
-    from cmd_jax.running.runtime import StopRequest
+def ways():
+    """What this process does at signals: what a caller of the library has set, which must be there again afterwards."""
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    return wakeup, *map(signal.getsignal, StopRequest.SIGNALS)
 
-    before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
-    with StopRequest("") as stop:
-        assert signal.getsignal(signal.SIGTERM) is not before[0] and stop.signal is None
-    assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)) == before
+
+class Ended(Exception):
+    pass
+
+
+@pytest.mark.parametrize("end_process", [None, print])
+@pytest.mark.parametrize("error", [None, UserError("a", 1, "b", "c"), SystemExit(1), KeyboardInterrupt()])
+def test_handlers_are_put_back(error, end_process):
+    before, threads = ways(), threading.active_count()
+    with contextlib.suppress(BaseException), StopRequest("", end_process) as stop:
+        assert not set(ways()[1:]) & set(before[1:]) and stop.signal is None
+        raise error or Ended
+    assert ways() == before and threading.active_count() == threads
+
+
+@pytest.mark.parametrize("number", StopRequest.SIGNALS)
+def test_in_a_library_a_signal_before_the_loop_is_an_exception(number):
+    before = ways()
+    with pytest.raises(Stopped, match="nothing to save"), StopRequest("nothing to save"):
+        signal.raise_signal(number)
+    assert ways() == before
+
+
+def test_in_a_library_a_second_signal_in_the_loop_is_an_exception():
+    before = ways()
+    with pytest.raises(Stopped, match="second signal"), StopRequest("") as stop:
+        stop.running = True
+        for _ in range(3):  # of a terminal that closes
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.signal == signal.SIGHUP
+        signal.raise_signal(signal.SIGTERM)
+    assert ways() == before
+
+
+def test_outside_of_the_main_thread_no_signal_is_heard():
+    def run():
+        with StopRequest("") as stop:
+            return stop.signal, [*map(signal.getsignal, StopRequest.SIGNALS)]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run).result() == (None, [*map(signal.getsignal, StopRequest.SIGNALS)])

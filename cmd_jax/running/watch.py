@@ -1,0 +1,55 @@
+"""What becomes of a run whose peers fail, or which finishes no step."""
+
+import contextlib
+import queue
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from cmd_jax.errors import UserError, tell
+from cmd_jax.running.distributed import linger, run_id
+from cmd_jax.running.peers import Peers
+
+STOPPED_EARLY = "stopped by a signal before the first step; nothing to save"
+
+
+@contextlib.contextmanager
+def watched(folder: Path, options, flight, stop, end_process: Callable | None = None):
+    """Peers of this run in its stage folder; the end of one is the end of all, with a line that says which and why.
+
+    options: the config's `processes` group. flight: writes what was known at a fault. stop: the StopRequest of this
+    process, of which the others hear.
+    end_process(exit code): called by the thread that watches, whatever the main thread is stuck in, with 3 where a
+    restart may mend it. Without it the line is told; and where a collective breaks off over a lost peer, it is raised
+    as a RuntimeError. A library whose main thread hangs in a collective hangs on: with several processes give one.
+    """
+    found, count = queue.SimpleQueue(), jax.process_count()
+
+    def on_fault(kind: str, line: str, facts: dict):
+        try:
+            if kind != "peer-failed":
+                flight.write(kind, message=line, **facts)
+        finally:
+            tell(line)
+            if end_process:
+                linger()
+                end_process(0 if line == STOPPED_EARLY else 2 if kind == "peer-failed" else 3)
+            found.put(line)
+
+    with Peers(
+        folder, jax.process_index(), count, run_id(),
+        peer_timeout=options.peer_timeout, stall_timeout=options.stall_timeout, on_fault=on_fault,
+    ) as peers:  # fmt: skip
+        stop.first(lambda: peers.fail(STOPPED_EARLY))
+        try:
+            yield peers
+        except UserError:
+            raise
+        except Exception as error:
+            if count > 1:
+                # A collective that breaks off is a lost peer as a rule; the watch will soon know which.
+                tell(f"{type(error).__name__}: {error}; looking for a lost peer")
+                with contextlib.suppress(queue.Empty):
+                    raise RuntimeError(found.get(timeout=options.peer_timeout * 1.5)) from error
+            raise
