@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cmd_jax.errors import UserError
-from cmd_jax.running.checkpoint import check_name
+from cmd_jax.running.array_store import check_name
 from cmd_jax.running.distributed import leader_alone
 
 log = logging.getLogger(__name__)

@@ -1,66 +1,40 @@
-"""Checkpoints that are damaged, cut off, too large for the disk, killed; on other devices; by several processes."""
+"""Checkpoints that are damaged, cut off, too large for the disk, killed."""
 
 import contextlib
 import errno
 import json
 import logging
-import multiprocessing
 import os
 import random
 import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from checkpoints import answers, check_whole, hashed, in_children, largest, names_in, save, state_at, truncate
 
 from cmd_jax.errors import UserError
 from cmd_jax.running import checkpoint as checkpointing
-from cmd_jax.running import manifest as manifests
 from cmd_jax.running.checkpoint import Checkpoints
-from cmd_jax.running.hosts import digest, to_host
+from cmd_jax.running.hosts import digest
 from cmd_jax.running.manifest import digest_of, verify, write_manifest
-from cmd_jax.state import TrainState
 
 
-def state_at(step, rows=16):
-    """Arrays of numbers that do not compress, other ones at each step."""
-    numbers = np.random.default_rng(step).normal(size=(rows, 8)).astype(np.float32)
-    return TrainState(jnp.int32(step), {"w": jnp.asarray(numbers)}, {"w": jnp.asarray(-numbers)}, (jnp.float32(step),))
-
-
-def save(folder, *steps, rows=16, **options):
-    with contextlib.closing(Checkpoints(folder, **options)) as checkpoints:
-        for step in steps:
-            checkpoints.save(state_at(step, rows), {"step": step})
-
-
-def check_whole(folder, step, rows=16):
-    """The newest good step is `step`, and holds what was saved."""
-    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
-        assert checkpoints.latest() == step
-        state, run = checkpoints.restore(state_at(0, rows))
-    assert digest(state) == digest(state_at(step, rows))
-    assert run == {"step": step}
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    save(folder, 3, 6)
+    return folder
 
 
 @pytest.fixture
-def two(tmp_path):
+def two(saved, tmp_path):
     """A stage folder with the checkpoints 3 and 6."""
-    save(tmp_path, 3, 6)
-    return tmp_path
+    return shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture
@@ -97,14 +71,6 @@ def test_200_flipped_bits_are_detected_or_harmless(tmp_path):
         path.write_bytes(good)
     assert detected + harmless == 200 and detected >= 195 and hit == set(files)
     check_whole(tmp_path, 6)
-
-
-def largest(step):
-    return max((path for path in step.rglob("*") if path.is_file() and path.parent != step), key=os.path.getsize)
-
-
-def truncate(step):
-    os.truncate(largest(step), largest(step).stat().st_size - 1)
 
 
 def rewrite(**changes):
@@ -200,22 +166,6 @@ def test_checkpoint_of_a_newer_format_is_refused(two):
     assert names_in(two / "checkpoints") == ["3", "6"]
 
 
-@contextlib.contextmanager
-def hashed():
-    """The names of the files that are hashed meanwhile, each with its folder: "ema/manifest.ocdbt"."""
-    names, real = [], manifests._facts_of
-
-    def facts_of(path, *arguments, **options):
-        names.append(path.as_posix().rpartition("/checkpoints/")[2].partition("/")[2])
-        return real(path, *arguments, **options)
-
-    manifests._facts_of = facts_of
-    try:
-        yield names
-    finally:
-        manifests._facts_of = real
-
-
 def test_every_byte_that_is_used_is_read_once(two):
     step = two / "checkpoints" / "6"
     files = [path.relative_to(step).as_posix() for path in step.rglob("*") if path.is_file()]
@@ -307,31 +257,6 @@ def test_manifest_without_room_keeps_the_step_before(two, monkeypatch, told_by):
     checkpoints.close()
     assert names_in(two / "checkpoints") == ["9"]
     check_whole(two, 9)
-
-
-def in_children(function, *argument_lists):
-    """function(pipe, *arguments) in processes of their own -> [(process, our end of its pipe)]; loaded but once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cmd_jax.running.checkpoint"])
-    children = []
-    for arguments in argument_lists:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=function, args=(theirs, *arguments), daemon=True)
-        process.start()
-        theirs.close()
-        children.append((process, ours))
-    return children
-
-
-def answers(children, seconds=100):
-    """What each child sent last before it ended, all of which it must by itself."""
-    sent = []
-    for process, pipe in children:
-        assert pipe.poll(seconds), f"nothing from {process}"
-        sent.append(pipe.recv())
-        process.join(seconds)
-        assert process.exitcode == 0
-    return sent
 
 
 def save_under_limit(pipe, folder, limit, rows):
@@ -472,125 +397,3 @@ def test_killed_at_random_moments_the_newest_whole_step_is_there(tmp_path):
         if newest:
             check_whole(tmp_path, newest)
     assert newest > 5 and ".saving" in left
-
-
-# Other devices and several processes.
-
-
-def sharded_state(mesh, step=0):
-    """state_at, split over a mesh of two axes -> (state, the ShapeDtypeStructs that ask for it)."""
-    specs = TrainState(*(PartitionSpec(*axes) for axes in ((), ("x", "y"), ("y", "x"), ())))
-    state = state_at(step)
-    parts = TrainState(specs.step, {"w": specs.params}, {"w": specs.ema}, (specs.opt_state,))
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), parts)
-
-    def place(x, sharding):
-        whole = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: whole[index])
-
-    state = jax.tree.map(place, state, shardings)
-    return state, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
-def mesh_of(*shape):
-    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
-    return Mesh(devices, ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-
-
-def devices(count):
-    """In a child process; several must not take programs from a cache (see distributed.start)."""
-    jax.config.update("jax_num_cpu_devices", count)
-    jax.config.update("jax_enable_compilation_cache", False)
-
-
-def reshard(pipe, folder):
-    devices(8)
-    state, digests, shards = sharded_state(mesh_of(8, 1), 1)[0], [], []
-    for step, shape in enumerate([(8, 1), (2, 4), (1, 1), (8, 1)], 1):
-        with contextlib.closing(Checkpoints(folder)) as checkpoints:
-            if step > 1:
-                state, _ = checkpoints.restore(sharded_state(mesh_of(*shape))[1])
-            digests.append(digest([state.params, state.ema, state.opt_state]))
-            held = state.params["w"].addressable_shards
-            shards.append((len(held), *held[0].data.shape))
-            checkpoints.save(state.replace(step=jnp.int32(step)), {})
-    pipe.send((digests, shards))
-
-
-def test_resharded_over_8_2x4_1_and_8_devices_the_bits_are_the_same(tmp_path):
-    ((digests, shards),) = answers(in_children(reshard, (tmp_path,)))
-    state = state_at(1)
-    assert digests == 4 * [digest([state.params, state.ema, state.opt_state])]
-    assert shards == [(8, 2, 8), (8, 8, 2), (1, 16, 8), (8, 2, 8)]
-
-
-def error_of(function, *arguments):
-    try:
-        return function(*arguments)
-    except UserError as error:
-        return str(error)
-
-
-def one_of_two(pipe, index, port, work):
-    """What a process of two makes of the folders that the test has prepared."""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    devices(2)
-    jax.distributed.initialize(f"localhost:{port}", 2, index)
-    mesh, told = mesh_of(2, 2), {}
-    for name in ("damaged", "older"):
-        with contextlib.closing(Checkpoints(work / name)) as checkpoints:
-            told[name] = error_of(checkpoints.latest)
-    with contextlib.closing(Checkpoints(work / f"good{index}")) as checkpoints:  # each looks at another disk
-        told["apart"] = error_of(checkpoints.latest)
-    with contextlib.closing(Checkpoints(work / "good", keep=1)) as checkpoints, jax.set_mesh(mesh):
-        with hashed() as told["hashed"]:
-            told["good"] = checkpoints.latest()
-        told["digest"] = checkpoints.digest("ema")
-        state, run = checkpoints.restore(sharded_state(mesh)[1])
-        told["restored"] = run, digest(state)
-        told["held"] = len(state.params["w"].addressable_shards), to_host(state) is None
-        checkpoints.save(sharded_state(mesh, 9)[0], {"step": 9})
-        checkpoints.wait()
-        if index == 1:
-            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-        checkpoints.save(sharded_state(mesh, 12)[0], {"step": 12})
-        told["failed"] = error_of(checkpoints.wait)
-        if index == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        told["latest"] = checkpoints.latest()
-    pipe.send(told)
-
-
-def test_two_processes_decide_and_fail_together_and_one_restores_what_they_saved(tmp_path):
-    for name in ("good", "damaged", "older"):
-        save(tmp_path / name, *([3, 6] if name == "older" else [6]))
-        if name != "good":
-            truncate(tmp_path / name / "checkpoints" / "6")
-    for index in (0, 1):
-        shutil.copytree(tmp_path / "good", tmp_path / f"good{index}")
-    truncate(tmp_path / "good1" / "checkpoints" / "6")
-    files = [path for path in (tmp_path / "good" / "checkpoints" / "6").rglob("*") if path.is_file()]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    first, second = answers(in_children(one_of_two, (0, port, tmp_path), (1, port, tmp_path)))
-    assert first["damaged"] == second["damaged"] and "checkpoint=6: damaged: " in first["damaged"]
-    assert first["older"] == second["older"] == 3
-    assert first["good"] == second["good"] == 6
-    # Each hashed its share, and nothing is set aside because of what another one sees.
-    assert len(first["hashed"]) + len(second["hashed"]) == len({*first["hashed"], *second["hashed"]}) == len(files) - 1
-    assert abs(len(first["hashed"]) - len(second["hashed"])) <= 1
-    assert first["digest"] == second["digest"]
-    assert first["apart"].replace("good0", "good1") == second["apart"]
-    assert "process 1 sees another one than process 0: " in first["apart"]
-    assert names_in(tmp_path / "good1" / "checkpoints") == ["6"]
-    assert first["restored"] == second["restored"] == ({"step": 6}, digest(state_at(6)))
-    assert (first["held"], second["held"]) == ((2, False), (2, True))
-    assert first["failed"].startswith(
-        "checkpoint=12: could not be saved (process 1 failed to write its part); the prev"
-    )
-    assert second["failed"].startswith("checkpoint=12: could not be saved (") and "File too large" in second["failed"]
-    assert first["latest"] == second["latest"] == 9
-    assert names_in(tmp_path / "good" / "checkpoints") == ["9"]
-    check_whole(tmp_path / "good", 9)
