@@ -41,16 +41,32 @@ def coerce(field: str, text: str, like):
 
 
 def load(specification: str, overrides: dict[str, str]) -> ConfigDict:
-    """Run get_config of `FILE[:ARG]` and apply `key=value` overrides; unknown keys and wrong types are UserErrors."""
+    """Run get_config of `FILE[:ARG]` and apply `key=value` overrides; unknown keys and wrong types are UserErrors.
+
+    FILE: a Python file, or the bare name of one that comes with cmd_jax, like quickstart:sample.
+    """
     file, _, argument = specification.partition(":")
-    path = Path(file)
-    if not path.is_file() or path.suffix != ".py":
-        problem = "not a Python file" if path.is_file() else "no such file"
-        raise UserError("config", file, problem, "give a file of configs/, like configs/quickstart.py:content")
-    config = _run(path, argument)
+    config = _run(find(file), argument)
     for key, text in overrides.items():
         override(config, key, text)
     return check(config.copy_and_resolve_references())
+
+
+def shipped() -> Path:
+    """The folder of the configs, weights and prompts that come with cmd_jax: inside the package, or of its checkout."""
+    package = Path(__file__).parent
+    return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
+
+
+def find(file: str) -> Path:
+    """The config file of a path, or of the name of a shipped one."""
+    path, names = Path(file), sorted(path.stem for path in shipped().glob("*.py"))
+    if file in names:
+        return shipped() / f"{file}.py"
+    if not path.is_file() or path.suffix != ".py":
+        problem = "not a Python file" if path.is_file() else "no such file"
+        raise UserError("config", file, problem, f"give a Python file, or the name of one here: {', '.join(names)}")
+    return path
 
 
 def _run(path: Path, argument: str) -> ConfigDict:

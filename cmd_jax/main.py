@@ -12,7 +12,7 @@ from cmd_jax.errors import Stopped, UserError, nearest, of_file, tell
 from cmd_jax.files import check_path
 from cmd_jax.running.runtime import check_devices, keep_freed_memory
 
-QUICKSTART = "--config=configs/quickstart.py"
+QUICKSTART = "--config=quickstart"
 EXAMPLES = {
     "train": (
         "train one stage, resuming what is there",
@@ -21,7 +21,7 @@ EXAMPLES = {
     "sample": (
         "write videos and a gallery",
         f"{QUICKSTART}:sample,size=long --workdir=runs/shipped\n"
-        "         cmd-jax sample --config=configs/webvid_sd21.py:sample --workdir=runs/webvid"
+        "         cmd-jax sample --config=webvid:sample --workdir=runs/webvid"
         ' --config.pretrained.path=DIR --prompt="a sailing boat in the evening sun" --num=4',
     ),
     "evaluate": ("score reconstructions and generated videos", f"{QUICKSTART}:sample --workdir=runs/shapes"),
@@ -80,7 +80,9 @@ def build_parser(arguments: list[str]) -> Parser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        sub.add_argument("--config", metavar="FILE[:ARG]", help="required; ARG is stage[,key=value...]")
+        sub.add_argument(
+            "--config", metavar="FILE[:ARG]", help="required; or NAME of a shipped file; ARG is stage[,key=value...]"
+        )
         optional = verb == "doctor"
         help_workdir = (
             "where trained stages are looked for" if optional else "required; one folder a stage is made in it"

@@ -1,8 +1,8 @@
 """Writes untrained weights of the three stages of a text config, to try sampling at full size without a training.
 
     python launch/make_pipeline.py --size sd21-base --dtype float16 --out runs/sd21
-    python launch/random_stages.py --config configs/webvid_sd21.py --pipeline runs/sd21 --out runs/stages
-    cmd-jax sample --config=configs/webvid_sd21.py:sample --workdir=runs/full-size --config.weights=runs/stages \\
+    python launch/random_stages.py --config configs/webvid.py --pipeline runs/sd21 --out runs/stages
+    cmd-jax sample --config=configs/webvid.py:sample --workdir=runs/full-size --config.weights=runs/stages \\
         --config.pretrained.path=runs/sd21 --prompt="a boat in the evening sun" --steps=2
 
 The content stage is the pipeline's own UNet, which is what fine-tuning starts from; autoencoder and motion stage are as

@@ -210,10 +210,9 @@ def test_files_that_are_no_configs(tmp_path):
         assert str(file) in str(error.value) and "\n" not in str(error.value)
         return str(error.value).replace(str(file), "FILE")
 
-    with pytest.raises(UserError, match="config=.*absent.py: no such file; give a file of configs/"):
-        load(str(tmp_path / "absent.py"), {})
-    with pytest.raises(UserError, match="no such file"):
-        load(str(tmp_path), {})
+    for absent in (tmp_path / "absent.py", tmp_path, "quickstarts", "configs/quickstart"):
+        with pytest.raises(UserError, match=f"config={absent}: no such file; .* folder, quickstart, ucf101, webvid$"):
+            load(f"{absent}:content", {})
     assert message("hello", "readme.md").startswith("config=FILE: not a Python file; ")
     assert (
         message("x = 1 / 0")
@@ -233,6 +232,14 @@ def test_files_that_are_no_configs(tmp_path):
         "from cmd_jax import defaults\ndef get_config(argument):\n  config = defaults.content()\n"
         "  config.extra = 1\n  return config"
     )
+
+
+def test_a_shipped_config_has_a_name_and_a_path(tmp_path, monkeypatch):
+    by_path = load(f"{QUICKSTART}:sample,size=long", {})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()  # is no config
+    assert load("quickstart:sample,size=long", {}).to_dict() == by_path.to_dict()
+    assert (Path(by_path.weights) / "content.safetensors").is_file()
 
 
 def test_keys_are_dotted_names():

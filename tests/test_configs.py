@@ -22,20 +22,22 @@ FILES = {
     "quickstart": ("", "size=small", "size=long"),
     "folder": ("",),
     "ucf101": ("", "size=paper", "size=appendix", "size=reference", "size=S", "size=B"),
-    "webvid_sd15": ("", "size=tiny"),
-    "webvid_sd21": ("", "size=tiny"),
+    "webvid": ("", "sd=15", "size=small", "size=tiny", "size=tiny,sd=15"),
 }
-PIPELINES = Path(__file__).parent / "fixtures"
-GIVEN = {  # what the user must give
-    f"webvid_sd{version}": {"pretrained.path": str(PIPELINES / f"tiny-sd{version}")} for version in (15, 21)
-}
+FIXTURES = Path(__file__).parent / "fixtures"
 SPECIFICATIONS = [
-    f"{file}.py:{stage}{',' * bool(size)}{size}" for file, sizes in FILES.items() for size in sizes for stage in STAGES
+    f"{file}:{stage}{',' * bool(size)}{size}" for file, sizes in FILES.items() for size in sizes for stage in STAGES
 ]
 
 
+def given(specification: str) -> dict:
+    """What the user of a config must give."""
+    version = 15 if "sd=15" in specification else 21
+    return {"pretrained.path": str(FIXTURES / f"tiny-sd{version}")} if specification.startswith("webvid") else {}
+
+
 def ucf101(stage, size="paper"):
-    return load(f"{CONFIGS}/ucf101.py:{stage},size={size}", {})
+    return load(f"ucf101:{stage},size={size}", {})
 
 
 def test_every_file_is_tested():
@@ -44,7 +46,7 @@ def test_every_file_is_tested():
 
 @pytest.mark.parametrize("specification", SPECIFICATIONS)
 def test_a_config_loads_and_is_locked(specification):
-    config = load(f"{CONFIGS}/{specification}", GIVEN.get(specification.partition(".")[0], {}))
+    config = load(specification, given(specification) if "size=tiny" not in specification else {})
     assert config.stage == specification.partition(":")[2].split(",")[0]
     for node in (config, config.data, config.sampling if config.stage == "sample" else config.model):
         with pytest.raises((KeyError, AttributeError)):
@@ -54,18 +56,18 @@ def test_a_config_loads_and_is_locked(specification):
         assert config.train.batch_size <= config.data.clips or config.data.source == "folder"
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_the_stages_of_a_file_fit_each_other(file):
-    for size in ("", ",size=tiny") if file in GIVEN else ("",):
-        configs = {stage: load(f"{CONFIGS}/{file}.py:{stage}{size}", GIVEN.get(file, {})) for stage in STAGES}
-        assert len({(c.data.source, c.data.frames, c.data.height, c.data.width) for c in configs.values()}) == 1
-        autoencoder, conditions, models = autoencoder_of(configs["autoencoder"]), Classes(2), [None, None]
-        if file in GIVEN:
-            conditions, _ = load_texts(configs["motion"].pretrained, None)
-            models = [image_model(configs["content"].pretrained), None]
-        for stage, model in zip(("content", "motion"), models, strict=True):
-            stage = diffusion_stage(configs[stage], autoencoder, conditions, {}, model)
-            assert jax.eval_shape(stage.init, jax.random.key(0))
+@pytest.mark.parametrize("specification", ["quickstart", "folder", "ucf101", *(f"webvid,{s}" for s in FILES["webvid"])])
+def test_the_stages_of_a_file_fit_each_other(specification):
+    file, _, size = specification.partition(",")
+    configs = {stage: load(f"{file}:{stage},{size}", given(specification)) for stage in STAGES}
+    assert len({(c.data.source, c.data.frames, c.data.height, c.data.width) for c in configs.values()}) == 1
+    autoencoder, conditions, models = autoencoder_of(configs["autoencoder"]), Classes(2), [None, None]
+    if file == "webvid":
+        conditions, _ = load_texts(configs["motion"].pretrained, None)
+        models = [image_model(configs["content"].pretrained), None]
+    for stage, model in zip(("content", "motion"), models, strict=True):
+        stage = diffusion_stage(configs[stage], autoencoder, conditions, {}, model)
+        assert jax.eval_shape(stage.init, jax.random.key(0))
 
 
 def autoencoder_of(config):
@@ -77,8 +79,7 @@ def autoencoder_of(config):
 @pytest.mark.parametrize("version, width, cells, content_patch", [(15, 512, 64, 4), (21, 1024, 96, 8)])
 def test_the_papers_text_to_video(version, width, cells, content_patch):
     """Latents of 1/8, K=8, D=384; XL/2 motion with content patches of 4 and 8; batch 256, 3 epochs of 10.7M clips."""
-    file = f"webvid_sd{version}"
-    configs = {stage: load(f"{CONFIGS}/{file}.py:{stage}", GIVEN[file]) for stage in STAGES}
+    configs = {stage: load(f"webvid:{stage},sd={version}", given(f"webvid,sd={version}")) for stage in STAGES}
     autoencoder, content, motion, sample = configs.values()
     for config in configs.values():
         assert (config.data.frames, config.data.height, config.data.width) == (16, 512, width)
@@ -124,7 +125,7 @@ def test_the_papers_autoencoder():
     assert (loss.l1, loss.l2, loss.lpips, loss.adversarial, loss.feature_matching) == (4.0, 0.0, 4.0, 0.0, 4.0)
     assert (config.data.frames, config.data.height, config.data.width, config.data.stride) == (16, 64, 64, 1)
     assert (config.data.layout, config.data.fold, config.data.split) == ("ucf101", 1, "train")
-    given = load(f"{CONFIGS}/ucf101.py:autoencoder", {"loss.vgg": "vgg.pt"})
+    given = load("ucf101:autoencoder", {"loss.vgg": "vgg.pt"})
     assert (given.loss.lpips, given.loss.vgg) == (4.0, "vgg.pt")
 
 
