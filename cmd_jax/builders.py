@@ -79,7 +79,7 @@ def frames_shape(config, space: Pixels | VAELatents) -> tuple[int, int, int, int
 def check_fits(config, autoencoder, image_model=None):
     """UserError for sizes and units that the denoiser of a content or motion config cannot take."""
     if defaults.fine_tunes(config):
-        check_levels(unet_from_config(image_model["unet"]), autoencoder)
+        check_levels(unet_from_config(image_model.unet), autoencoder)
     else:
         check_patches(config, autoencoder)
         clip_of(config, autoencoder.space)

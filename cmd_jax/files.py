@@ -1,13 +1,16 @@
 """Ground: files that appear whole or never, and the one door for JSON that somebody else may have written."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import sys
+import types
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 from cmd_jax import __version__
 from cmd_jax.errors import UserError
@@ -142,6 +145,47 @@ def check_like(value, like: Like, name: str = "") -> str:
         case _:
             fits, kind = False, KINDS[type(like)]
     return "" if fits else f"{name or 'it'} is {_shown(value)}, not {kind}"
+
+
+def like_of(kind) -> Like:
+    """The JSON of a type, for `check_like`: a dataclass is an object, whose fields with a default it may lack.
+
+    Other types are those that `check_like` knows, tuple[X, ...], dict[str, X], unions, and Annotated[type, Like].
+    """
+    if dataclasses.is_dataclass(kind):
+        hints, fields = get_type_hints(kind, include_extras=True), dataclasses.fields(kind)
+        return {f.name + "?" * (f.default is not dataclasses.MISSING): like_of(hints[f.name]) for f in fields}
+    match get_origin(kind), get_args(kind):
+        case types.UnionType, kinds:
+            likes = tuple(like_of(x) for x in kinds if x is not type(None))
+            return likes if len(likes) > 1 else likes[0]
+        case origin, (inner, _) if origin is tuple:
+            return [like_of(inner)]
+        case origin, (_, inner) if origin is dict:
+            return {...: like_of(inner)}
+        case origin, (_, like) if origin is Annotated:
+            return like
+    return kind
+
+
+def from_json(kind, value):
+    """The value of a type that JSON stands for, once `check_like` found it to be `like_of` that type."""
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: from_json(hints[name], inner) for name, inner in value.items()})
+    if isinstance(kind, types.UnionType):  # of None and another
+        return from_json(next((x for x in get_args(kind) if dataclasses.is_dataclass(x) or get_origin(x)), None), value)
+    if get_origin(kind) is tuple:
+        return tuple(from_json(get_args(kind)[0], inner) for inner in value)
+    return value
+
+
+def as_json(value):
+    """What `from_json` makes the same dataclass of; fields that are None are left out."""
+    if dataclasses.is_dataclass(value):
+        named = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: as_json(inner) for name, inner in named.items() if inner is not None}
+    return [as_json(inner) for inner in value] if isinstance(value, tuple) else value
 
 
 def _shown(value) -> str:

@@ -3,9 +3,12 @@
 import json
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -13,20 +16,40 @@ from flax.traverse_util import flatten_dict
 from cmd_jax import defaults
 from cmd_jax.builders import check_fits, reads_text
 from cmd_jax.config import from_dict, to_json
-from cmd_jax.data.latents import path_of, read_latents, write_latents
+from cmd_jax.data.latents import LatentStatistics, path_of, read_latents, write_latents
 from cmd_jax.data.pipeline import video_reader
-from cmd_jax.data.sources import STATISTICS_CLIPS, channel_statistics, encode_clips, latent_reader, open_source
+from cmd_jax.data.sources import STATISTICS_CLIPS, encode_clips, latent_reader, open_source
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, versions, write_json
 from cmd_jax.interop.lpips import load_lpips
 from cmd_jax.models.conditions import Classes
 from cmd_jax.models.frames import Pixels
-from cmd_jax.pretrained import check_same, describe, identity, load_space, load_texts, open_space, stated_space
+from cmd_jax.pretrained import (
+    ImageModelMetadata,
+    Part,
+    TextEncoderMetadata,
+    VAEMetadata,
+    check_same,
+    describe,
+    identity,
+    load_space,
+    load_texts,
+    open_space,
+    stated_space,
+)
 from cmd_jax.running.distributed import agree, broadcast_from_leader, gather, is_leader, leader_first
 from cmd_jax.sharding import partitioning
-from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
+from cmd_jax.stages import AutoencoderStage, DiffusionStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import abstract
-from cmd_jax.trained import Trained, autoencoder_facts, check_facts, load_trained
+from cmd_jax.trained import (
+    AutoencoderMetadata,
+    DataMetadata,
+    Metadata,
+    Trained,
+    load_trained,
+    read_run_metadata,
+    write_metadata,
+)
 
 # What may change between the runs of one stage folder, and what too where the learning rate does not depend on it.
 RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")
@@ -58,43 +81,44 @@ def check_same_run(folder: Path, config):
             )  # fmt: skip
 
 
-def prepare(config, workdir: Path, mesh, console, resuming: bool):
-    """Everything a stage needs before its first step -> (stage, read, clips, name_of, facts).
+class Prepared(NamedTuple):
+    """What a stage needs before its first step."""
 
-    facts: what this stage was trained on; a resumed run keeps those it began with.
-    """
+    stage: AutoencoderStage | DiffusionStage
+    read: Callable[[int, np.random.Generator], dict]  # (index of a clip, rng) -> an example of a batch
+    clips: int  # indices of an epoch
+    name_of: Callable[[int], str]  # index of a clip -> its name
+    metadata: Metadata  # what it is trained on; a resumed run keeps what it began with
+
+
+def prepare(config, workdir: Path, mesh, console, resuming: bool) -> Prepared:
+    """Open the data, encode it where the config says so, build the stage, and keep its metadata in its folder."""
     folder = workdir / config.stage
     source = leader_first(lambda: open_source(config.data, cache=workdir / "probe.jsonl"))
     agree({"data": source.fingerprint}, "let every process see the same files")
-    facts = {"class_names": list(source.class_names), "fingerprint": source.fingerprint, "clips": len(source)}
     if is_leader() and source.bad:
         write_json(folder / "bad_files.json", source.bad)
     elif is_leader():  # an earlier part of the run may have found bad what is mended now
         (folder / "bad_files.json").unlink(missing_ok=True)
-    earlier = {}
-    if resuming and (folder / "facts.json").exists():
-        earlier = read_json(folder / "facts.json", "workdir")
-        check_facts(earlier, config, "workdir", folder / "facts.json")
-    if earlier.get("fingerprint", source.fingerprint) != source.fingerprint:
+    earlier = read_run_metadata(folder, config) if resuming else Metadata()
+    if earlier.data and earlier.data.fingerprint != source.fingerprint:
         where, problem = config.data.root or config.data.source, "the dataset changed since this run was started"
         raise UserError("data", where, problem + ", or clips are read otherwise by another cmd_jax", ELSEWHERE)
+    metadata = Metadata(tuple(source.class_names), DataMetadata(source.fingerprint, len(source)))
     prepare_stage = prepare_autoencoder if config.stage == "autoencoder" else prepare_denoiser
-    stage, read, clips = prepare_stage(config, workdir, source, mesh, console, facts, earlier)
+    stage, read, clips, metadata = prepare_stage(config, workdir, source, mesh, console, metadata, earlier)
     if is_leader():
-        write_json(folder / "facts.json", facts)
-    return stage, read, clips, lambda i: source.name(i % len(source)), facts
+        write_metadata(folder, metadata)
+    return Prepared(stage, read, clips, lambda i: source.name(i % len(source)), metadata)
 
 
-def add_part(part: str, config, facts: dict, earlier: dict):
-    """Keep in the facts which part of the pretrained model is used; a resumed run uses the same."""
-    if part in earlier:
-        facts[part] = check_same(config.pretrained, part, earlier, "this run was started with")
-    else:
-        facts[part] = describe(config.pretrained, part)
+def part_of(config, kind: type[Part], earlier: Part | None) -> Part:
+    """The part of a `pretrained` group's folder that a run uses; a resumed one uses the same as before."""
+    return check_same(config, earlier, "this run was started with") if earlier else describe(config, kind)
 
 
-def prepare_autoencoder(config, workdir: Path, source, mesh, console, facts: dict, earlier: dict):
-    """-> (stage, read, clips); adds to the facts."""
+def prepare_autoencoder(config, workdir: Path, source, mesh, console, metadata: Metadata, earlier: Metadata):
+    """-> (stage, read, clips, metadata with the VAE)."""
     lpips, space = load_lpips(config.loss.vgg, config.loss.lpips_heads) if config.loss.vgg else None, Pixels()
     if config.loss.lpips and lpips is None:
         console.print(
@@ -102,45 +126,47 @@ def prepare_autoencoder(config, workdir: Path, source, mesh, console, facts: dic
             "loss.lpips_heads (both in one file will do), or set loss.lpips=0.0"
         )  # fmt: skip
     if config.model.mode == "latent":
-        add_part("vae", config, facts, earlier)
+        metadata = replace(metadata, vae=part_of(config.pretrained, VAEMetadata, earlier.vae))
         space = load_space(config.pretrained, partial(abstract, mesh=mesh, rules=config.rules))
     stage, read = AutoencoderStage(config, lpips, space), video_reader(source)
     if not config.latents.cache_clips:
-        return stage, read, len(source)
+        return stage, read, len(source), metadata
     encode = lambda params, batch: {"frames": space.encode(params, batch["video"])}  # noqa: E731
-    latents = encoded_clips(config, workdir, source, (read, encode, space.params), facts, mesh, console)
-    return stage, latent_reader(latents), config.latents.cache_clips
+    latents = encoded_clips(config, workdir, source, (read, encode, space.params), metadata, mesh, console)
+    return stage, latent_reader(latents), config.latents.cache_clips, metadata
 
 
-def prepare_denoiser(config, workdir: Path, source, mesh, console, facts: dict, earlier: dict):
-    """-> (stage, read, clips); adds to the facts."""
+def prepare_denoiser(config, workdir: Path, source, mesh, console, metadata: Metadata, earlier: Metadata):
+    """-> (stage, read, clips, metadata with autoencoder, pretrained parts and statistics)."""
     trained, autoencoder = open_autoencoder(config, workdir, mesh, console)
-    facts |= autoencoder_facts(trained)
-    same_model = earlier.get("autoencoder_config", {}).items() <= facts["autoencoder_config"].items()
-    if not same_model or earlier.get("autoencoder_params", facts["autoencoder_params"]) != facts["autoencoder_params"]:
+    ours, before = AutoencoderMetadata.of(trained), earlier.autoencoder
+    if before and not (before.fits(ours.config) and before.params in (None, ours.params)):
         path, problem = (
             config.latents.autoencoder or workdir / "autoencoder",
             "is not the one this run was started with",
         )
         raise UserError("latents.autoencoder", path, problem, ELSEWHERE)
+    metadata = replace(metadata, autoencoder=ours, vae=trained.metadata.vae)
     conditions, tokenizer = Classes(len(source.class_names)), None
     if reads_text(config):
         if source.texts is None:
             remedy = "give clips with texts, data.layout metadata or webvid"
             raise UserError("data", config.data.root or config.data.source, "has no captions to train on", remedy)
-        add_part("text_encoder", config, facts, earlier)
+        text_encoder = part_of(config.pretrained, TextEncoderMetadata, earlier.text_encoder)
+        metadata = replace(metadata, text_encoder=text_encoder)
         conditions, tokenizer = load_texts(config.pretrained, partial(abstract, mesh=mesh, rules=config.rules))
-    elif config.pretrained.path and "vae" not in facts:
+    elif config.pretrained.path and metadata.vae is None:
         problem = "not used by a stage of pixels and classes"
         raise UserError("pretrained.path", config.pretrained.path, problem, "leave it out")
     elif source.texts and not source.class_names:
         console.print("the texts of the manifest are not used: without labels the model is trained unconditionally")
     if defaults.fine_tunes(config):
-        add_part("image_model", config, facts, earlier)
-    check_fits(config, autoencoder, facts.get("image_model"))  # before clips are encoded, which takes a while
+        image_model = part_of(config.pretrained, ImageModelMetadata, earlier.image_model)
+        metadata = replace(metadata, image_model=image_model)
+    check_fits(config, autoencoder, metadata.image_model)  # before clips are encoded, which takes a while
 
     count, normalized = config.latents.cache_clips, config.latents.get("normalize", False)
-    read = video_reader(source, tokenizer)
+    read, latents = video_reader(source, tokenizer), None
     params = {"autoencoder": autoencoder.params, "conditions": conditions.params}
 
     def encode(params, batch):
@@ -151,23 +177,22 @@ def prepare_denoiser(config, workdir: Path, source, mesh, console, facts: dict, 
         return out
 
     if count or normalized:
-        latents = encoded_clips(config, workdir, source, (read, encode, params), facts, mesh, console)
-    else:  # only the numbers of channels are needed
-        latents = {"content": np.zeros(autoencoder.content_shape), "motion": np.zeros(autoencoder.motion_shape)}
-    facts["statistics"] = earlier.get("statistics") or channel_statistics(latents, normalized)
-    stage = diffusion_stage(config, autoencoder, conditions, facts["statistics"], facts.get("image_model"))
-    return (stage, latent_reader(latents), count) if count else (stage, read, len(source))
+        latents = encoded_clips(config, workdir, source, (read, encode, params), metadata, mesh, console)
+    statistics = earlier.statistics or (LatentStatistics.of(latents) if normalized else None)
+    stage = diffusion_stage(config, autoencoder, conditions, statistics, metadata.image_model)
+    metadata = replace(metadata, statistics=stage.statistics)
+    return (stage, latent_reader(latents), count, metadata) if count else (stage, read, len(source), metadata)
 
 
 def open_autoencoder(config, workdir: Path, mesh, console) -> tuple[Trained, FrozenAutoencoder]:
     """The autoencoder that a diffusion stage is trained on, laid out on the mesh; it must fit the config."""
     path = Path(config.latents.autoencoder or workdir / "autoencoder")
-    place = partial(abstract, mesh=mesh, rules=config.rules)
+    shardings = partial(abstract, mesh=mesh, rules=config.rules)
 
-    def place_autoencoder(autoencoder_config, facts):
-        return place(AutoencoderStage(autoencoder_config, space=stated_space(facts)).init)
+    def of_autoencoder(autoencoder_config, metadata):
+        return shardings(AutoencoderStage(autoencoder_config, space=stated_space(metadata.vae)).init)
 
-    trained = load_trained(path, "autoencoder", place_autoencoder)
+    trained = load_trained(path, "autoencoder", of_autoencoder)
     if path.is_dir() and not (path / "summary.json").exists():
         console.print(f"the autoencoder in {path} is not trained to its end; this stage will belong to it as it is now")
     for side in ("frames", "height", "width"):
@@ -176,10 +201,11 @@ def open_autoencoder(config, workdir: Path, mesh, console) -> tuple[Trained, Fro
                 f"data.{side}", config.data[side], f"the autoencoder was trained at {trained.config.data[side]}",
                 "use that, or train an autoencoder for this shape",
             )  # fmt: skip
-    return trained, FrozenAutoencoder(trained.config, trained.params, open_space(config, trained.facts, place))
+    space = open_space(config.pretrained, trained.metadata.vae, shardings)
+    return trained, FrozenAutoencoder(trained.config, trained.params, space)
 
 
-def encoded_clips(config, workdir: Path, source, encoding, facts, mesh, console) -> dict:
+def encoded_clips(config, workdir: Path, source, encoding, metadata: Metadata, mesh, console) -> dict:
     """What `encoding` makes of the first latents.cache_clips clips, or with 0 of some, all over the data.
 
     encoding: (read, encode, params) as of `encode_clips`. Both diffusion stages share the file that remembers the
@@ -193,7 +219,7 @@ def encoded_clips(config, workdir: Path, source, encoding, facts, mesh, console)
         )  # fmt: skip
     spread = np.linspace(0, len(source), STATISTICS_CLIPS, endpoint=False).astype(int)
     indices = np.arange(count) % len(source) if count else spread
-    what = broadcast_from_leader(made_of(config, facts, mesh))
+    what = broadcast_from_leader(made_of(config, metadata, mesh))
     path = path_of(workdir, what)
     latents = read_latents(path, what)
     found = [json.loads(text) for text in gather(json.dumps(latents is not None))]
@@ -210,16 +236,18 @@ def encoded_clips(config, workdir: Path, source, encoding, facts, mesh, console)
     return latents
 
 
-def made_of(config, facts: dict, mesh) -> dict:
+def made_of(config, metadata: Metadata, mesh) -> dict:
     """What the latents of a run depend on, down to their last bits, as JSON has it.
 
-    config: of the run. facts: of what it is trained on, as its folder keeps them; those of its data, autoencoder, VAE
-    and text encoder count. mesh: on which they are encoded.
+    config: of the run. metadata: of what it is trained on; data, autoencoder, VAE and text encoder count. mesh: on
+    which they are encoded.
     """
-    models = {part: identity(part, facts[part]) for part in ("vae", "text_encoder") if part in facts}
-    autoencoder = {name: facts[name] for name in ("autoencoder_params", "autoencoder_config") if name in facts}
+    models = {part.part: identity(part) for part in (metadata.vae, metadata.text_encoder) if part}
+    autoencoder = metadata.autoencoder
+    if autoencoder:
+        models |= {"autoencoder_params": autoencoder.params, "autoencoder_config": autoencoder.config}
     what = {
-        "data": facts["fingerprint"],
+        "data": metadata.data.fingerprint,
         "seed": config.seed,
         "clips": config.latents.cache_clips or f"{STATISTICS_CLIPS} all over the data",
         "batch_size": config.train.batch_size,
@@ -229,4 +257,4 @@ def made_of(config, facts: dict, mesh) -> dict:
         "devices": sorted({device.device_kind for device in mesh.devices.flat}),
         "versions": versions() | {name: version(name) for name in LIBRARIES},
     }
-    return json.loads(json.dumps(what | models | autoencoder))
+    return json.loads(json.dumps(what | models))

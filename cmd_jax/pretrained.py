@@ -1,15 +1,12 @@
-"""The parts of a pretrained image model that CMD keeps as they are, its VAE and text encoder (paper section 3.2).
-
-A stage's facts say which they were. "vae" and "text_encoder" hold {"config": config.json, "weights": digest}, and the
-latter "tokenizer": its identity; "image_model" holds {"unet": config.json, "scheduler": scheduler_config.json}, what
-FineTunedContentStage needs to know.
-"""
+"""The parts of a pretrained image model that CMD keeps as they are, its VAE and text encoder (paper section 3.2)."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 from cmd_jax.errors import UserError
-from cmd_jax.files import read_json
+from cmd_jax.files import COUNT, as_json, read_json
 from cmd_jax.interop import schedulers, sd_config
 from cmd_jax.interop.clip import load_text_encoder, text_fields, text_from_config, text_rename
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
@@ -21,8 +18,58 @@ from cmd_jax.models.conditions import Classes, Texts
 from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.running.distributed import agree, leader_alone
 
-WEIGHTS = {"vae": (DIFFUSERS, vae_rename), "text_encoder": (TRANSFORMERS, text_rename)}
 LONGEST_SHOWN = 40
+TOKENIZER = {"vocabulary": str, "merges": str, "added_tokens": [list], "start": COUNT, "end": COUNT, "pad": COUNT,
+             "max_length": COUNT}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VAEMetadata:
+    """Which VAE an autoencoder was trained with. config: its config.json. weights: digest, "" if they were not read."""
+
+    config: dict
+    weights: str
+
+    part: ClassVar[str] = "vae"
+    layout: ClassVar[tuple] = DIFFUSERS, vae_rename  # how its files and tensors may be called
+
+    def depends_on(self) -> dict[str, dict]:
+        """What its outputs depend on, {file: {field: value}}; of the config the fields that matter, with defaults."""
+        fields = sd_config.fields("vae", self.config)
+        return {"vae/config.json": fields, "vae": {"digest of its weights": self.weights}}
+
+
+@dataclass(frozen=True)
+class TextEncoderMetadata:
+    """Which text encoder a denoiser was trained with, as VAEMetadata. tokenizer: what ids depend on."""
+
+    config: dict
+    weights: str
+    tokenizer: Annotated[dict, TOKENIZER]
+
+    part: ClassVar[str] = "text_encoder"
+    layout: ClassVar[tuple] = TRANSFORMERS, text_rename
+
+    def depends_on(self) -> dict[str, dict]:
+        files = {"text_encoder/config.json": text_fields(self.config), "tokenizer": self.tokenizer}
+        return files | {"text_encoder": {"digest of its weights": self.weights}}
+
+
+@dataclass(frozen=True)
+class ImageModelMetadata:
+    """Which image model a content stage was fine-tuned from: unet/config.json and scheduler/scheduler_config.json."""
+
+    unet: dict
+    scheduler: dict
+
+    part: ClassVar[str] = "image_model"
+
+    def depends_on(self) -> dict[str, dict]:
+        files = {"unet/config.json": sd_config.fields("unet", self.unet)}
+        return files | {"scheduler/scheduler_config.json": schedulers.fields(self.scheduler)}
+
+
+Part = VAEMetadata | TextEncoderMetadata | ImageModelMetadata
 
 
 def read_config(config, *parts: str) -> dict:
@@ -36,79 +83,57 @@ def read_config(config, *parts: str) -> dict:
     return read_json(path, "pretrained.path", SOURCE, "fetch the file again")
 
 
-def stated(config) -> dict:
-    """The facts that the folder `pretrained.path` states, without digests; {} where none is given."""
-    if not config.path:
-        return {}
-    parts = {part: {"config": read_config(config, part, "config.json")} for part in WEIGHTS}
-    return parts | {"image_model": image_model(config)}
+def stated(config, kind: type[Part]) -> Part:
+    """A part of the folder `pretrained.path` by its config.json alone, which is all that shapes depend on."""
+    if kind is ImageModelMetadata:
+        return kind(
+            read_config(config, "unet", "config.json"), read_config(config, "scheduler", "scheduler_config.json")
+        )
+    return kind(read_config(config, kind.part, "config.json"), "", *([{}] if kind is TextEncoderMetadata else []))
 
 
-def image_model(config) -> dict:
-    """What FineTunedContentStage needs to know of the folder `pretrained.path`."""
-    unet = read_config(config, "unet", "config.json")
-    return {"unet": unet, "scheduler": read_config(config, "scheduler", "scheduler_config.json")}
-
-
-def describe(config, part: str) -> dict:
-    """The fact that a stage keeps of a part of the folder `pretrained.path`: "vae", "text_encoder" or "image_model".
+def describe(config, kind: type[Part]) -> Part:
+    """A part of the folder `pretrained.path` by all that its outputs depend on.
 
     Every process must call it. All read what is small, and must read the same; process 0 reads the weights.
     """
-    if part == "image_model":
-        fact, seen = image_model(config), []
-    else:
-        fact, (stems, rename) = {"config": read_config(config, part, "config.json")}, WEIGHTS[part]
-        files = find_weights(Path(config.path) / part, stems)
+    part, seen = stated(config, kind), []
+    if kind is not ImageModelMetadata:
+        stems, rename = kind.layout
+        files = find_weights(Path(config.path) / kind.part, stems)
         seen = [[path.name, path.stat().st_size] for path in files.parts]
-        if part == "text_encoder":
-            fact["tokenizer"] = Tokenizer(Path(config.path) / "tokenizer").identity
-    agree({f"pretrained.path: {part}": json.dumps([fact, seen], sort_keys=True)}, "let every process see the same")
-    if part != "image_model":
-        fact["weights"] = leader_alone(lambda: digest_weights(files, rename))
-    return fact
+    if kind is TextEncoderMetadata:
+        part = replace(part, tokenizer=Tokenizer(Path(config.path) / "tokenizer").identity)
+    small = json.dumps([as_json(part), seen], sort_keys=True)
+    agree({f"pretrained.path: {kind.part}": small}, "let every process see the same")
+    if kind is not ImageModelMetadata:
+        part = replace(part, weights=leader_alone(lambda: digest_weights(files, rename)))
+    return part
 
 
-def identity(part: str, fact: dict) -> dict:
-    """What the outputs of a part depend on, by the names of files and fields; two facts are of one part if it is equal.
-
-    Of a config these are the fields that matter, with defaults.
-    """
-    if part == "image_model":
-        places = {"unet/config.json": sd_config.fields("unet", fact["unet"])}
-        places["scheduler/scheduler_config.json"] = schedulers.fields(fact["scheduler"])
-    else:
-        of_config = text_fields(fact["config"]) if part == "text_encoder" else sd_config.fields(part, fact["config"])
-        places = {f"{part}/config.json": of_config, "tokenizer": fact.get("tokenizer", {})}
-        places[part] = {"digest of its weights": fact.get("weights")}
-    return {f"{place}: {name}": value for place, fields in places.items() for name, value in fields.items()}
+def identity(part: Part) -> dict:
+    """What the outputs of a part depend on, {"file: field": value}; two are the same if these are equal."""
+    return {f"{file}: {name}": value for file, fields in part.depends_on().items() for name, value in fields.items()}
 
 
-def check_same(config, part: str, facts: dict, origin: str) -> dict:
-    """The fact of a part of the folder `pretrained.path`, which must be the one that `facts` tell of.
+def check_same(config, theirs: Part, origin: str) -> Part:
+    """The part of the folder `pretrained.path` that must be the same as `theirs`.
 
     origin: how a sentence goes on that ends with theirs, like "the autoencoder was trained with".
     """
-    return compare(config.path, part, facts[part], describe(config, part), origin)
+    return compare(config.path, theirs, describe(config, type(theirs)), origin)
 
 
-def compare(path, part: str, theirs: dict, ours: dict, origin: str) -> dict:
-    """`ours`; UserError for the first field in which a part of the folder `path` is not that of the fact `theirs`."""
-    if part in WEIGHTS and "weights" not in theirs:
-        problem = f"its {part} cannot be compared: {origin} an earlier cmd_jax, which kept less of it"
-        raise UserError("pretrained.path", path, problem, "train anew, or go on with that version")
-    before, now = identity(part, theirs), identity(part, ours)
+def compare(path, theirs: Part, ours: Part, origin: str) -> Part:
+    """`ours`; UserError for the first field in which this part of the folder `path` is not the same as `theirs`."""
+    before, now = identity(theirs), identity(ours)
     # What both have comes first, and a digest, which tells least, last.
-    one_has, digests = before.keys() ^ now.keys(), f"{part}: "
+    one_has, digests = before.keys() ^ now.keys(), f"{ours.part}: "
     for name in sorted(before | now, key=lambda name: (name in one_has, name.startswith(digests), name)):
-        if _plain(before.get(name)) != _plain(now.get(name)):
+        if before.get(name) != now.get(name):
             problem = f"its {name} is {_shown(now.get(name))}, {origin} {_shown(before.get(name))}"
             raise UserError("pretrained.path", path, problem, "give the folder that training was given")
     return ours
-
-
-def _plain(value):
-    return json.loads(json.dumps(value))
 
 
 def _shown(value) -> str:
@@ -116,37 +141,35 @@ def _shown(value) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:12]}..."
 
 
-def load_space(config, place) -> VAELatents:
+def load_space(config, shardings) -> VAELatents:
     """The space of the VAE of a `pretrained` group."""
     read_config(config, "vae", "config.json")
-    module, params = load_vae(Path(config.path) / "vae", config.dtype, place)
+    module, params = load_vae(Path(config.path) / "vae", config.dtype, shardings)
     return VAELatents(module, params, config.vae_frames)
 
 
-def load_texts(config, place) -> tuple[Texts, Tokenizer]:
+def load_texts(config, shardings) -> tuple[Texts, Tokenizer]:
     """The text encoder of a `pretrained` group as conditions, and its tokenizer."""
     read_config(config, "text_encoder", "config.json")
-    module, params = load_text_encoder(Path(config.path) / "text_encoder", config.dtype, place)
+    module, params = load_text_encoder(Path(config.path) / "text_encoder", config.dtype, shardings)
     tokenizer = Tokenizer(Path(config.path) / "tokenizer")
     check_tokenizer(tokenizer, module)
     return Texts(module, params, tokenizer([""])[0], tokenizer.end), tokenizer
 
 
-def stated_space(facts: dict) -> Pixels | VAELatents:
-    """The space that an autoencoder's facts tell of, without parameters."""
-    return VAELatents(sd_config.vae_from_config(facts["vae"]["config"], "float32")) if "vae" in facts else Pixels()
+def stated_space(vae: VAEMetadata | None) -> Pixels | VAELatents:
+    """The space of an autoencoder's frames, without parameters."""
+    return VAELatents(sd_config.vae_from_config(vae.config, "float32")) if vae else Pixels()
 
 
-def stated_conditions(facts: dict) -> Classes | Texts:
-    """The conditions that a diffusion stage's facts tell of, without parameters or tokens."""
-    if "text_encoder" not in facts:
-        return Classes(len(facts["class_names"]))
-    return Texts(text_from_config(facts["text_encoder"]["config"]), {}, None, None)
+def stated_conditions(classes: int, text_encoder: TextEncoderMetadata | None) -> Classes | Texts:
+    """What a denoiser is conditioned on, texts where there is an encoder of them, without parameters or tokens."""
+    return Texts(text_from_config(text_encoder.config), {}, None, None) if text_encoder else Classes(classes)
 
 
-def open_space(config, facts: dict, place) -> Pixels | VAELatents:
-    """The space of frames of a trained autoencoder, by the VAE of `pretrained.path` where it has one."""
-    if "vae" not in facts:
+def open_space(config, vae: VAEMetadata | None, shardings) -> Pixels | VAELatents:
+    """The space of a trained autoencoder's frames, with the VAE of a `pretrained` group, which must be the same."""
+    if vae is None:
         return Pixels()
-    check_same(config.pretrained, "vae", facts, "the autoencoder was trained with")
-    return load_space(config.pretrained, place)
+    check_same(config, vae, "the autoencoder was trained with")
+    return load_space(config, shardings)

@@ -21,7 +21,7 @@ from cmd_jax.running.hosts import whole_batch
 from cmd_jax.sharding import batch_sharding, check_batch, make_mesh, partitioning, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import abstract
-from cmd_jax.trained import Trained, belongs, load_trained
+from cmd_jax.trained import Metadata, Trained, belongs, load_trained
 
 
 class Sampler:
@@ -34,37 +34,38 @@ class Sampler:
 
     def __init__(self, stages: dict[str, Trained], config, mesh):
         self.mesh, self.rules, self.options, self.seed = mesh, config.rules, config.sampling, config.seed
-        trained, place = stages["autoencoder"], partial(abstract, mesh=mesh, rules=config.rules)
-        self.autoencoder = FrozenAutoencoder(trained.config, trained.params, open_space(config, trained.facts, place))
+        trained, shardings = stages["autoencoder"], partial(abstract, mesh=mesh, rules=config.rules)
+        space = open_space(config.pretrained, trained.metadata.vae, shardings)
+        self.autoencoder = FrozenAutoencoder(trained.config, trained.params, space)
         self.params = {"autoencoder": self.autoencoder.params}
         self.statistics, self.denoisers, self.solvers, self.null_ids = {}, {}, {}, None
         if "content" in stages:
-            self._open_conditions(stages["content"].facts, config, place)
+            self._open_conditions(stages["content"].metadata, config, shardings)
         for name in ("content", "motion"):
             if name not in stages:
                 continue
-            facts = stages[name].facts
-            if not belongs(facts, trained):
+            metadata = stages[name].metadata
+            if not belongs(metadata, trained):
                 problem = "this stage was trained with another autoencoder"
                 raise UserError("weights", name, problem, "give the three stages of one run")
-            if conditioned_on(facts) != conditioned_on(stages["content"].facts):
+            if conditioned_on(metadata) != conditioned_on(stages["content"].metadata):
                 problem = "its classes or text encoder differ from the content stage's"
                 raise UserError("weights", name, problem, "use stages of one run")
-            stage = denoiser_stage(stages[name].config, facts, trained)
+            stage = denoiser_stage(stages[name].config, metadata, trained)
             self._check_options(name, stage)
             self.denoisers[name], self.params[name] = stage, stages[name].params
             self.statistics[name] = jax.device_put(stage.frozen["statistics"], replicated(mesh))
         jit = partial(jax.jit, out_shardings=batch_sharding(mesh))
         self._programs = {name: jit(getattr(self, f"_{name}")) for name in ("generate", "animate", "reconstruct")}
 
-    def _open_conditions(self, facts, config, place):
+    def _open_conditions(self, metadata, config, shardings):
         """Classes or a text encoder, guidance, and what it leads away from."""
-        self.class_names, self.tokenizer = tuple(facts["class_names"]), None
+        self.class_names, self.tokenizer = metadata.class_names, None
         guidance = check_guidance(self.options.guidance)
-        if "text_encoder" in facts:
-            for part in sorted(facts.keys() & {"text_encoder", "image_model"}):
-                check_same(config.pretrained, part, facts, "the content stage was trained with")
-            self.conditions, self.tokenizer = load_texts(config.pretrained, place)
+        if metadata.text_encoder:
+            for part in filter(None, (metadata.image_model, metadata.text_encoder)):
+                check_same(config.pretrained, part, "the content stage was trained with")
+            self.conditions, self.tokenizer = load_texts(config.pretrained, shardings)
             self.null_ids = null_prompt(self.options, self.tokenizer)
             if self.null_ids is None:
                 self.null_ids = self.conditions.null_ids
@@ -172,16 +173,16 @@ class Sampler:
         return {k: np.concatenate([part[k] for part in parts])[:count] for k in parts[0]}
 
 
-def conditioned_on(facts: dict):
-    """What must be the same in the facts of two diffusion stages."""
-    return identity("text_encoder", facts["text_encoder"]) if "text_encoder" in facts else facts["class_names"]
+def conditioned_on(metadata: Metadata) -> dict | tuple[str, ...]:
+    """What must be the same in two diffusion stages that sample together."""
+    return identity(metadata.text_encoder) if metadata.text_encoder else metadata.class_names
 
 
-def denoiser_stage(config, facts: dict, autoencoder: Trained):
-    """The content or motion stage of a trained one's config and facts, without parameters."""
-    frozen = FrozenAutoencoder(autoencoder.config, {"autoencoder": None}, stated_space(autoencoder.facts))
-    conditions, image_model = stated_conditions(facts), facts.get("image_model")
-    return diffusion_stage(config, frozen, conditions, facts["statistics"], image_model)
+def denoiser_stage(config, metadata: Metadata, autoencoder: Trained):
+    """The content or motion stage of a trained one's config and metadata, without parameters."""
+    frozen = FrozenAutoencoder(autoencoder.config, {"autoencoder": None}, stated_space(autoencoder.metadata.vae))
+    conditions = stated_conditions(len(metadata.class_names), metadata.text_encoder)
+    return diffusion_stage(config, frozen, conditions, metadata.statistics, metadata.image_model)
 
 
 def load_stages(config, workdir: Path, mesh) -> dict[str, Trained]:
@@ -190,15 +191,15 @@ def load_stages(config, workdir: Path, mesh) -> dict[str, Trained]:
     root, suffix = (Path(config.weights), ".safetensors") if config.weights else (workdir, "")
     stages = {}
 
-    def place(trained_config, facts):
+    def shardings(trained_config, metadata):
         if trained_config.stage == "autoencoder":
-            stage = AutoencoderStage(trained_config, space=stated_space(facts))
+            stage = AutoencoderStage(trained_config, space=stated_space(metadata.vae))
         else:
-            stage = denoiser_stage(trained_config, facts, stages["autoencoder"])
+            stage = denoiser_stage(trained_config, metadata, stages["autoencoder"])
         return abstract(stage.init, mesh, config.rules)
 
     for name in names:
-        stages[name] = load_trained(root / f"{name}{suffix}", name, place)
+        stages[name] = load_trained(root / f"{name}{suffix}", name, shardings)
     return stages
 
 

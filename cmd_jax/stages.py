@@ -3,7 +3,7 @@
 A stage is all that the training loop knows:
     name; frozen (arrays the loss reads but never changes);
     init(key) -> parameters, boxed with their logical axes;
-    pretrained(place) -> parameters to start from instead, or None;
+    pretrained(shardings) -> parameters to start from instead, or None;
     loss(params, frozen, batch, key) -> (scalar, metrics);
     preview(params, frozen, batch, key) -> {name: videos [N, T, H, W, 3] or images [N, H, W, 3] in [-1, 1]}.
 A batch holds "video" uint8 [B, T, H, W, 3] or, encoded before, "frames" (for the autoencoder) or "content" and
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cmd_jax import defaults
 from cmd_jax.builders import (
@@ -27,6 +26,7 @@ from cmd_jax.builders import (
     clip_of,
     frames_shape,
 )
+from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.diffusion.flow import Flow
 from cmd_jax.diffusion.guidance import guide, interleave, separate
 from cmd_jax.interop.diffusers import load_unet
@@ -44,6 +44,7 @@ from cmd_jax.models.discriminator import (
 from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.models.unet import init_unet
 from cmd_jax.models.vgg import LPIPS
+from cmd_jax.pretrained import ImageModelMetadata
 
 PREVIEW_STEPS = 25
 
@@ -80,7 +81,7 @@ class AutoencoderStage:
             params[name] = module.init(derive(key, name), self._view(name, video, 0))["params"]
         return params
 
-    def pretrained(self, place):
+    def pretrained(self, shardings):
         return None
 
     def frames(self, frozen, batch):
@@ -182,19 +183,23 @@ class FrozenAutoencoder:
 
 
 class DiffusionStage:
-    """What content and motion training share: draw t and noise, drop conditions, denoise (paper section 3.2)."""
+    """What content and motion training share: draw t and noise, drop conditions, denoise (paper section 3.2).
+
+    statistics: by which latents are normalised; None takes them as they are.
+    """
 
     name: str
     shape: tuple[int, ...]  # of what is diffused, without the batch
 
-    def __init__(self, config, autoencoder: FrozenAutoencoder, conditions: Classes | Texts, statistics):
+    def __init__(self, config, autoencoder: FrozenAutoencoder, conditions: Classes | Texts,
+                 statistics: LatentStatistics | None = None):  # fmt: skip
+        channels = autoencoder.content_shape[-1], autoencoder.motion_shape[-1]
         self.autoencoder, self.conditions = autoencoder, conditions
+        self.statistics = statistics or LatentStatistics.unit(*channels)
         self.label_dropout = config.guidance.label_dropout
         self.build(config)
-        constants = {
-            name: {k: np.asarray(v, np.float32) for k, v in values.items()} for name, values in statistics.items()
-        }
-        self.frozen = {"autoencoder": autoencoder.params, "conditions": conditions.params, "statistics": constants}
+        frozen = {"autoencoder": autoencoder.params, "conditions": conditions.params}
+        self.frozen = frozen | {"statistics": self.statistics.arrays()}
 
     def build(self, config):
         """Set process, solvers and module."""
@@ -214,7 +219,7 @@ class DiffusionStage:
             label = jnp.zeros((1, self.conditions.module.width))
         return self.module.init(key, x, jnp.zeros(1), label, content)["params"]
 
-    def pretrained(self, place):
+    def pretrained(self, shardings):
         return None
 
     def apply(self, params, x, timesteps, condition, content):
@@ -299,30 +304,30 @@ class ContentStage(DiffusionStage):
 class FineTunedContentStage(ContentStage):
     """p(content | text), drawn by the UNet of a pretrained image model, which gets no new parameters.
 
-    image_model: what its folder says, {"unet": config.json, "scheduler": scheduler_config.json}.
+    image_model: what its folder says.
     """
 
-    def __init__(self, config, autoencoder, conditions, statistics, image_model: dict):
+    def __init__(self, config, autoencoder, conditions, statistics, image_model: ImageModelMetadata):
         self.image_model = image_model
         super().__init__(config, autoencoder, conditions, statistics)
 
     def build(self, config):
         self.folder, self.solvers = config.pretrained.path, SOLVERS
-        self.process, _ = from_scheduler_config(self.image_model["scheduler"])
-        unet = unet_from_config(self.image_model["unet"], "float32")
+        self.process, _ = from_scheduler_config(self.image_model.scheduler)
+        unet = unet_from_config(self.image_model.unet, "float32")
         self.module = unet.clone(dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
 
     def init(self, key):
         return init_unet(self.module, key)
 
-    def pretrained(self, place):
-        return load_unet(Path(self.folder) / "unet", "float32", place)[1]
+    def pretrained(self, shardings):
+        return load_unet(Path(self.folder) / "unet", "float32", shardings)[1]
 
     def apply(self, params, x, timesteps, condition, content):
         return self.module.apply({"params": params}, x, timesteps, condition.states)
 
     def solver(self, name=""):
-        return from_scheduler_config(self.image_model["scheduler"], name)
+        return from_scheduler_config(self.image_model.scheduler, name)
 
 
 class MotionStage(DiffusionStage):
@@ -347,7 +352,7 @@ class MotionStage(DiffusionStage):
         return {"reconstructions": decode(latents), "samples": decode(Latents(latents.content, motion))}
 
 
-def diffusion_stage(config, autoencoder, conditions, statistics, image_model=None) -> DiffusionStage:
+def diffusion_stage(config, autoencoder, conditions, statistics=None, image_model=None) -> DiffusionStage:
     """The stage of a content or motion config; image_model as of FineTunedContentStage, where it is one."""
     check_fits(config, autoencoder, image_model)
     if defaults.fine_tunes(config):

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from cmd_jax.sharding import (
     rows_of_all,
 )
 from cmd_jax.state import abstract, init_state, make_optimizer, train_step
-from cmd_jax.trained import Trained, export
+from cmd_jax.trained import Metadata, Trained, export
 
 # What a checkpoint says of its run, for `check_like`: see `position`.
 RUN = {
@@ -76,7 +77,7 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
     ):
         if resuming:
             leader_alone(lambda: check_same_run(folder, config))
-        stage, read, clips, name_of, facts = prepare(config, workdir, mesh, console, resuming)
+        stage, read, clips, name_of, metadata = prepare(config, workdir, mesh, console, resuming)
         plan = BatchPlan(clips, config.train.batch_size, config.seed)
         optimizer = make_optimizer(config.optimizer)
         boxed = jax.eval_shape(stage.init, jax.random.key(0))
@@ -89,7 +90,7 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
             del given
             if not fresh:
                 state, earlier = checkpoints.restore(state)
-                check_continues(earlier, position(config, int(state.step), facts), console)
+                check_continues(earlier, position(config, int(state.step), metadata), console)
                 console.print(f"resuming {config.stage} at step {int(state.step)} of {config.train.steps}")
             start = int(state.step)
             if start >= config.train.steps and broadcast_from_leader(is_finished(folder, start)):
@@ -103,26 +104,28 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
             )  # fmt: skip
             with contextlib.closing(Metrics(folder, start, writes=is_leader())) as metrics:
                 report = StepLog(config, start, name_of, metrics, flight, console)
-                loop = Loop(config, stage, optimizer, mesh, boxed, plan, facts, checkpoints, report, peers, stop, begun)
+                loop = Loop(
+                    config, stage, optimizer, mesh, boxed, plan, metadata, checkpoints, report, peers, stop, begun
+                )
                 state = loop.run(state, data)
                 with peers.busy():
                     loop.save(state)
                     checkpoints.wait()
         if int(state.step) == config.train.steps:
             with peers.busy():
-                facts |= {"digest": checkpoints.digest("ema")}
-                return finish(config, folder, state, report, loop, facts, console)
+                metadata = replace(metadata, digest=checkpoints.digest("ema"))
+                return finish(config, folder, state, report, loop, metadata, console)
     stopped = f"stopped by {loop.stopped_by()} after step {int(state.step)}; saved; run the same command to resume"
     console.print(stopped)
     raise Stopped(stopped)
 
 
-def position(config, step: int, facts: dict) -> dict:
+def position(config, step: int, metadata: Metadata) -> dict:
     """What a checkpoint says of the run beside its arrays: where it is in the data, the key, the config, versions."""
     return {
         "step": step,
         "examples": step * config.train.batch_size,  # position in the global order of clips
-        "order": {"seed": config.seed, "batch_size": config.train.batch_size, "data": facts["fingerprint"]},
+        "order": {"seed": config.seed, "batch_size": config.train.batch_size, "data": metadata.data.fingerprint},
         "key": np.asarray(jax.random.key_data(jax.random.key(config.seed))).tolist(),
         "config": config.to_dict(),
         "versions": versions(),
@@ -168,9 +171,9 @@ class Loop:
     that saves kept the loop waiting) are known afterwards.
     """
 
-    def __init__(self, config, stage, optimizer, mesh, boxed, plan, facts, checkpoints, report, peers, stop, begun):
+    def __init__(self, config, stage, optimizer, mesh, boxed, plan, metadata, checkpoints, report, peers, stop, begun):
         self.config, self.stage, self.mesh, self.boxed = config, stage, mesh, boxed
-        self.plan, self.facts = plan, facts
+        self.plan, self.metadata = plan, metadata
         self.checkpoints, self.report, self.peers, self.stop, self.begun = checkpoints, report, peers, stop, begun
         self.compile_seconds, self.first_step_seconds, self.save_seconds, self.saved = 0.0, None, 0.0, None
         self.key = jax.random.key(config.seed)
@@ -271,7 +274,7 @@ class Loop:
     def save(self, state):
         begun, step = time.perf_counter(), int(state.step)
         if step != self.saved:
-            self.checkpoints.save(state, position(self.config, step, self.facts))
+            self.checkpoints.save(state, position(self.config, step, self.metadata))
         self.saved = step
         self.save_seconds += time.perf_counter() - begun
 
@@ -285,7 +288,7 @@ def is_finished(folder: Path, step: int) -> bool:
     return path.exists() and read_json(path)["step"] == step and (folder / "ema.safetensors").exists()
 
 
-def finish(config, folder: Path, state, report: StepLog, loop: Loop, facts, console) -> dict:
+def finish(config, folder: Path, state, report: StepLog, loop: Loop, metadata, console) -> dict:
     """Write summary.json, and the EMA weights under the digest that the last checkpoint has."""
     digests = {name: digest(getattr(state, name)) for name in ("params", "ema", "opt_state")}
     ema = to_host(state.ema)
@@ -309,7 +312,7 @@ def finish(config, folder: Path, state, report: StepLog, loop: Loop, facts, cons
         "versions": versions(),
     }
     if is_leader():
-        export(folder / "ema.safetensors", Trained(config, ema, facts))
+        export(folder / "ema.safetensors", Trained(config, ema, metadata))
         write_json(folder / "summary.json", summary)
     console.print(f"{config.stage}: step {summary['step']}, {summary['wall_seconds']} s; wrote {folder}/summary.json")
     return summary

@@ -3,8 +3,9 @@
 import contextlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
@@ -14,136 +15,182 @@ from safetensors import SafetensorError, safe_open
 from cmd_jax import defaults
 from cmd_jax.builders import reads_text
 from cmd_jax.config import from_dict
+from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.errors import UserError
-from cmd_jax.files import COUNT, check_like, parse_json, read_json
+from cmd_jax.files import COUNT, as_json, check_like, from_json, like_of, parse_json, read_json, write_json
 from cmd_jax.interop.weights import flatten, read_metadata, read_state_dict, unflatten, write_safetensors
+from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, VAEMetadata
 from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.running.hosts import check_tree, digest
 
 WRITTEN = "give the stage as training wrote it"
-# What a stage says of what it was trained on, for `check_like`.
-TOKENIZER = {"vocabulary": str, "merges": str, "added_tokens": [list], "start": COUNT, "end": COUNT, "pad": COUNT,
-             "max_length": COUNT}  # fmt: skip
-# Of a pretrained model, see pretrained.py; and as earlier versions kept it, which can only be refused.
-VAE = {"config": dict, "weights": str}, {"config": dict, "digest": str}
-TEXT_ENCODER = {"config": dict, "weights": str, "tokenizer": TOKENIZER}, {"config": dict, "digest": str}
-CHANNELS = {"mean": [float], "std": [float]}
-FACTS = {
-    "class_names?": [str],
-    "clips?": COUNT,
-    "fingerprint?": str,  # of the data
-    "digest?": str,  # of the parameters as they were trained, which rounded ones keep
-    "autoencoder?": str,  # digest of the autoencoder that a denoiser belongs to
-    "autoencoder_params?": str,  # digest of the very numbers it was trained with
-    "autoencoder_config?": {...: (str, int, float, bool)},  # what else its latents depend on
-    "statistics?": {"content": CHANNELS, "motion": CHANNELS},
-    "vae?": VAE,
-    "text_encoder?": TEXT_ENCODER,
-    "image_model?": {"unet": dict, "scheduler": dict},
-    "converted?": {
-        "cmd_jax": str,
-        "config": dict,
-        "tables?": [str],
-    },  # interop.cmd_stages
-}
+FILE = "facts"  # what the first versions called metadata: facts.json of a stage's folder, a text of a weights file
 
 
-class Trained(NamedTuple):
-    """A trained stage: its resolved config, the EMA parameters, and class_names, statistics, digests."""
+@dataclass(frozen=True)
+class DataMetadata:
+    """The clips that a stage was trained on. fingerprint: digest of how they are read; clips: their number."""
 
-    config: ConfigDict
-    params: dict
-    facts: dict
+    fingerprint: str
+    clips: Annotated[int, COUNT]
 
 
-def load_trained(path: Path | str, stage: str, place: Callable[[ConfigDict, dict], dict] | None = None) -> Trained:
-    """The EMA parameters of a stage, from its workdir folder or from a weights file written by `export`.
+@dataclass(frozen=True)
+class AutoencoderMetadata:
+    """The autoencoder that a denoiser belongs to.
 
-    place: (config, facts) -> ShapeDtypeStructs with shardings; the parameters are compared with these and read straight
-    into their shards, one at a time. Without it they are numpy arrays.
+    digest: of its training, which rounded weights keep too. params: digest of the very numbers that made the latents.
+    config: all else that latents depend on, see `latent_config`. The first versions kept the first only.
     """
-    path = Path(path)
-    config, facts = read_stage(path, stage)
-    if path.suffix == ".safetensors":
-        if place:
-            params = _read_placed(path, place(config, facts))
-        else:
-            params = unflatten({k: v.astype(np.float32) for k, v in read_state_dict(path).items()})
-        return Trained(config, params, facts)
-    with contextlib.closing(Checkpoints(path, read_only=True, items=("ema",))) as checkpoints:
-        facts |= {"digest": checkpoints.digest("ema")}
-        params = checkpoints.restore_item("ema", place(config, facts) if place else None)
-    return Trained(config, params, facts)
+
+    digest: str
+    params: str | None = None
+    config: dict[str, str | int | float | bool] | None = None
+
+    @classmethod
+    def of(cls, autoencoder: "Trained") -> "AutoencoderMetadata":
+        return cls(autoencoder.metadata.digest, digest(autoencoder.params), latent_config(autoencoder.config))
+
+    def fits(self, config: dict) -> bool:
+        """Whether an autoencoder of that `latent_config` has all that was kept of this one's."""
+        return (self.config or {}).items() <= config.items()
 
 
-def belongs(facts: dict, autoencoder: Trained) -> bool:
-    """Whether a diffusion stage of these facts was trained on this autoencoder, or on one of the same bits.
-
-    The latter is that of an autoencoder which lost its last checkpoint and was trained to its end again, and of facts
-    that are older than digests of checkpoints.
-    """
-    model = facts.get("autoencoder_config", {})  # which earlier versions did not keep
-    if not model.items() <= config_facts(autoencoder.config).items():
-        return False
-    known = (facts["autoencoder"], facts.get("autoencoder_params"))
-    return autoencoder.facts["digest"] == known[0] or digest(autoencoder.params) in known
-
-
-def autoencoder_facts(autoencoder: Trained) -> dict:
-    """What a diffusion stage keeps of the autoencoder that makes its latents.
-
-    "autoencoder": digest of the training, which rounded weights keep too; "autoencoder_params": of the very numbers;
-    "autoencoder_config": what else latents depend on; "vae" where there is one, see pretrained.py.
-    """
-    config = autoencoder.config
-    facts = {"autoencoder": autoencoder.facts["digest"], "autoencoder_params": digest(autoencoder.params)}
-    facts["autoencoder_config"] = config_facts(config)
-    return facts | {key: autoencoder.facts[key] for key in ("vae",) if key in autoencoder.facts}
-
-
-def config_facts(config: ConfigDict) -> dict:
+def latent_config(config: ConfigDict) -> dict[str, str | int | float | bool]:
     """The values of an autoencoder's config on which its latents depend, beside the parameters."""
     model = {f"model.{key}": value for key, value in config.model.items() if key != "remat"}
     return model | {f"data.{side}": config.data[side] for side in ("frames", "height", "width")}
 
 
-def read_stage(path: Path, stage: str) -> tuple[ConfigDict, dict]:
-    """Config and facts of a stage's workdir folder or weights file.
+@dataclass(frozen=True)
+class ConvertedMetadata:
+    """What a stage was converted from: by which version of cmd_jax, and the config of the CMD release's model."""
+
+    cmd_jax: str
+    config: dict
+    tables: tuple[str, ...] | None = None  # the first versions kept it
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a trained stage tells of itself beside its config; None is what a stage of its kind has not.
+
+    digest: of the parameters as they were trained, which weights rounded from them keep; the folder of a run has it
+    with each checkpoint instead. vae: of an autoencoder in latents, and of all denoisers on it.
+    """
+
+    class_names: tuple[str, ...] | None = None
+    data: DataMetadata | None = None
+    digest: str | None = None
+    autoencoder: AutoencoderMetadata | None = None
+    statistics: LatentStatistics | None = None
+    vae: VAEMetadata | None = None
+    text_encoder: TextEncoderMetadata | None = None
+    image_model: ImageModelMetadata | None = None
+    converted: ConvertedMetadata | None = None
+
+
+class Trained(NamedTuple):
+    """A trained stage: its resolved config, the EMA parameters, and what it tells of its training."""
+
+    config: ConfigDict
+    params: dict
+    metadata: Metadata
+
+
+def load_trained(
+    path: Path | str, stage: str, shardings: Callable[[ConfigDict, Metadata], dict] | None = None
+) -> Trained:
+    """The EMA parameters of a stage, from its workdir folder or from a weights file written by `export`.
+
+    shardings: (config, metadata) -> ShapeDtypeStructs with shardings; the parameters are compared with these and read
+    straight into their shards, one at a time. Without it they are numpy arrays.
+    """
+    path = Path(path)
+    config, metadata = read_stage(path, stage)
+    like = shardings and shardings(config, metadata)
+    if path.suffix == ".safetensors":
+        if like:
+            return Trained(config, _read_placed(path, like), metadata)
+        params = {name: array.astype(np.float32) for name, array in read_state_dict(path).items()}
+        return Trained(config, unflatten(params), metadata)
+    with contextlib.closing(Checkpoints(path, read_only=True, items=("ema",))) as checkpoints:
+        metadata = replace(metadata, digest=checkpoints.digest("ema"))
+        return Trained(config, checkpoints.restore_item("ema", like), metadata)
+
+
+def belongs(metadata: Metadata, autoencoder: Trained) -> bool:
+    """Whether a denoiser was trained on this autoencoder, or on one of the same bits.
+
+    The latter is that of an autoencoder which lost its last checkpoint and was trained to its end again, and of
+    metadata that are older than digests of checkpoints.
+    """
+    wanted = metadata.autoencoder
+    if not wanted.fits(latent_config(autoencoder.config)):
+        return False
+    return autoencoder.metadata.digest == wanted.digest or digest(autoencoder.params) in (wanted.digest, wanted.params)
+
+
+def read_stage(path: Path, stage: str) -> tuple[ConfigDict, Metadata]:
+    """Config and metadata of a stage's workdir folder or weights file.
 
     UserError if there is none, if it is another stage's, or if they are not what training could have written.
     """
     if path.suffix == ".safetensors":
         field, texts = "weights", read_metadata(path)
-        if not {"config", "facts"} <= texts.keys():
+        if not {"config", FILE} <= texts.keys():
             raise UserError("weights", path, "holds no config of cmd_jax", "give a file that training exported")
-        values, facts = (parse_json(texts[name], field, path) for name in ("config", "facts"))
+        values, facts = (parse_json(texts[name], field, path) for name in ("config", FILE))
     else:
         field = "workdir"
-        if not all((path / name).is_file() for name in ("config.json", "facts.json")):
+        if not all((path / name).is_file() for name in ("config.json", f"{FILE}.json")):
             raise UserError("workdir", path, f"holds no trained {stage} stage", f"train the {stage} stage there first")
-        values, facts = (read_json(path / name, field, remedy=WRITTEN) for name in ("config.json", "facts.json"))
+        values, facts = (read_json(path / f"{name}.json", field, remedy=WRITTEN) for name in ("config", FILE))
     config = from_dict(values, field, path)
     if config.stage != stage:
         raise UserError("weights", path, f"is a {config.stage} stage", f"give one of the {stage} stage")
-    check_facts(facts, config, field, path, digested=field == "weights")
-    return config, facts
+    needed = ("digest",) if field == "weights" else ()
+    return config, check_metadata(facts, config, field, path, needed)
 
 
-def check_facts(facts: dict, config: ConfigDict, field: str, place, digested: bool = False):
-    """UserError (field=place) for facts that a stage of that config cannot have. digested: their digest is needed."""
-    needed = {"digest"} if digested else set()
+def check_metadata(values: dict, config: ConfigDict, field: str, path, needed: tuple[str, ...] = ()) -> Metadata:
+    """The metadata that JSON tells. UserError (field=path) if no stage of that config can have it.
+
+    needed: the fields that must be there, whatever the stage.
+    """
     if config.stage != "autoencoder":
-        needed |= {"class_names", "autoencoder", "statistics"}
-        needed |= {"text_encoder"} if reads_text(config) else set()
-        needed |= {"image_model"} if defaults.fine_tunes(config) else set()
+        needed += ("class_names", "autoencoder", "statistics")
+        needed += ("text_encoder",) if reads_text(config) else ()
+        needed += ("image_model",) if defaults.fine_tunes(config) else ()
     elif config.model.mode == "latent":
-        needed |= {"vae"}
-    problem = check_like(facts, {key.rstrip("?") if key[:-1] in needed else key: like for key, like in FACTS.items()})
-    for name, channels in facts["statistics"].items() if not problem and "statistics" in facts else ():
-        if len(channels["mean"]) != len(channels["std"]) or min(channels["std"], default=0) <= 0:
+        needed += ("vae",)
+    values = _grouped(values)
+    like = {name.rstrip("?") if name[:-1] in needed else name: like for name, like in like_of(Metadata).items()}
+    if problem := check_like(values, like):
+        raise UserError(field, path, f"its metadata is damaged: {problem}", WRITTEN)
+    metadata = from_json(Metadata, values)
+    for name in ("content", "motion") if metadata.statistics else ():
+        channels = getattr(metadata.statistics, name)
+        if len(channels.mean) != len(channels.std) or min(channels.std, default=0) <= 0:
             problem = f"statistics.{name} is not a mean and a positive std of each channel"
-    if problem:
-        raise UserError(field, place, f"its facts are damaged: {problem}", WRITTEN)
+            raise UserError(field, path, f"its metadata is damaged: {problem}", WRITTEN)
+    return metadata
+
+
+def _grouped(values: dict) -> dict:
+    """Metadata with what it tells of the data and of the autoencoder in groups, which the first versions did not do."""
+    groups = {"data": {"fingerprint": "fingerprint", "clips": "clips"}}
+    if not isinstance(values.get("autoencoder"), dict):
+        groups["autoencoder"] = {
+            "autoencoder": "digest",
+            "autoencoder_params": "params",
+            "autoencoder_config": "config",
+        }
+    values = dict(values)
+    for group, names in groups.items():
+        if found := {new: values.pop(old) for old, new in names.items() if old in values}:
+            values[group] = found
+    return values
 
 
 def _read_placed(path: Path, like: dict) -> dict:
@@ -165,8 +212,19 @@ def _read_placed(path: Path, like: dict) -> dict:
         raise UserError("weights", path, f"damaged or incomplete ({e})", "fetch or write the file again") from e
 
 
+def read_run_metadata(folder: Path, config: ConfigDict) -> Metadata:
+    """What the run of a stage folder was started with; nothing where it did not come that far."""
+    path = folder / f"{FILE}.json"
+    return check_metadata(read_json(path, "workdir"), config, "workdir", path) if path.exists() else Metadata()
+
+
+def write_metadata(folder: Path, metadata: Metadata):
+    """Into the folder of a stage."""
+    write_json(folder / f"{FILE}.json", as_json(metadata))
+
+
 def export(path: Path, trained: Trained, dtype=np.float32):
-    """Write a stage as one safetensors file. `facts` keep the digest of the original also where `dtype` is narrower."""
+    """Write a stage as one safetensors file. The digest is that of the original also where `dtype` is narrower."""
     tensors = {k: np.asarray(v).astype(dtype) for k, v in flatten(trained.params).items()}
-    config, facts = json.dumps(trained.config.to_dict(), sort_keys=True), json.dumps(trained.facts, sort_keys=True)
-    write_safetensors(path, tensors, {"config": config, "facts": facts})
+    texts = {"config": trained.config.to_dict(), FILE: as_json(trained.metadata)}
+    write_safetensors(path, tensors, {name: json.dumps(value, sort_keys=True) for name, value in texts.items()})

@@ -19,14 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmd_jax.config import load
+from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.errors import UserError
 from cmd_jax.interop.diffusers import load_unet
 from cmd_jax.keys import derive
-from cmd_jax.pretrained import describe, stated, stated_conditions, stated_space
+from cmd_jax.pretrained import (
+    ImageModelMetadata,
+    TextEncoderMetadata,
+    VAEMetadata,
+    describe,
+    stated_conditions,
+    stated_space,
+)
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
-from cmd_jax.trained import Trained, export
-
-UNIT = {name: {"mean": [0.0], "std": [1.0]} for name in ("content", "motion")}
+from cmd_jax.trained import AutoencoderMetadata, Metadata, Trained, export
 
 
 def drawn(stage, seed: int) -> dict:
@@ -47,12 +53,14 @@ def main():
     flags = parser.parse_args()
     given = {"pretrained.path": str(flags.pipeline)}
     configs = {s: load(f"{flags.config}:{s}", given) for s in ("autoencoder", "content", "motion")}
-    facts = stated(configs["content"].pretrained)
-    for part in ("vae", "text_encoder"):
-        facts[part] = describe(configs["content"].pretrained, part)
-    facts |= {"class_names": [], "statistics": UNIT, "autoencoder": "untrained", "digest": "untrained"}
-    space = stated_space(facts)
+    kinds = (VAEMetadata, TextEncoderMetadata, ImageModelMetadata)
+    parts = {kind.part: describe(configs["content"].pretrained, kind) for kind in kinds}
+    space, conditions = stated_space(parts["vae"]), stated_conditions(0, parts["text_encoder"])
     autoencoder = FrozenAutoencoder(configs["autoencoder"], {"autoencoder": None}, space)
+    metadata = Metadata(
+        class_names=(), digest="untrained", autoencoder=AutoencoderMetadata("untrained"), **parts,
+        statistics=LatentStatistics.unit(autoencoder.content_shape[-1], autoencoder.motion_shape[-1]),
+    )  # fmt: skip
     flags.out.mkdir(parents=True)
     for number, (name, config) in enumerate(configs.items()):
         if name == "content":
@@ -60,9 +68,9 @@ def main():
         elif name == "autoencoder":
             params = drawn(AutoencoderStage(config, space=space), flags.seed + number)
         else:
-            stage = diffusion_stage(config, autoencoder, stated_conditions(facts), UNIT, facts["image_model"])
+            stage = diffusion_stage(config, autoencoder, conditions)
             params = drawn(stage, flags.seed + number)
-        export(flags.out / f"{name}.safetensors", Trained(config, params, facts), np.float16)
+        export(flags.out / f"{name}.safetensors", Trained(config, params, metadata), np.float16)
         count = sum(x.size for x in jax.tree.leaves(params))
         print(f"{name}: {count / 1e6:.1f} M parameters", flush=True)
 

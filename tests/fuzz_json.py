@@ -17,10 +17,11 @@ import numpy as np
 import tiny
 
 from cmd_jax import train
+from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.data.outcomes import HEADER, Outcomes
 from cmd_jax.data.prompts import read_prompts
 from cmd_jax.errors import UserError
-from cmd_jax.files import read_json
+from cmd_jax.files import as_json, from_json, read_json
 from cmd_jax.interop import cmd_release, diffusers_dit
 from cmd_jax.interop.clip import load as load_clip
 from cmd_jax.interop.clip import text_from_config
@@ -41,7 +42,7 @@ from cmd_jax.sample import denoiser_stage
 from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import AutoencoderStage
 from cmd_jax.state import abstract
-from cmd_jax.trained import Trained, check_facts, load_trained, read_stage
+from cmd_jax.trained import DataMetadata, Metadata, Trained, load_trained, read_run_metadata, read_stage
 from cmd_jax.verbs import convert
 from cmd_jax.verbs.convert_stages import release_weights
 
@@ -68,11 +69,14 @@ def config(argument: str) -> dict:
     return json.loads(json.dumps(tiny.config_of(argument).to_dict()))
 
 
-CHANNELS = {name: {"mean": [0.0] * n, "std": [1.0] * n} for name, n in (("content", 3), ("motion", 4))}
 PART = {"weights": "d"}
 TOKENS = {"vocabulary": "v", "merges": "m", "added_tokens": [], "start": 531, "end": 532, "pad": 532, "max_length": 77}
-FACTS = tiny.facts("run", "jump", statistics=CHANNELS, clips=2, fingerprint="f", autoencoder_params="p")
-AUTOENCODER = {"digest": "", "class_names": ["run"], "clips": 1, "fingerprint": "f"}
+DATA = DataMetadata("f", 2)
+STAGE = tiny.metadata("run", "jump", data=DATA, statistics=LatentStatistics.unit(3, 4))
+METADATA = as_json(STAGE) | {"autoencoder": {"digest": "", "params": "p", "config": {"model.heads": 2}}}
+FLAT = {"class_names": ["run"], "digest": "", "clips": 2, "fingerprint": "f", "autoencoder": "", "autoencoder_params":
+        "p", "autoencoder_config": {"model.heads": 2}, "statistics": METADATA["statistics"]}  # fmt: skip
+AUTOENCODER = {"digest": "", "class_names": ["run"], "data": {"clips": 1, "fingerprint": "f"}}
 CONVERTED = {"cmd_jax": "0", "config": {"hidden_dim": 16, "patch_size": 4, "channels": 3, "motion_channels": 4,
              "depth": 1, "heads": 2, "head_dim": 8, "mode": "pixel", "frames": 4, "image_size": [16, 24]}}  # fmt: skip
 DIT = {"input_size": [8, 8], "patch_size": 2, "in_channels": 2, "hidden_size": 8, "depth": 1, "heads": 2,
@@ -95,44 +99,44 @@ def mesh():
     return make_mesh(tiny.config_of("sample").mesh)
 
 
-def place(config, facts):
+def shardings(config, metadata):
     """The shapes of a stage's parameters, laid out on the mesh, as sampling asks for them."""
     if config.stage == "autoencoder":
-        stage = AutoencoderStage(config, space=stated_space(facts))
+        stage = AutoencoderStage(config, space=stated_space(metadata.vae))
     else:
-        space = {"vae": facts["vae"]} if "vae" in facts else {}
-        argument = "autoencoder,kind=text" if space else "autoencoder"
-        stage = denoiser_stage(config, facts, Trained(tiny.config_of(argument), {}, space))
+        argument = "autoencoder,kind=text" if metadata.vae else "autoencoder"
+        stage = denoiser_stage(config, metadata, Trained(tiny.config_of(argument), {}, metadata))
     return abstract(stage.init, mesh(), tiny.config_of("sample").rules)
 
 
 def stage(name: str):
-    return lambda folder: place(*read_stage(folder, name))
+    return lambda folder: shardings(*read_stage(folder, name))
 
 
 def weights_file(folder: Path):
     texts = {name: (folder / name).read_text(errors="replace") for name in ("config", "facts")}
     write_safetensors(folder / "content.safetensors", {"a": np.zeros(1, np.float32)}, texts)
-    return load_trained(folder / "content.safetensors", "content", place)
+    return load_trained(folder / "content.safetensors", "content", shardings)
 
 
 def resume(folder: Path):
     config = tiny.config_of("content")
     check_same_run(folder, config)
-    check_facts(read_json(folder / "facts.json"), config, "workdir", folder)
+    read_run_metadata(folder, config)
 
 
 def compared(folder: Path):
-    """Facts of what a stage was trained with, against those of another folder."""
-    facts, others = read_json(folder / "facts.json"), readers()["facts of a folder"].files["facts.json"]
-    check_facts(facts, tiny.config_of("content,kind=text"), "workdir", folder)
-    for part in {"vae", "text_encoder", "image_model"} & facts.keys():
-        compare(folder, part, facts[part], others[part], "it was made with")
+    """What a stage was trained with, against the parts of another folder."""
+    metadata = read_run_metadata(folder, tiny.config_of("content,kind=text"))
+    others = from_json(Metadata, readers()["metadata of a folder"].files["facts.json"])
+    for part in ("vae", "text_encoder", "image_model"):
+        if theirs := getattr(metadata, part):
+            compare(folder, theirs, getattr(others, part), "it was made with")
 
 
 def release(folder: Path):
-    config, facts = read_stage(folder, "autoencoder")
-    return release_weights(Trained(config, {"autoencoder": {}}, facts))
+    config, metadata = read_stage(folder, "autoencoder")
+    return release_weights(Trained(config, {"autoencoder": {}}, metadata))
 
 
 def converted(kind: str):
@@ -253,11 +257,11 @@ def readers() -> dict[str, Reader]:
     parts["text_encoder"]["tokenizer"] = TOKENS
     model = {"unet": read(PIPELINE / "unet" / "config.json"),
              "scheduler": read(PIPELINE / "scheduler" / "scheduler_config.json")}  # fmt: skip
-    texts = {"config.json": config("content,kind=text"), "facts.json": FACTS | parts | {"image_model": model}}
+    texts = {"config.json": config("content,kind=text"), "facts.json": METADATA | parts | {"image_model": model}}
     latent = {"config.json": config("autoencoder,kind=text"), "facts.json": AUTOENCODER | {"vae": parts["vae"]}}
     autoencoder = {"config.json": config("autoencoder"), "facts.json": AUTOENCODER}
-    content = {"config.json": config("content"), "facts.json": FACTS}
-    motion = {"config.json": config("motion,kind=gaussian"), "facts.json": FACTS}
+    content = {"config.json": config("content"), "facts.json": METADATA}
+    motion = {"config.json": config("motion,kind=gaussian"), "facts.json": METADATA}
     dit = {"_class_name": "DiTTransformer2DModel", "activation_fn": "gelu-approximate", "attention_bias": True,
            "attention_head_dim": 8, "in_channels": 4, "norm_elementwise_affine": False, "norm_eps": 1e-5, "norm_type":
            "ada_norm_zero", "num_attention_heads": 2, "num_embeds_ada_norm": 5, "num_layers": 2, "out_channels": 8,
@@ -268,8 +272,9 @@ def readers() -> dict[str, Reader]:
         "content stage": Reader(content, stage("content")),
         "motion stage": Reader(motion, stage("motion")),
         "text stage": Reader(texts, stage("content")),
-        "facts of a folder": Reader({"facts.json": FACTS | parts | {"image_model": model}}, compared),
-        "weights file": Reader({"config": content["config.json"], "facts": FACTS}, weights_file),
+        "metadata of a folder": Reader({"facts.json": METADATA | parts | {"image_model": model}}, compared),
+        "weights file": Reader({"config": content["config.json"], "facts": METADATA}, weights_file),
+        "older weights file": Reader({"config": content["config.json"], "facts": FLAT}, weights_file),
         "resumed run": Reader(content, resume),
         "release": Reader(autoencoder | {"facts.json": AUTOENCODER | {"converted": CONVERTED}}, release),
         "converted dit": Reader({"architecture": DIT, "optional": []}, converted("dit")),

@@ -8,15 +8,16 @@ import numpy as np
 import tiny
 
 from cmd_jax import defaults
+from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.interop.diffusers import load_pipeline
 from cmd_jax.models.conditions import Classes, Texts
 from cmd_jax.models.frames import Pixels, VAELatents
-from cmd_jax.pretrained import describe, image_model, stated_space
+from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, VAEMetadata, describe, stated_space
 from cmd_jax.sample import Sampler, denoiser_stage
 from cmd_jax.sharding import batch_sharding, make_mesh, partitioning, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import TrainState, abstract, make_optimizer, train_step
-from cmd_jax.trained import Trained
+from cmd_jax.trained import AutoencoderMetadata, Metadata, Trained
 
 CACHED = {"content": (8, 16, 4), "motion": (4, 12, 4), "states": (77, 8)}
 
@@ -46,25 +47,23 @@ def space_of(kind):
     return VAELatents(*pipeline().vae) if kind == "text" else Pixels()
 
 
-def channels_of(kind):
-    return {"content": space_of(kind).channels, "motion": 4}
-
-
-def stated(kind, class_names=()) -> dict:
+@cache
+def metadata_of(kind, class_names=()) -> Metadata:
     """What the later stages of a run would say of themselves."""
-    unit = {name: {"mean": [0.0] * n, "std": [1.0] * n} for name, n in channels_of(kind).items()}
-    facts = {"digest": "autoencoder", "autoencoder": "autoencoder", "class_names": [*class_names], "statistics": unit}
+    parts, kinds = {}, (VAEMetadata, TextEncoderMetadata, ImageModelMetadata)
     if kind == "text":
         pretrained = tiny.config_of("sample,kind=text").pretrained
-        facts |= {part: describe(pretrained, part) for part in ("vae", "text_encoder")}
-        facts["image_model"] = image_model(pretrained)
-    return facts
+        parts = {part.part: describe(pretrained, part) for part in kinds}
+    return Metadata(
+        class_names=tuple(class_names), digest="autoencoder", autoencoder=AutoencoderMetadata("autoencoder"),
+        statistics=LatentStatistics.unit(space_of(kind).channels, 4), **parts,
+    )  # fmt: skip
 
 
 @cache
 def stage_of(name, kind):
     """A stage as training has it; its frozen arrays are those of the tiny pipeline, or shapes."""
-    config, space, said = tiny.config_of(f"{name},kind={kind}"), space_of(kind), stated(kind)
+    config, space, said = tiny.config_of(f"{name},kind={kind}"), space_of(kind), metadata_of(kind)
     if name == "autoencoder":
         config.loss.update(adversarial=0.5, discriminator_channels=4, discriminator_layers=1)
         return AutoencoderStage(config, space=space)
@@ -74,7 +73,7 @@ def stage_of(name, kind):
     if kind == "text":
         tokenizer = pipeline().tokenizer
         conditions = Texts(*pipeline().text_encoder, tokenizer([""])[0], tokenizer.end)
-    return diffusion_stage(config, autoencoder, conditions, said["statistics"], said.get("image_model"))
+    return diffusion_stage(config, autoencoder, conditions, said.statistics, said.image_model)
 
 
 def params_of(stage, mesh):
@@ -104,11 +103,11 @@ def train_program(name, kind, ways: int, rows: int, accumulate=1):
 def sample_program(program, kind, ways: int, rows: int, class_names=(), **options):
     """A program of the Sampler, on `rows` samples a device; options of `sampling`."""
     mesh, config = mesh_of(ways), tiny.config_of(f"sample,kind={kind}", **options)
-    stages, said = {}, stated(kind, class_names)
+    stages, said = {}, metadata_of(kind, tuple(class_names))
     for name in ("autoencoder", "content", "motion"):
         trained = tiny.config_of(f"{name},kind={kind}")
         if name == "autoencoder":
-            stage = AutoencoderStage(trained, space=stated_space(said))
+            stage = AutoencoderStage(trained, space=stated_space(said.vae))
         else:
             stage = denoiser_stage(trained, said, stages["autoencoder"])
         stages[name] = Trained(trained, params_of(stage, mesh), said)

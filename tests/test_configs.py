@@ -13,7 +13,7 @@ from cmd_jax.models.conditions import Classes
 from cmd_jax.models.dit import SIZES
 from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.models.vae import VAE
-from cmd_jax.pretrained import image_model, load_space, load_texts
+from cmd_jax.pretrained import ImageModelMetadata, load_space, load_texts, stated
 from cmd_jax.stages import AutoencoderStage, ContentStage, FrozenAutoencoder, MotionStage, diffusion_stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -64,9 +64,9 @@ def test_the_stages_of_a_file_fit_each_other(specification):
     autoencoder, conditions, models = autoencoder_of(configs["autoencoder"]), Classes(2), [None, None]
     if file == "webvid":
         conditions, _ = load_texts(configs["motion"].pretrained, None)
-        models = [image_model(configs["content"].pretrained), None]
+        models = [stated(configs["content"].pretrained, ImageModelMetadata), None]
     for stage, model in zip(("content", "motion"), models, strict=True):
-        stage = diffusion_stage(configs[stage], autoencoder, conditions, {}, model)
+        stage = diffusion_stage(configs[stage], autoencoder, conditions, None, model)
         assert jax.eval_shape(stage.init, jax.random.key(0))
 
 

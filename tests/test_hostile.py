@@ -16,7 +16,7 @@ from cmd_jax.config import to_json
 from cmd_jax.errors import UserError
 from cmd_jax.interop.weights import read_metadata, read_state_dict, write_safetensors
 from cmd_jax.main import main
-from cmd_jax.trained import Trained, export, read_stage
+from cmd_jax.trained import AutoencoderMetadata, Metadata, Trained, export, read_stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -90,32 +90,32 @@ CHANGES = [  # which text, key, new value, what the line names
     ("facts", "class_names", "abc", 'class_names is "abc"'),
     ("facts", "class_names", [1], "class_names[0] is 1"),
     ("facts", "digest", None, "digest is null"),
-    ("facts", "clips", -1, "clips is -1"),
+    ("facts", "data.clips", -1, "data.clips is -1"),
     ("facts", "vae", {"config": {}}, "vae lacks weights"),
 ]
 OF_DENOISERS = [
     ("facts", "statistics.content.std", [0.0, 1.0, 1.0], "statistics.content"),
     ("facts", "statistics.content.mean", [1.0], "statistics.content"),
     ("facts", "statistics.motion", {}, "statistics.motion lacks mean"),
-    ("facts", "autoencoder", 5, "autoencoder is 5"),
+    ("facts", "autoencoder", 5, "autoencoder.digest is 5"),
 ]
 
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """Weights of all stages, which fit in nothing but their configs and facts, and these as the texts of a workdir."""
+    """Weights of all stages, which fit in nothing but their configs and metadata, and the same in a workdir."""
     folder = tmp_path_factory.mktemp("stages")
     for name in ("autoencoder", "content", "motion"):
-        trained = Trained(tiny.config_of(name), {"a": np.zeros(1)}, fuzz_json.FACTS)
+        trained = Trained(tiny.config_of(name), {"a": np.zeros(1)}, fuzz_json.STAGE)
         export(folder / f"{name}.safetensors", trained)
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(to_json(trained.config))
-        (folder / name / "facts.json").write_text(json.dumps(fuzz_json.FACTS))
+        (folder / name / "facts.json").write_text(json.dumps(fuzz_json.METADATA))
     return folder
 
 
 def spoil(stages: Path, name: str, which: str, new: str | bytes):
-    """Replace config or facts of a stage, in its weights file and in its folder."""
+    """Replace config or metadata of a stage, in its weights file and in its folder."""
     file = stages / f"{name}.safetensors"
     text = new if isinstance(new, str) else new.decode(errors="replace")
     write_safetensors(file, read_state_dict(file), read_metadata(file) | {which: text})
@@ -135,7 +135,7 @@ def test_a_stage_that_cannot_be_is_named(stages, tmp_path, which, key, new, word
             assert e.value.field == field and str(e.value.value).startswith(str(place)) and words in e.value.problem
 
 
-def test_older_configs_and_facts_are_read(stages, tmp_path):
+def test_older_configs_and_metadata_are_read(stages, tmp_path):
     folder = tmp_path / "stages"
     shutil.copytree(stages, folder)
     values = json.loads((stages / "content" / "config.json").read_text())
@@ -143,10 +143,11 @@ def test_older_configs_and_facts_are_read(stages, tmp_path):
         del values[key]
     del values["data"]["probe_timeout"], values["model"]["condition"], values["mesh"]["preset"]
     (folder / "content" / "config.json").write_text(json.dumps(values))
-    facts = {key: fuzz_json.FACTS[key] for key in ("class_names", "autoencoder", "statistics")}
-    (folder / "content" / "facts.json").write_text(json.dumps(facts))
+    flat = {key: fuzz_json.FLAT[key] for key in ("class_names", "autoencoder", "statistics")}
+    (folder / "content" / "facts.json").write_text(json.dumps(flat))
     config, found = read_stage(folder / "content", "content")
-    assert found == facts and config.to_dict() == json.loads(to_json(tiny.config_of("content")))
+    assert found == Metadata(("run",), autoencoder=AutoencoderMetadata(""), statistics=fuzz_json.STAGE.statistics)
+    assert config.to_dict() == json.loads(to_json(tiny.config_of("content")))
 
 
 VERBS = {
@@ -165,12 +166,12 @@ DAMAGES = {
     "deep": ("config", DEEP),
     "empty": ("config", ""),
     "a wrong type": ("config", '{"stage": "autoencoder", "model": 5}'),
-    "facts that are a list": ("facts", "[]"),
+    "metadata that is a list": ("facts", "[]"),
 }
 
 
 CASES = [(verb, damage) for verb in VERBS for damage in DAMAGES]
-CASES.remove(("train", "facts that are a list"))  # read after the checkpoint, of which there is none here
+CASES.remove(("train", "metadata that is a list"))  # read after the checkpoint, of which there is none here
 
 
 @pytest.mark.parametrize("verb, damage", CASES)

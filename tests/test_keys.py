@@ -53,8 +53,7 @@ def stage_of(name):
         stage.module.__dict__["apply"] = lambda variables, video: (video * variables["params"]["w"], latents)
         return stage
     autoencoder = FrozenAutoencoder(tiny.config_of("autoencoder"), {"autoencoder": {}})
-    statistics = {n: {"mean": [0.0] * c, "std": [1.0] * c} for n, c in (("content", 3), ("motion", 4))}
-    stage = diffusion_stage(tiny.config_of(f"{name},kind=gaussian"), autoencoder, Classes(7), statistics)
+    stage = diffusion_stage(tiny.config_of(f"{name},kind=gaussian"), autoencoder, Classes(7))
     stage.denoiser = lambda params, *_: lambda x, t: jnp.repeat(x * params["w"], 2, axis=-1)
     stage.content_features = lambda params, content: content
     return stage

@@ -19,7 +19,7 @@ from cmd_jax.files import write_json
 from cmd_jax.main import EXAMPLES, main
 from cmd_jax.running import runtime
 from cmd_jax.stages import AutoencoderStage
-from cmd_jax.trained import Trained, export
+from cmd_jax.trained import Metadata, Trained, export
 from cmd_jax.verbs.resume_trainings import ask
 
 ROOT = Path(__file__).parents[1]
@@ -173,7 +173,7 @@ def narrow_autoencoder(tmp_path_factory):
     shapes = jax.eval_shape(AutoencoderStage(config).init, jax.random.key(0))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.tree.map(lambda x: x, shapes))
     path = tmp_path_factory.mktemp("weights") / "autoencoder.safetensors"
-    export(path, Trained(config, {"autoencoder": _unboxed(params["autoencoder"])}, {"digest": "0"}))
+    export(path, Trained(config, {"autoencoder": _unboxed(params["autoencoder"])}, Metadata(digest="0")))
     return path
 
 

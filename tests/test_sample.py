@@ -3,6 +3,7 @@ import json
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -386,11 +387,11 @@ def test_wrong_stages_are_one_line(tmp_path, capsys):
     (tmp_path / "motion.safetensors").unlink()
     (tmp_path / "motion.safetensors").symlink_to(exported["motion"])
     # Of other numbers, or of the same ones in another model.
-    model = content.facts["autoencoder_config"]
-    other = dict.fromkeys(("autoencoder", "autoencoder_params"), "another")
-    for changes in (other, {"autoencoder_config": model | {"model.heads": 4}}):
+    known = content.metadata.autoencoder
+    for changes in ({"digest": "another", "params": "another"}, {"config": known.config | {"model.heads": 4}}):
         (tmp_path / "content.safetensors").unlink()
-        export(tmp_path / "content.safetensors", content._replace(facts=content.facts | changes))
+        metadata = replace(content.metadata, autoencoder=replace(known, **changes))
+        export(tmp_path / "content.safetensors", content._replace(metadata=metadata))
         assert "trained with another autoencoder" in said(tmp_path, weights=tmp_path)
     content.config.model.width = 32
     export(tmp_path / "content.safetensors", content)

@@ -9,7 +9,7 @@ from fixtures.formula import state_dict
 
 from cmd_jax import defaults
 from cmd_jax.builders import build_autoencoder, build_process, check_fits, check_patches
-from cmd_jax.data.sources import channel_statistics
+from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.defaults import CLIP_BY_SPACE
 from cmd_jax.errors import UserError
 from cmd_jax.interop.lpips import lpips_params
@@ -89,7 +89,7 @@ def latents(autoencoder):
 
 @pytest.fixture(scope="module")
 def statistics(latents):
-    return channel_statistics(latents._asdict(), measured=True)
+    return LatentStatistics.of(latents._asdict())
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache, partial
 
 import flax.linen as nn
@@ -439,9 +440,8 @@ def test_parts_of_another_model_are_refused(tmp_path):
         train(config_of("content", latents__cache_clips=48, pretrained__path=folder), trained())
     with pytest.raises(UserError, match="prediction_type is sample, the content stage was trained with "):
         sampling.load_sampler(settings(pretrained__path=folder), trained())
-    facts = load_trained(trained() / "motion", "motion").facts
-    assert facts["text_encoder"]["weights"] != "other"
-    config = exported(tmp_path, "motion", text_encoder={**facts["text_encoder"], "weights": "other"})
+    text_encoder = load_trained(trained() / "motion", "motion").metadata.text_encoder
+    config = exported(tmp_path, "motion", text_encoder=replace(text_encoder, weights="other"))
     with pytest.raises(UserError, match="^weights=motion: its classes or text encoder differ from the content stage's"):
         sampling.load_sampler(config, tmp_path)
 
@@ -454,11 +454,11 @@ def with_scheduler(folder, **changes):
     return folder
 
 
-def exported(folder, changed, **facts):
-    """The settings for weights files of the run here, where one stage has other facts."""
+def exported(folder, changed, **metadata):
+    """The settings for weights files of the run here, where one stage has other metadata."""
     for name in ("autoencoder", "content", "motion"):
         stage = load_trained(trained() / name, name)
-        stated = stage.facts | (facts if name == changed else {})
+        stated = replace(stage.metadata, **(metadata if name == changed else {}))
         export(folder / f"{name}.safetensors", Trained(stage.config, stage.params, stated))
     config = settings()
     config.weights = str(folder)
@@ -467,9 +467,9 @@ def exported(folder, changed, **facts):
 
 def test_eta_and_steps_are_checked_for_the_solver_that_the_scheduler_is_for(tmp_path):
     """Not for the first of those there are: an empty solver is the folder's own."""
-    model = load_trained(trained() / "content", "content").facts["image_model"]
-    scheduler = model["scheduler"] | {"_class_name": "DPMSolverMultistepScheduler"}
-    config = exported(tmp_path, "content", image_model=model | {"scheduler": scheduler})
+    model = load_trained(trained() / "content", "content").metadata.image_model
+    scheduler = model.scheduler | {"_class_name": "DPMSolverMultistepScheduler"}
+    config = exported(tmp_path, "content", image_model=replace(model, scheduler=scheduler))
     config.pretrained.path = str(with_scheduler(tmp_path / "sd", **scheduler))
     config.sampling.content_steps = 999
     assert sampling.load_sampler(config, tmp_path).solvers == {"content": "dpmpp", "motion": "ddim"}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -106,15 +107,15 @@ def test_latents_are_encoded_once_for_both_diffusion_stages(run, monkeypatch):
     monkeypatch.setattr(preparing, "encode_clips", None)
     for stage, kind in (("content", ContentStage), ("motion", MotionStage)):
         config = tiny.config_of(stage)
-        built, read, clips, name_of, facts = preparing.prepare(
+        built, read, clips, name_of, metadata = preparing.prepare(
             config, run, make_mesh(config.mesh), make_console(), True
         )
         assert isinstance(built, kind) and clips == 48
         assert read(3, None)["content"].shape == (16, 24, 3)
         assert read(3, None)["motion"].shape == (4, 10, 4)
         assert name_of(17) == "shapes-train-000017"
-        assert facts["autoencoder"] == load_trained(run / "autoencoder", "autoencoder").facts["digest"]
-        assert facts["autoencoder_params"] == read_json(run / "autoencoder" / "summary.json")["digests"]["ema"]
+        assert metadata.autoencoder.digest == load_trained(run / "autoencoder", "autoencoder").metadata.digest
+        assert metadata.autoencoder.params == read_json(run / "autoencoder" / "summary.json")["digests"]["ema"]
 
 
 def test_a_finished_run_is_left_as_it_is(run, capsys):
@@ -390,7 +391,7 @@ def test_dataset_that_changed_is_refused(run, monkeypatch):
 
 def test_another_autoencoder_is_refused(run, tmp_path):
     real = load_trained(run / "autoencoder" / "ema.safetensors", "autoencoder")
-    other = Trained(real.config, jax.tree.map(lambda x: 2 * x, real.params), real.facts | {"digest": "another"})
+    other = Trained(real.config, jax.tree.map(lambda x: 2 * x, real.params), replace(real.metadata, digest="another"))
     export(tmp_path / "other.safetensors", other)
     before = (run / "content" / "config.json").read_text()
     with pytest.raises(UserError, match="is not the one this run was started with") as error:
@@ -425,7 +426,7 @@ def test_checkpoint_of_another_model_is_refused_even_without_its_config(run, tmp
 
 def test_half_precision_autoencoder_serves_the_diffusion_stages(run):
     facts = read_json(tiny.gaussian_weights() / "content" / "facts.json")
-    assert facts["autoencoder"] == load_trained(run / "autoencoder", "autoencoder").facts["digest"]
+    assert facts["autoencoder"]["digest"] == load_trained(run / "autoencoder", "autoencoder").metadata.digest
     assert facts["statistics"]["content"] == {"mean": [0.0] * 3, "std": [1.0] * 3}  # normalize=False
     assert not list(tiny.gaussian_weights().glob("latents-*"))  # and cache_clips=0: nothing to encode beforehand
     summary = read_json(tiny.gaussian_weights() / "content" / "summary.json")

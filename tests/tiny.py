@@ -14,12 +14,13 @@ import numpy as np
 
 from cmd_jax import defaults
 from cmd_jax.config import check, override, parse_argument
+from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.interop.clip_tokenizer import Tokenizer
 from cmd_jax.interop.diffusers import save_pipeline
 from cmd_jax.models.conditions import Classes
 from cmd_jax.stages import FrozenAutoencoder, MotionStage
 from cmd_jax.train import train
-from cmd_jax.trained import Trained, export, load_trained
+from cmd_jax.trained import AutoencoderMetadata, Metadata, Trained, export, load_trained
 
 CONFIG_FILE = str(Path(__file__).resolve())
 STEPS = 6
@@ -67,11 +68,10 @@ def config_of(argument: str, **changes):
     return check(config.copy_and_resolve_references())
 
 
-def facts(*class_names: str, **more) -> dict:
+def metadata(*class_names: str, **more) -> Metadata:
     """What a stage may say of its training, so that it loads."""
-    one = {"mean": [0.0], "std": [1.0]}
-    statistics = {"content": one, "motion": one}
-    return {"class_names": list(class_names), "digest": "", "autoencoder": "", "statistics": statistics, **more}
+    told = {"class_names": class_names, "digest": "", "autoencoder": AutoencoderMetadata("")}
+    return Metadata(**told | {"statistics": LatentStatistics.unit(1, 1)} | more)
 
 
 @functools.cache
@@ -127,10 +127,10 @@ def gaussian_weights() -> Path:
 
     config = config_of("motion,kind=gaussian", **changes)
     stage = MotionStage(
-        config, FrozenAutoencoder(autoencoder.config, autoencoder.params), Classes(48), content.facts["statistics"]
+        config, FrozenAutoencoder(autoencoder.config, autoencoder.params), Classes(48), content.metadata.statistics
     )
     shapes = nn.unbox(jax.eval_shape(stage.init, jax.random.key(0)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes)
-    export(folder / "motion.safetensors", Trained(config, params, content.facts), np.float16)
+    export(folder / "motion.safetensors", Trained(config, params, content.metadata), np.float16)
     return folder

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,45 @@ from cmd_jax.files import atomic_path
 MADE_OF = "made_of"
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Mean and standard deviation, which is positive, of each channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "ChannelStatistics":
+        """Of the channels of values [..., C]."""
+        values = values.reshape(-1, values.shape[-1]).astype(np.float64)
+        return cls(tuple(values.mean(0).tolist()), tuple(np.maximum(values.std(0), 1e-6).tolist()))
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Of the channels of both latents, in the autoencoder's units; denoisers see zero mean and unit variance."""
+
+    content: ChannelStatistics
+    motion: ChannelStatistics
+
+    @classmethod
+    def of(cls, latents: dict[str, np.ndarray]) -> "LatentStatistics":
+        """Of {"content": [N, h, w, C], "motion": [N, T, h+w, K]}."""
+        return cls(ChannelStatistics.of(latents["content"]), ChannelStatistics.of(latents["motion"]))
+
+    @classmethod
+    def unit(cls, content: int, motion: int) -> "LatentStatistics":
+        """Zero and one for so many channels of each: nothing is normalised."""
+        return cls(*(ChannelStatistics((0.0,) * channels, (1.0,) * channels) for channels in (content, motion)))
+
+    def arrays(self) -> dict[str, dict[str, np.ndarray]]:
+        """{"content" or "motion": {"mean" or "std": float32 [C]}}."""
+        return {
+            name: {key: np.asarray(value, np.float32) for key, value in channels.items()}
+            for name, channels in asdict(self).items()
+        }
 
 
 def path_of(workdir: Path, what: dict) -> Path:

@@ -53,15 +53,3 @@ def encode_clips(read, encode, params, indices, batch_size: int, mesh, seed: int
 def latent_reader(latents: dict) -> Callable[[int, np.random.Generator], dict]:
     """Examples of an encoded source: index -> {name: values[index]}."""
     return lambda index, rng: {name: values[index] for name, values in latents.items()}
-
-
-def channel_statistics(latents: dict, measured: bool) -> dict:
-    """Mean and standard deviation per channel of content and motion; zero and one where nothing is to be normalised."""
-    statistics = {}
-    for name in ("content", "motion"):
-        values = latents[name].reshape(-1, latents[name].shape[-1]).astype(np.float64)
-        mean, std = (
-            (values.mean(0), values.std(0)) if measured else (np.zeros(values.shape[1]), np.ones(values.shape[1]))
-        )
-        statistics[name] = {"mean": mean.tolist(), "std": np.maximum(std, 1e-6).tolist()}
-    return statistics

@@ -30,7 +30,7 @@ from cmd_jax.interop.weights import (
     write_safetensors,
 )
 from cmd_jax.models.vgg import LPIPS
-from cmd_jax.pretrained import check_same, describe
+from cmd_jax.pretrained import VAEMetadata, check_same, describe
 from cmd_jax.running.hosts import check_tree
 from cmd_jax.trained import Trained, export, load_trained
 from cmd_jax.verbs.convert_stages import autoencoder_stage, denoiser_stage, release_weights
@@ -268,17 +268,17 @@ def _stage(flags, given: dict, state: dict, folder: Path) -> Trained:
     if flags.kind == "cmd-autoencoder":
         vae = None
         if flags.pretrained is not None:
-            vae = describe(ConfigDict({"path": str(Path(flags.pretrained).expanduser())}), "vae")
+            vae = describe(ConfigDict({"path": str(Path(flags.pretrained).expanduser())}), VAEMetadata)
         return autoencoder_stage(given, state, vae)
     autoencoder = _neighbour(folder, "autoencoder")
     if flags.kind == "cmd-content":
         names = _class_names(Path(flags.classes).expanduser()) if flags.classes is not None else None
         return denoiser_stage("content", given, state, autoencoder, names)
     content = _neighbour(folder, "content")
-    if "text_encoder" in content.facts:
+    if content.metadata.text_encoder:
         problem, remedy = "reads texts, which the release's motion model does not know", "use one of classes"
         raise UserError("content", folder / "content.safetensors", problem, remedy)
-    return denoiser_stage("motion", given, state, autoencoder, content.facts["class_names"])
+    return denoiser_stage("motion", given, state, autoencoder, content.metadata.class_names)
 
 
 def _neighbour(folder: Path, name: str) -> Trained:
@@ -408,11 +408,11 @@ def _convert_pipeline(source: Path, output: Path, dtype: str, stage: str | None)
 def _trained_unet(path: Path, folder: ConfigDict) -> dict:
     """The EMA parameters of a content stage that was fine-tuned from the pipeline in `folder.path`."""
     trained = load_trained(path, "content")
-    if "image_model" not in trained.facts:
+    metadata = trained.metadata
+    if metadata.image_model is None:
         raise UserError("--unet", path, "a DiT that was trained from scratch", "give a stage that fine-tuned a UNet")
-    for part in ("image_model", "vae", "text_encoder"):
-        if part in trained.facts:
-            check_same(folder, part, trained.facts, "the stage of --unet was trained with")
+    for part in filter(None, (metadata.image_model, metadata.vae, metadata.text_encoder)):
+        check_same(folder, part, "the stage of --unet was trained with")
     return trained.params
 
 

@@ -4,18 +4,20 @@ The release differs from what is trained here in four things, all of which stage
 autoencoder, position tables of square grids, no class in the motion model, and motion latents with the columns first.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from cmd_jax import __version__, defaults
 from cmd_jax.config import check_trained
-from cmd_jax.data.sources import channel_statistics
+from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.errors import UserError, divisible
 from cmd_jax.interop.cmd_release import complete, load, model, state_dict
 from cmd_jax.models.dit import DiT, sincos_table
-from cmd_jax.pretrained import stated_space
+from cmd_jax.pretrained import VAEMetadata, stated_space
 from cmd_jax.running.hosts import check_tree, digest
 from cmd_jax.stages import FrozenAutoencoder
-from cmd_jax.trained import Trained, autoencoder_facts, belongs
+from cmd_jax.trained import AutoencoderMetadata, ConvertedMetadata, Metadata, Trained, belongs
 
 RELEASED = {"autoencoder": "autoencoder", "content": "content_dit", "motion": "motion_dit"}  # stage -> kind of `load`
 MODEL = {  # our config's model -> theirs
@@ -29,14 +31,13 @@ MODEL = {  # our config's model -> theirs
     "mode": "mode",
 }
 DENOISER = {"patch": "patch_size", "width": "hidden_size", "depth": "depth", "heads": "heads"}
-CONVERTED = "converted"  # the fact that says what a stage was made of: version and config of its weights
 
 
-def autoencoder_stage(config: dict, weights: dict[str, np.ndarray], vae: dict | None = None) -> Trained:
+def autoencoder_stage(config: dict, weights: dict[str, np.ndarray], vae: VAEMetadata | None = None) -> Trained:
     """The release's autoencoder as a stage.
 
     config: of `load`, as far as the weights don't tell it, and frames and image_size, the shape of a clip as the model
-    sees it. vae: for mode "latent", the fact that tells of the VAE (cmd_jax.pretrained).
+    sees it. vae: for mode "latent", that of the VAE.
     """
     config = complete("autoencoder", config, weights)
     _, params = load("autoencoder", config, weights)
@@ -46,8 +47,7 @@ def autoencoder_stage(config: dict, weights: dict[str, np.ndarray], vae: dict | 
         if vae is not None:
             problem, remedy = "takes no latents of a VAE", "leave the Stable Diffusion folder out"
         raise UserError("config.mode", config["mode"], problem, remedy)
-    facts = {} if vae is None else {"vae": vae}
-    space, ours = stated_space(facts), defaults.stage("autoencoder")
+    space, ours = stated_space(vae), defaults.stage("autoencoder")
     if config["channels"] != space.channels:
         problem = f"{config['mode']} frames have {space.channels}"
         raise UserError("config.channels", config["channels"], problem, "give weights and VAE of one model")
@@ -55,7 +55,7 @@ def autoencoder_stage(config: dict, weights: dict[str, np.ndarray], vae: dict | 
     ours.data.update(frames=frames, height=sides[0] * space.factor, width=sides[1] * space.factor)
     if vae is not None:
         ours.loss.update(l1=0.0, l2=1.0, lpips=0.0)
-    return _trained(ours, {"autoencoder": params}, facts, config)
+    return _trained(ours, {"autoencoder": params}, Metadata(vae=vae), config)
 
 
 def denoiser_stage(
@@ -79,17 +79,18 @@ def denoiser_stage(
         raise UserError("classes", f"{len(class_names)} names", problem, "give one for each, in the model's order")
     if module.classes is None:
         params["label"] = {"embedding": np.zeros((len(class_names) + 1, module.width), np.float32)}
-    ours, facts = defaults.stage(name), {"class_names": list(class_names)}
+    ours = defaults.stage(name)
     ours.data.update({key: autoencoder.config.data[key] for key in ("frames", "height", "width")})
     ours.model.update({**{key: config[theirs] for key, theirs in DENOISER.items()}, "position": "table"})
     if name == "motion":
         ours.model.content_patch = module.content_patch
     ours.diffusion.learned_range = module.out_channels == 2 * config["in_channels"]
-    facts |= autoencoder_facts(autoencoder)
     shapes = _frozen(autoencoder)
-    zeros = {"content": np.zeros(shapes.content_shape), "motion": np.zeros(shapes.motion_shape)}
-    facts["statistics"] = channel_statistics(zeros, measured=False)
-    return _trained(ours, params, facts, config)
+    metadata = Metadata(
+        class_names=tuple(class_names), autoencoder=AutoencoderMetadata.of(autoencoder), vae=autoencoder.metadata.vae,
+        statistics=LatentStatistics.unit(shapes.content_shape[-1], shapes.motion_shape[-1]),
+    )  # fmt: skip
+    return _trained(ours, params, metadata, config)
 
 
 def release_weights(trained: Trained, autoencoder: Trained | None = None) -> dict[str, np.ndarray]:
@@ -100,8 +101,8 @@ def release_weights(trained: Trained, autoencoder: Trained | None = None) -> dic
     """
     name, params = trained.config.stage, trained.params
     params = params["autoencoder"] if name == "autoencoder" else dict(params)
-    if CONVERTED in trained.facts:
-        config = trained.facts[CONVERTED]["config"]
+    if trained.metadata.converted:
+        config = trained.metadata.converted.config
     else:
         _refuse_other(trained)
         config = _config(trained, autoencoder)
@@ -114,10 +115,10 @@ def release_weights(trained: Trained, autoencoder: Trained | None = None) -> dic
     return state_dict(RELEASED[name], config, params)
 
 
-def _trained(ours, params, facts: dict, config: dict) -> Trained:
+def _trained(ours, params, metadata: Metadata, config: dict) -> Trained:
     check_trained(ours)  # or what is written could not be read again
-    facts[CONVERTED] = {"cmd_jax": __version__, "config": config}
-    return Trained(ours, params, facts | {"digest": digest(params)})
+    converted = ConvertedMetadata(__version__, config)
+    return Trained(ours, params, replace(metadata, digest=digest(params), converted=converted))
 
 
 def _shape(config: dict) -> tuple[int, tuple[int, int]]:
@@ -138,7 +139,7 @@ def _shape(config: dict) -> tuple[int, tuple[int, int]]:
 
 def _frozen(autoencoder: Trained) -> FrozenAutoencoder:
     """The autoencoder's shapes, without its parameters."""
-    return FrozenAutoencoder(autoencoder.config, {"autoencoder": None}, stated_space(autoencoder.facts))
+    return FrozenAutoencoder(autoencoder.config, {"autoencoder": None}, stated_space(autoencoder.metadata.vae))
 
 
 def _grid(name: str, autoencoder: Trained) -> dict:
@@ -164,7 +165,7 @@ def _fitting(name: str, config: dict, weights: dict, autoencoder: Trained) -> di
         found = [found] * 2 if key.endswith("_size") and type(found) is int else found
         if found != value:
             problem = f"the {name} model has {key}={found}, with this autoencoder it would be {value}"
-            raise UserError("autoencoder", autoencoder.facts["digest"][:12], problem, "give the one it belongs to")
+            raise UserError("autoencoder", autoencoder.metadata.digest[:12], problem, "give the one it belongs to")
     return grid
 
 
@@ -190,13 +191,13 @@ def _config(trained: Trained, autoencoder: Trained | None) -> dict:
         return {theirs: config.model[key] for key, theirs in MODEL.items()}
     if autoencoder is None:
         raise UserError("autoencoder", None, f"the {name} stage does not tell its grid", "give its autoencoder too")
-    if not belongs(trained.facts, autoencoder):
+    if not belongs(trained.metadata, autoencoder):
         problem = f"the {name} stage was trained with another one"
-        raise UserError("autoencoder", autoencoder.facts["digest"][:12], problem, "give the one it belongs to")
+        raise UserError("autoencoder", autoencoder.metadata.digest[:12], problem, "give the one it belongs to")
     sizes = {theirs: config.model[key] for key, theirs in DENOISER.items()} | _grid(name, autoencoder)
     sizes["learn_sigma"] = config.diffusion.learned_range
     if name == "content":
-        return sizes | {"num_classes": len(trained.facts["class_names"])}
+        return sizes | {"num_classes": len(trained.metadata.class_names)}
     return sizes | {"content_patch_size": config.model.content_patch}
 
 

@@ -16,18 +16,26 @@ from cmd_jax.builders import reads_text
 from cmd_jax.config import load
 from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.sources import open_source
+from cmd_jax.defaults import fine_tunes
 from cmd_jax.errors import UserError
 from cmd_jax.files import versions
 from cmd_jax.models.conditions import Classes, Texts
 from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.models.vae import init_vae
 from cmd_jax.models.vgg import LPIPS
-from cmd_jax.pretrained import stated, stated_conditions, stated_space
+from cmd_jax.pretrained import (
+    ImageModelMetadata,
+    TextEncoderMetadata,
+    VAEMetadata,
+    stated,
+    stated_conditions,
+    stated_space,
+)
 from cmd_jax.report.console import make_console
 from cmd_jax.sharding import Placed, batch_ways, check_batch, layout, make_mesh, replicated_report
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import make_optimizer
-from cmd_jax.trained import read_stage
+from cmd_jax.trained import Metadata, read_stage
 
 MIB = 2**20
 FILE_WIDTH = 1000  # of output that is no terminal: nothing is cut off
@@ -44,7 +52,7 @@ def doctor(specification: str, overrides: dict[str, str], workdir: Path | None) 
     config = load(specification, overrides)
     mesh = make_mesh(config.mesh)
     print_machine(console, config.mesh, mesh)
-    others = Others(specification, overrides, workdir, config, console)
+    others = CompanionStages(specification, overrides, workdir, config, console)
     trees, clip_bytes = (sampled if config.stage == "sample" else trained)(config, others)
     records = {name: layout(tree, mesh, config.rules) for name, tree in trees.items()}
 
@@ -96,12 +104,12 @@ def total_table(records: dict[str, list[Placed]]) -> Table:
     return table
 
 
-def trained(config, others: "Others") -> tuple[dict, int]:
+def trained(config, others: "CompanionStages") -> tuple[dict, int]:
     """What training holds -> (trees of abstract arrays by name, bytes of a clip of the batch)."""
     data, frozen = config.data, {}
     clip_bytes = math.prod((data.frames, data.height, data.width, 3))  # uint8
     if config.stage == "autoencoder":
-        space = others.space(config, {})
+        space = others.space(config)
         stage = AutoencoderStage(config, space=space)
         params, frozen = jax.eval_shape(stage.init, abstract_key()), parameters_of(space)
         if config.loss.vgg:
@@ -111,8 +119,8 @@ def trained(config, others: "Others") -> tuple[dict, int]:
             clip_bytes = 4 * math.prod(stage.video_shape)
     else:
         autoencoder, frozen = others.autoencoder()
-        conditions = others.conditions(config, {})
-        params, frozen = others.denoiser(config, autoencoder, conditions, {}), frozen | parameters_of(conditions)
+        conditions = others.conditions(config)
+        params, frozen = others.denoiser(config, autoencoder, conditions), frozen | parameters_of(conditions)
         if config.latents.cache_clips:
             shapes = [autoencoder.content_shape, autoencoder.motion_shape]
             if isinstance(conditions, Texts):
@@ -123,13 +131,13 @@ def trained(config, others: "Others") -> tuple[dict, int]:
     return trees | ({"frozen": frozen} if frozen else {}), clip_bytes
 
 
-def sampled(config, others: "Others") -> tuple[dict, int]:
+def sampled(config, others: "CompanionStages") -> tuple[dict, int]:
     """What sampling holds, as `trained`."""
     autoencoder, params = others.autoencoder()
     for name in ("content", "motion"):
-        stage, facts = others.stage(name)
-        conditions = others.conditions(stage, facts)
-        params |= parameters_of(conditions) | {name: others.denoiser(stage, autoencoder, conditions, facts)}
+        stage, metadata = others.stage(name)
+        conditions = others.conditions(stage, metadata)
+        params |= parameters_of(conditions) | {name: others.denoiser(stage, autoencoder, conditions, metadata)}
     return {"params": params}, 4 * math.prod(autoencoder.clip_shape)  # float32 video
 
 
@@ -147,32 +155,32 @@ def abstract_key():
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
-class Others:
+class CompanionStages:
     """The stages that a config needs beside its own, found or derived from the same file; their shapes must fit."""
 
     def __init__(self, specification: str, overrides: dict[str, str], workdir: Path | None, config, console):
         self.specification, self.overrides, self.workdir = specification, overrides, workdir
         self.config, self.console = config, console
 
-    def stage(self, name: str) -> tuple[ConfigDict, dict]:
-        """-> (its config, its facts or {} where it is not trained yet)."""
+    def stage(self, name: str) -> tuple[ConfigDict, Metadata | None]:
+        """-> (its config, its metadata where it is trained)."""
         path, must_be = self._where(name)
         if path and (path.suffix == ".safetensors" or (path / "config.json").is_file()):
-            config, facts = read_stage(path, name)
+            config, metadata = read_stage(path, name)
         elif must_be:
             raise UserError("latents.autoencoder", path, f"holds no trained {name} stage", "train it there first")
         else:
             file, _, argument = self.specification.partition(":")
             values = [word for word in argument.split(",") if "=" in word]
             data = {k: value for k, value in self.overrides.items() if k.startswith(("data.", "pretrained."))}
-            path, facts = f"{file}:{','.join([name, *values])}", {}
+            path, metadata = f"{file}:{','.join([name, *values])}", None
             config = load(path, data)
         self.console.print(f"{name}: as in {path}")
         for side in ("frames", "height", "width"):
             if self.config.data[side] != config.data[side]:
                 problem = f"the {name} of {path} is for {config.data[side]}"
                 raise UserError(f"data.{side}", self.config.data[side], problem, "use that, or another autoencoder")
-        return config, facts
+        return config, metadata
 
     def _where(self, name: str) -> tuple[Path | None, bool]:
         """Where that stage may be trained, and whether it must be."""
@@ -184,27 +192,33 @@ class Others:
 
     def autoencoder(self) -> tuple[FrozenAutoencoder, dict]:
         """-> (the autoencoder without values, its and its VAE's boxed abstract parameters by their names)."""
-        config, facts = self.stage("autoencoder")
-        space = self.space(config, facts)
+        config, metadata = self.stage("autoencoder")
+        space = self.space(config, metadata)
         autoencoder = FrozenAutoencoder(config, {"autoencoder": {}}, space)
         video = jax.ShapeDtypeStruct((1, *autoencoder.video_shape), np.float32)
         params = jax.eval_shape(autoencoder.module.init, abstract_key(), video)["params"]
         return autoencoder, {"autoencoder": params} | parameters_of(space)
 
-    def space(self, config, facts: dict) -> Pixels | VAELatents:
-        """Of an autoencoder's config, and its facts where it is trained."""
-        return stated_space((facts or stated(config.pretrained)) if config.model.mode == "latent" else {})
+    def space(self, config, metadata: Metadata | None = None) -> Pixels | VAELatents:
+        """Of an autoencoder's config, and its metadata where it is trained."""
+        if config.model.mode != "latent":
+            return Pixels()
+        return stated_space(metadata.vae if metadata else stated(config.pretrained, VAEMetadata))
 
-    def conditions(self, config, facts: dict) -> Classes | Texts:
-        """Of a denoiser's config, and its facts where it is trained."""
+    def conditions(self, config, metadata: Metadata | None = None) -> Classes | Texts:
+        """Of a denoiser's config, and its metadata where it is trained."""
         if reads_text(config):
-            return stated_conditions(facts or stated(config.pretrained))
-        return Classes(len(facts["class_names"]) if facts else self.classes(config.data))
+            return stated_conditions(
+                0, metadata.text_encoder if metadata else stated(config.pretrained, TextEncoderMetadata)
+            )
+        return Classes(len(metadata.class_names) if metadata else self.classes(config.data))
 
-    def denoiser(self, config, autoencoder: FrozenAutoencoder, conditions: Classes | Texts, facts: dict) -> dict:
-        image_model = (facts or stated(config.pretrained)).get("image_model")
-        stage = diffusion_stage(config, autoencoder, conditions, {}, image_model)
-        return jax.eval_shape(stage.init, abstract_key())
+    def denoiser(self, config, autoencoder, conditions, metadata: Metadata | None = None) -> dict:
+        """Boxed abstract parameters of a denoiser."""
+        image_model = None
+        if fine_tunes(config):
+            image_model = metadata.image_model if metadata else stated(config.pretrained, ImageModelMetadata)
+        return jax.eval_shape(diffusion_stage(config, autoencoder, conditions, None, image_model).init, abstract_key())
 
     def classes(self, data) -> int:
         """How many classes the data has; files are listed for it, none is decoded."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import types
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,15 +16,15 @@ from ml_collections import ConfigDict
 
 from cmd_jax import prepare
 from cmd_jax.data.folder import FolderSource
-from cmd_jax.data.latents import path_of, read_latents, write_latents
+from cmd_jax.data.latents import LatentStatistics, path_of, read_latents, write_latents
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.shapes import ShapesSource
 from cmd_jax.models.autoencoder import Autoencoder
 from cmd_jax.prepare import LIBRARIES, made_of
-from cmd_jax.pretrained import describe
+from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, VAEMetadata, describe
 from cmd_jax.report.console import make_console
 from cmd_jax.sharding import make_mesh
-from cmd_jax.trained import Trained, autoencoder_facts
+from cmd_jax.trained import AutoencoderMetadata, DataMetadata, Metadata, Trained
 
 CLIPS = {"frames": 4, "height": 16, "width": 32}
 
@@ -33,18 +34,20 @@ def mesh():
     return make_mesh(tiny.config_of("content").mesh)
 
 
-def facts_of(folder=FIXTURES / "tiny-sd15", source=None, numbers=0.0, **model):
+def metadata_of(folder=FIXTURES / "tiny-sd15", source=None, numbers=0.0, **model):
     """What a denoiser is trained on: clips of shapes, an autoencoder of VAE latents, and its captions' encoder."""
     config = tiny.config_of("autoencoder,kind=text", **{f"model__{key}": value for key, value in model.items()})
-    group, trained = ConfigDict({"path": str(folder)}), Trained(config, {"a": np.full(3, numbers)}, {"digest": "d"})
-    parts = {part: describe(group, part) for part in ("vae", "text_encoder")}
+    trained = Trained(config, {"a": np.full(3, numbers)}, Metadata(digest="d"))
+    group = ConfigDict({"path": str(folder)})
+    parts = {kind.part: describe(group, kind) for kind in (VAEMetadata, TextEncoderMetadata)}
     source = source or ShapesSource(clips=48, **CLIPS)
-    return {"fingerprint": source.fingerprint, **autoencoder_facts(trained), **parts}
+    data = DataMetadata(source.fingerprint, len(source))
+    return Metadata(data=data, autoencoder=AutoencoderMetadata.of(trained), **parts)
 
 
-def name_of(mesh, facts=None, stage="content", **changes):
+def name_of(mesh, metadata=None, stage="content", **changes):
     config = tiny.config_of(f"{stage},kind=text", **{"latents__cache_clips": 48, **changes})
-    return path_of(FIXTURES, made_of(config, facts or facts_of(), mesh)).name
+    return path_of(FIXTURES, made_of(config, metadata or metadata_of(), mesh)).name
 
 
 def other_folder(tmp_path, name, **changes):
@@ -77,7 +80,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_what_latents_are_made_of_names_their_file(what, mesh, tmp_path):
-    assert name_of(mesh, facts_of(**OTHERS[what](tmp_path))) != name_of(mesh)
+    assert name_of(mesh, metadata_of(**OTHERS[what](tmp_path))) != name_of(mesh)
 
 
 @pytest.mark.parametrize("changes", [
@@ -107,14 +110,15 @@ def test_what_changes_nothing_keeps_the_file(mesh, tmp_path):
     change_json(folder / "vae" / "config.json", sample_size=512, _diffusers_version="0.1")
     change_json(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not read")
-    same = facts_of(folder, remat="full") | {"statistics": {}, "clips": 48, "image_model": {}}
+    more = {"statistics": LatentStatistics.unit(4, 4), "image_model": ImageModelMetadata({}, {})}
+    same = replace(metadata_of(folder, remat="full"), **more)
     assert name_of(mesh, same) == name_of(mesh)
     changes = {"train__steps": 9, "optimizer__learning_rate": 0.5, "data__threads": 1, "pretrained__path": folder}
     assert name_of(mesh, **changes) == name_of(mesh, stage="motion") == name_of(mesh)
 
 
 def test_no_field_of_the_autoencoder_is_forgotten():
-    ours = {name.removeprefix("model.") for name in facts_of()["autoencoder_config"] if name.startswith("model.")}
+    ours = {name.removeprefix("model.") for name in metadata_of().autoencoder.config if name.startswith("model.")}
     assert ours == {field.name for field in dataclasses.fields(Autoencoder)} - {"remat", "parent", "name"}
 
 
@@ -180,8 +184,8 @@ def frame_means(workdir, source, mesh, **changes):
     """The mean of every frame, encoded or read from a file."""
     config = tiny.config_of("content", **{"latents__cache_clips": 4, **changes})
     encode = lambda params, batch: {"means": jnp.mean(batch["video"].astype(jnp.float32), axis=(2, 3, 4))}  # noqa: E731
-    facts, console = {"fingerprint": source.fingerprint}, make_console(quiet=True)
-    return prepare.encoded_clips(config, workdir, source, (video_reader(source), encode, {}), facts, mesh, console)[
+    metadata, console = Metadata(data=DataMetadata(source.fingerprint, 4)), make_console(quiet=True)
+    return prepare.encoded_clips(config, workdir, source, (video_reader(source), encode, {}), metadata, mesh, console)[
         "means"
     ]
 
@@ -199,8 +203,9 @@ def test_a_run_with_another_stride_or_size_reads_its_clips_anew(mesh, tmp_path, 
     np.testing.assert_allclose(means["stride"][0], np.arange(4) * 36, atol=1)
     assert means["frames"].shape == (4, 6)
 
-    config, facts = tiny.config_of("content", latents__cache_clips=4), {"fingerprint": sources[""].fingerprint}
-    damaged = path_of(tmp_path, made_of(config, facts, mesh))
+    config = tiny.config_of("content", latents__cache_clips=4)
+    metadata = Metadata(data=DataMetadata(sources[""].fingerprint, 2))
+    damaged = path_of(tmp_path, made_of(config, metadata, mesh))
     damaged.write_bytes(damaged.read_bytes()[:-50])
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(frame_means(tmp_path, sources[""], mesh), means[""])

@@ -7,8 +7,9 @@ import pytest
 
 from cmd_jax import defaults
 from cmd_jax.data import pipeline
+from cmd_jax.data.latents import ChannelStatistics, LatentStatistics
 from cmd_jax.data.pipeline import BatchPlan, batches, local_rows, to_global, video_reader
-from cmd_jax.data.sources import channel_statistics, encode_clips, latent_reader
+from cmd_jax.data.sources import encode_clips, latent_reader
 from cmd_jax.errors import UserError
 from cmd_jax.sharding import BATCH_AXES, make_mesh
 from cmd_jax.stages import denormalize, normalize
@@ -212,13 +213,13 @@ def test_statistics_make_latents_zero_mean_and_unit_variance():
         "content": rng.normal([1, 2, 3], [0.5, 1, 2], (20, H, W, 3)).astype(np.float32),
         "motion": rng.normal(-0.3, 0.1, (20, T, H + W, 2)).astype(np.float32),
     }
-    statistics = channel_statistics(latents, measured=True)
+    statistics = LatentStatistics.of(latents).arrays()
     for name, values in latents.items():
-        scaled = normalize(values, {k: np.array(v) for k, v in statistics[name].items()})
+        scaled = normalize(values, statistics[name])
         axes = tuple(range(values.ndim - 1))
         np.testing.assert_allclose(scaled.mean(axes), 0, atol=1e-6)
         np.testing.assert_allclose(scaled.std(axes), 1, atol=1e-6)
-        back = denormalize(scaled, {k: np.array(v) for k, v in statistics[name].items()})
+        back = denormalize(scaled, statistics[name])
         np.testing.assert_allclose(back, values, atol=1e-6)
-    unit = channel_statistics(latents, measured=False)
-    assert unit["motion"] == {"mean": [0, 0], "std": [1, 1]} and unit["content"]["std"] == [1, 1, 1]
+    unit = LatentStatistics.unit(3, 2)
+    assert unit.motion == ChannelStatistics((0.0, 0.0), (1.0, 1.0)) and unit.content.std == (1.0, 1.0, 1.0)

@@ -156,9 +156,8 @@ def test_clip_holds_the_sample():
 @pytest.mark.parametrize("name", ["content", "motion"])
 def test_class_conditional_models_run_it(name):
     autoencoder = FrozenAutoencoder(tiny.config_of("autoencoder"), {"autoencoder": None})
-    statistics = {k: {"mean": 0.0, "std": 1.0} for k in ("content", "motion")}
     stage = {"content": ContentStage, "motion": MotionStage}[name](
-        tiny.config_of(f"{name},kind=gaussian"), autoencoder, Classes(5), statistics
+        tiny.config_of(f"{name},kind=gaussian"), autoencoder, Classes(5)
     )
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(stage.init, jax.random.key(0))

@@ -116,7 +116,7 @@ def test_the_releases_strict_loading_takes_what_we_write():
     clip = {"heads": 8, "mode": "pixel", "frames": 4, "image_size": 16}
     autoencoder = autoencoder_stage(clip, states["autoencoder_pixel"])
     content = denoiser_stage("content", {"heads": 4}, states["content_dit"], autoencoder)
-    motion = denoiser_stage("motion", {"heads": 4}, states["motion_dit"], autoencoder, content.facts["class_names"])
+    motion = denoiser_stage("motion", {"heads": 4}, states["motion_dit"], autoencoder, content.metadata.class_names)
     rotary = {f"{side}.frame_rot_emb.inv_freqs": (32,) for side in ("encoder", "decoder")}
     rotary |= {f"{side}.image_rot_emb.scales": (16,) for side in ("encoder", "decoder")}
     tables = {"pos_embed": npzs["motion_dit"]["pos_embed"].shape}

@@ -20,7 +20,7 @@ from cmd_jax.running.hosts import check_tree, digest, to_host
 from cmd_jax.running.lock import lock_folder
 from cmd_jax.running.manifest import verify
 from cmd_jax.state import TrainState
-from cmd_jax.trained import Trained, belongs, export, load_trained
+from cmd_jax.trained import AutoencoderMetadata, Metadata, Trained, belongs, export, load_trained
 
 pytestmark = pytest.mark.xdist_group("tiny")
 
@@ -216,16 +216,16 @@ def test_folder_weights_file_and_half_precision_agree(folder, tmp_path):
     from_folder = load_trained(folder, "autoencoder")
     from_file = load_trained(folder / "ema.safetensors", "autoencoder")
     assert from_file.config.to_dict() == from_folder.config.to_dict()
-    assert from_file.facts == from_folder.facts
+    assert from_file.metadata == from_folder.metadata
     files = read_json(folder / "checkpoints" / str(tiny.STEPS) / "manifest.json")["files"]
     files = {name: facts for name, facts in files.items() if name.startswith("ema/")}
-    assert from_folder.facts["digest"] == hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    assert from_folder.metadata.digest == hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     summary = read_json(folder / "summary.json")
     assert digest(from_file.params) == digest(from_folder.params) == summary["digests"]["ema"]
 
     export(tmp_path / "half.safetensors", from_folder, np.float16)
     half = load_trained(tmp_path / "half.safetensors", "autoencoder")
-    assert half.facts == from_folder.facts  # the digest is that of the original
+    assert half.metadata == from_folder.metadata  # the digest is that of the original
     exact = leaves(from_folder.params)
     for name, x in leaves(half.params).items():
         assert x.dtype == np.float32
@@ -236,12 +236,13 @@ def test_folder_weights_file_and_half_precision_agree(folder, tmp_path):
 def test_an_autoencoder_is_known_by_its_checkpoint_or_by_its_bits(folder):
     """The latter to stages older than digests of checkpoints, or where it was trained to its end again."""
     trained = load_trained(folder, "autoencoder")
-    bits, other = digest(trained.params), Trained(trained.config, {"w": np.zeros(2)}, {"digest": "another"})
-    assert belongs({"autoencoder": trained.facts["digest"]}, trained)
-    assert belongs({"autoencoder": "that of a lost checkpoint", "autoencoder_params": bits}, trained)
-    assert belongs({"autoencoder": bits}, trained)
-    assert not belongs({"autoencoder": "another"}, trained)
-    assert not belongs({"autoencoder": trained.facts["digest"], "autoencoder_params": bits}, other)
+    bits, other = digest(trained.params), Trained(trained.config, {"w": np.zeros(2)}, Metadata(digest="another"))
+    of = lambda *known: Metadata(autoencoder=AutoencoderMetadata(*known))  # noqa: E731
+    assert belongs(of(trained.metadata.digest), trained)
+    assert belongs(of("that of a lost checkpoint", bits), trained)
+    assert belongs(of(bits), trained)
+    assert not belongs(of("another"), trained)
+    assert not belongs(of(trained.metadata.digest, bits), other)
 
 
 def test_parameters_are_read_straight_into_their_shards(folder, tmp_path):
@@ -252,20 +253,20 @@ def test_parameters_are_read_straight_into_their_shards(folder, tmp_path):
     def laid_out(x):
         return NamedSharding(mesh, PartitionSpec(*["data"][: x.ndim]))
 
-    def place(config, facts):
-        assert config.stage == "autoencoder" and len(facts["class_names"]) == 48
+    def shardings(config, metadata):
+        assert config.stage == "autoencoder" and len(metadata.class_names) == 48
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out(x)), whole.params)
 
-    def misplace(config, facts):
+    def others(config, metadata):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 1), x.dtype, sharding=laid_out(x)), whole.params)
 
     for path in (folder, folder / "ema.safetensors", tmp_path / "half.safetensors"):
-        plain, placed = load_trained(path, "autoencoder"), load_trained(path, "autoencoder", place)
+        plain, placed = load_trained(path, "autoencoder"), load_trained(path, "autoencoder", shardings)
         assert all(x.sharding.mesh == mesh and x.dtype == np.float32 for x in jax.tree.leaves(placed.params))
         assert digest(placed.params) == digest(plain.params)
-        assert placed.facts == plain.facts
+        assert placed.metadata == plain.metadata
         with pytest.raises(UserError, match="this config wants "):
-            load_trained(path, "autoencoder", misplace)
+            load_trained(path, "autoencoder", others)
 
 
 def test_likely_field_of_a_mismatch_is_named():
@@ -313,10 +314,10 @@ def test_what_is_no_trained_stage_is_refused(folder, tmp_path):
         load_trained(tmp_path / "foreign.safetensors", "autoencoder")
 
 
-def test_export_keeps_config_and_facts(tmp_path):
-    trained = Trained(tiny.config_of("motion"), {"a": {"b": np.eye(2)}}, tiny.facts("é, ü"))
+def test_export_keeps_config_and_metadata(tmp_path):
+    trained = Trained(tiny.config_of("motion"), {"a": {"b": np.eye(2)}}, tiny.metadata("é, ü"))
     export(tmp_path / "x.safetensors", trained)
     again = load_trained(tmp_path / "x.safetensors", "motion")
-    assert again.facts == trained.facts
+    assert again.metadata == trained.metadata
     assert again.config.model.to_dict() == trained.config.model.to_dict()
     assert np.array_equal(again.params["a"]["b"], np.eye(2))

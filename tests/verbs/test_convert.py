@@ -1,5 +1,6 @@
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,8 +17,8 @@ from cmd_jax.interop.cmd_release import UNUSED
 from cmd_jax.interop.diffusers import load_unet
 from cmd_jax.interop.weights import read_metadata, read_state_dict, write_safetensors
 from cmd_jax.models.dit import sincos_table
-from cmd_jax.pretrained import describe
-from cmd_jax.trained import Trained, export, load_trained
+from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, describe
+from cmd_jax.trained import AutoencoderMetadata, Trained, export, load_trained
 from cmd_jax.verbs.convert import KINDS, MODELS, STAGES, add_flags, convert, load_converted
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -104,8 +105,8 @@ def test_what_was_not_there_does_not_come_back(folder, tmp_path):
 def test_the_release_becomes_stages_of_one_run(folder):
     stages = {name: load_trained(folder / f"{name}.safetensors", name) for name in STAGES.values()}
     autoencoder, content, motion = (stages[name] for name in ("autoencoder", "content", "motion"))
-    assert content.facts["autoencoder"] == motion.facts["autoencoder"] == autoencoder.facts["digest"]
-    assert content.facts["class_names"] == motion.facts["class_names"] == [f"class {name}" for name in "abcdefg"]
+    assert content.metadata.autoencoder == motion.metadata.autoencoder == AutoencoderMetadata.of(autoencoder)
+    assert content.metadata.class_names == motion.metadata.class_names == tuple(f"class {name}" for name in "abcdefg")
     assert not motion.params["label"]["embedding"].any() and motion.params["label"]["embedding"].shape == (8, 48)
     assert autoencoder.config.model.position == "none" and motion.config.model.position == "table"
 
@@ -163,11 +164,11 @@ def stage():
     """A content stage that fine-tuned PIPELINE's UNet, in all but the training."""
     _, params = load_unet(PIPELINE / "unet")
     read = lambda *parts: json.loads(PIPELINE.joinpath(*parts).read_text())  # noqa: E731
-    facts = {"unet": read("unet", "config.json"), "scheduler": read("scheduler", "scheduler_config.json")}
+    image_model = ImageModelMetadata(read("unet", "config.json"), read("scheduler", "scheduler_config.json"))
     params = jax.tree.map(lambda x: x + np.float32(0.25), params)
-    text_encoder = describe(ConfigDict({"path": str(PIPELINE)}), "text_encoder")
-    facts = tiny.facts(image_model=facts, text_encoder=text_encoder)
-    return Trained(tiny.config_of("content,kind=text"), params, facts)
+    text_encoder = describe(ConfigDict({"path": str(PIPELINE)}), TextEncoderMetadata)
+    metadata = tiny.metadata(image_model=image_model, text_encoder=text_encoder)
+    return Trained(tiny.config_of("content,kind=text"), params, metadata)
 
 
 def tensors(folder, part):
@@ -191,7 +192,7 @@ def test_a_fine_tuned_unet_goes_back_to_a_diffusers_folder(tmp_path, stage):
     vae = {name: array.astype(jnp.bfloat16) for name, array in tensors(PIPELINE, "vae").items()}
     assert_equal(tensors(out, "vae"), vae)
     scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
-    assert scheduler == stage.facts["image_model"]["scheduler"]
+    assert scheduler == stage.metadata.image_model.scheduler
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -200,13 +201,13 @@ def test_a_fine_tuned_unet_goes_back_to_a_diffusers_folder(tmp_path, stage):
     (None, "from scratch"),
 ])  # fmt: skip
 def test_a_stage_of_another_model_is_refused(tmp_path, stage, changes, words):
-    model = stage.facts["image_model"]
+    model = stage.metadata.image_model
     path = tmp_path / "content.safetensors"
     if changes is None:
-        stage = stage._replace(config=tiny.config_of("content"), facts=tiny.facts())
+        stage = stage._replace(config=tiny.config_of("content"), metadata=tiny.metadata())
     else:
-        model = {name: config | changes.get(name, {}) for name, config in model.items()}
-        stage = stage._replace(facts=stage.facts | {"image_model": model})
+        model = replace(model, **{name: getattr(model, name) | change for name, change in changes.items()})
+        stage = stage._replace(metadata=replace(stage.metadata, image_model=model))
     export(path, stage)
     error = refused("stable-diffusion", PIPELINE, tmp_path / "out", f"--unet={path}")
     assert error.field == ("INPUT" if changes else "--unet") and words in error.problem
@@ -214,8 +215,8 @@ def test_a_stage_of_another_model_is_refused(tmp_path, stage, changes, words):
 
 
 def test_a_stage_of_another_text_encoder_is_refused(tmp_path, stage):
-    path, fact = tmp_path / "content.safetensors", describe(ConfigDict({"path": str(PIPELINE)}), "text_encoder")
-    export(path, stage._replace(facts=stage.facts | {"text_encoder": fact | {"weights": "of another one"}}))
+    path, other = tmp_path / "content.safetensors", replace(stage.metadata.text_encoder, weights="of another one")
+    export(path, stage._replace(metadata=replace(stage.metadata, text_encoder=other)))
     error = refused("stable-diffusion", PIPELINE, tmp_path / "out", f"--unet={path}")
     assert error.field == "INPUT" and error.problem.endswith("the stage of --unet was trained with of another one")
 

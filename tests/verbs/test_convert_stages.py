@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import flax.linen as nn
@@ -9,13 +10,14 @@ from fixtures.formula import draw, state_dict
 
 from cmd_jax import defaults
 from cmd_jax.config import check
+from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.errors import UserError
 from cmd_jax.interop.cmd_release import UNUSED, load
-from cmd_jax.pretrained import describe, stated_space
+from cmd_jax.pretrained import VAEMetadata, describe, stated_space
 from cmd_jax.sample import denoiser_stage as stage_of
 from cmd_jax.sample import load_sampler
 from cmd_jax.stages import AutoencoderStage
-from cmd_jax.trained import Trained, export, load_trained
+from cmd_jax.trained import AutoencoderMetadata, Metadata, Trained, export, load_trained
 from cmd_jax.verbs.convert_stages import autoencoder_stage, denoiser_stage, release_weights
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -75,12 +77,12 @@ def test_stages_compute_the_recorded_numbers(released):
     assert_close(np.moveaxis(swap(latents.motion), -1, 1), npz["z_m"])
 
     _, npz = fixture("content_dit")
-    apply = jax.jit(stage_of(content.config, content.facts, autoencoder).apply)
+    apply = jax.jit(stage_of(content.config, content.metadata, autoencoder).apply)
     out = apply(content.params, np.moveaxis(npz["x"], 1, -1), npz["t"], npz["y"], None)
     assert_close(np.moveaxis(out, -1, 1), npz["out"])
 
     _, npz = fixture("motion_dit")
-    apply = jax.jit(stage_of(motion.config, motion.facts, autoencoder).apply)
+    apply = jax.jit(stage_of(motion.config, motion.metadata, autoencoder).apply)
     x, frame = swap(np.moveaxis(npz["x"], 1, -1)), np.moveaxis(npz["content"], 1, -1)
     out = apply(motion.params, x, npz["t"], np.array([0, 3, 7]), frame)  # any class: the release has none here
     assert_close(np.moveaxis(swap(out), -1, 1), npz["out"])
@@ -134,11 +136,11 @@ def test_a_latent_autoencoder_belongs_to_a_vae(tmp_path):
     config = {"heads": 8, "mode": "latent", "frames": 6, "image_size": [8, 8]}
     pipeline = defaults.stage("sample").pretrained
     pipeline.path = str(FIXTURES / "tiny-sd15")
-    stage = autoencoder_stage(config, weights, describe(pipeline, "vae"))
+    stage = autoencoder_stage(config, weights, describe(pipeline, VAEMetadata))
     export(tmp_path / "autoencoder.safetensors", stage)
     stage = load_trained(tmp_path / "autoencoder.safetensors", "autoencoder")
     data = stage.config.data
-    factor = AutoencoderStage(stage.config, space=stated_space(stage.facts)).space.factor
+    factor = AutoencoderStage(stage.config, space=stated_space(stage.metadata.vae)).space.factor
     assert (data.frames, data.height, data.width) == (6, 8 * factor, 8 * factor) and factor > 1
     assert_same(release_weights(stage), weights | UNUSED)
     with pytest.raises(UserError, match="config.mode=latent: needs the VAE"):
@@ -152,23 +154,22 @@ def test_a_latent_autoencoder_belongs_to_a_vae(tmp_path):
 def own():
     """An autoencoder without positions at 4x16x24, and denoisers on it, of random weights."""
     config = tiny.config_of("autoencoder", model__position="none")
-    autoencoder = random_stage(config, AutoencoderStage(config), {"digest": "of the autoencoder"})
+    autoencoder = random_stage(config, AutoencoderStage(config), Metadata(digest="of the autoencoder"))
     stages = {"autoencoder": autoencoder}
-    for name, classes in (("content", ["run", "jump"]), ("motion", [])):
+    for name, classes in (("content", ("run", "jump")), ("motion", ())):
         config = tiny.config_of(f"{name},kind=gaussian", diffusion__timesteps=1000)
-        ones = {"mean": [0.0] * 4, "std": [1.0] * 4}
-        pixels = {"mean": [0.0] * 3, "std": [1.0] * 3}
-        facts = {"class_names": classes, "autoencoder": "of the autoencoder"}
-        facts["statistics"] = {"content": pixels, "motion": ones}
-        stages[name] = random_stage(config, stage_of(config, facts, autoencoder), facts)
+        metadata = Metadata(
+            classes, autoencoder=AutoencoderMetadata("of the autoencoder"), statistics=LatentStatistics.unit(3, 4)
+        )
+        stages[name] = random_stage(config, stage_of(config, metadata, autoencoder), metadata)
     return stages
 
 
-def random_stage(config, stage, facts):
+def random_stage(config, stage, metadata):
     shapes = nn.unbox(jax.eval_shape(stage.init, jax.random.key(0)))
     path = jax.tree_util.keystr
     params = jax.tree_util.tree_map_with_path(lambda p, x: draw(path(p), x.shape, 7, 0.2), shapes)
-    return Trained(config, params, facts)
+    return Trained(config, params, metadata)
 
 
 def test_an_autoencoder_trained_here_goes_to_the_release(own):
@@ -200,7 +201,7 @@ def test_a_denoiser_trained_here_computes_the_same_there(own, name):
     module, params = load(f"{name}_dit", config, weights)
     x, frame = draw("x", (2, *shape), 1), draw("content", (2, 16, 24, 3), 1)
     label, t = np.array([0, 2]) if name == "content" else np.zeros(2, int), np.array([3.0, 700.0])
-    ours = stage_of(stage.config, stage.facts, autoencoder)
+    ours = stage_of(stage.config, stage.metadata, autoencoder)
     expected = jax.jit(ours.apply)(stage.params, x, t, label, frame)
     found = jax.jit(module.apply)({"params": params}, x, t, label, frame)
     assert_close(np.asarray(found), np.asarray(expected))
@@ -209,13 +210,13 @@ def test_a_denoiser_trained_here_computes_the_same_there(own, name):
 def test_what_the_release_cannot_compute_is_refused(own):
     motion, autoencoder = own["motion"], own["autoencoder"]
     two = {"label": {"embedding": draw("label", (3, 16), 0)}}
-    facts = motion.facts | {"class_names": ["run", "jump"]}
+    metadata = replace(motion.metadata, class_names=("run", "jump"))
     with pytest.raises(UserError, match="its motion depends on the class"):
-        release_weights(motion._replace(params=motion.params | two, facts=facts), autoencoder)
+        release_weights(motion._replace(params=motion.params | two, metadata=metadata), autoencoder)
     with pytest.raises(UserError, match="does not tell its grid; give its autoencoder too"):
         release_weights(motion)
     with pytest.raises(UserError, match="was trained with another one"):
-        release_weights(motion, autoencoder._replace(facts={"digest": "other"}))
+        release_weights(motion, autoencoder._replace(metadata=Metadata(digest="other")))
     flow = motion.config.copy_and_resolve_references()
     flow.diffusion.kind = "flow"
     with pytest.raises(UserError, match="diffusion.kind=flow: the release's code knows gaussian only"):
@@ -254,4 +255,4 @@ def test_models_that_do_not_belong_together_are_refused(released):
     with pytest.raises(UserError, match="classes=6 names: but the model has 7"):
         denoiser_stage("content", {"heads": 4}, weights, released["autoencoder"], NAMES[:6])
     numbered = denoiser_stage("content", {"heads": 4}, weights, released["autoencoder"])
-    assert numbered.facts["class_names"] == list("0123456")
+    assert numbered.metadata.class_names == tuple("0123456")

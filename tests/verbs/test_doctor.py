@@ -152,19 +152,19 @@ def test_weights_of_a_sample_config(examine, tmp_path):
     """Their configs and classes count, whatever the config file says."""
     for name in ("autoencoder", "content", "motion"):
         config = tiny.config_of(name, model__depth=3)
-        facts = tiny.facts("run", "walk", "jump")
-        export(tmp_path / f"{name}.safetensors", Trained(config, {"a": np.zeros(1)}, facts))
+        metadata = tiny.metadata("run", "walk", "jump")
+        export(tmp_path / f"{name}.safetensors", Trained(config, {"a": np.zeros(1)}, metadata))
     found = {"weights": str(tmp_path), "sampling.batch_size": "8"}
     lines = examine("sample", found)
     assert f"motion: as in {tmp_path}/motion.safetensors" in lines
     table = rows(lines)
     assert table["motion/label/embedding"][0] == table["content/label/embedding"][0] == "4x16"
     assert table["autoencoder/encoder/blocks/mlp/gate/kernel"][0] == "3x16x64"
-    export(tmp_path / "content.safetensors", Trained(tiny.config_of("motion"), {"a": np.zeros(1)}, facts))
+    export(tmp_path / "content.safetensors", Trained(tiny.config_of("motion"), {"a": np.zeros(1)}, metadata))
     with pytest.raises(UserError, match="^weights=.*content.safetensors: is a motion stage; give one of the content "):
         examine("sample", found)
     (tmp_path / "motion.safetensors").unlink()
-    export(tmp_path / "content.safetensors", Trained(tiny.config_of("content"), {"a": np.zeros(1)}, facts))
+    export(tmp_path / "content.safetensors", Trained(tiny.config_of("content"), {"a": np.zeros(1)}, metadata))
     with pytest.raises(UserError, match="^path=.*motion.safetensors: no such file; "):
         examine("sample", found)
 
