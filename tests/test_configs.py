@@ -188,11 +188,10 @@ def dit_size(depth, width, patch, channels, classes, extra_patch=0) -> int:
 def test_the_denoisers_have_the_parameters_of_their_formula(size):
     autoencoder = FrozenAutoencoder(ucf101("autoencoder"), {"autoencoder": {}})
     assert (autoencoder.content_shape, autoencoder.motion_shape) == ((64, 64, 3), (16, 64, 8))
-    unit = {n: {"mean": [0.0] * c, "std": [1.0] * c} for n, c in (("content", 3), ("motion", 8))}
     published = {"S": 33e6, "B": 130e6, "L": 458e6, "XL": 675e6}  # DiT-*/2 on 4 channels with 1000 classes
     for kind, channels, extra in ((ContentStage, 3, 0), (MotionStage, 8, 4)):
         config = ucf101(kind.name, size)
-        parameters = count(kind(config, autoencoder, Classes(101), unit).init)
+        parameters = count(kind(config, autoencoder, Classes(101)).init)
         depth, width = config.model.depth, config.model.width
         assert parameters == dit_size(depth, width, 2, channels, 101, extra)
         name = next(n for n, s in SIZES.items() if s == (depth, width, config.model.heads))

@@ -402,8 +402,7 @@ def test_content_is_held_within_the_range_of_pixels_and_latents_are_not(kind, sp
     given.latents.normalize = normalized
     given.model.patch = 2
     frozen = FrozenAutoencoder(config, {"autoencoder": {}}, space)
-    unit = {name: {"mean": [0.0], "std": [1.0]} for name in ("content", "motion")}
-    stage = diffusion_stage(given, frozen, Classes(CLASSES), unit)
+    stage = diffusion_stage(given, frozen, Classes(CLASSES))
     stage.denoiser = lambda *_: oracle(stage.process, jnp.full((B, *stage.shape), 5.0))
     keys = jax.random.split(KEY, B)
     found = stage.sample(None, stage.frozen["statistics"], BATCH["label"], None, keys, steps=3, solver="")
