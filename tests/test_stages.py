@@ -413,7 +413,7 @@ def test_a_clip_of_pixels_is_refused_for_latents():
     config = autoencoder_config()
     config.model.update(mode="latent", channels=4, patch=2)
     frozen = FrozenAutoencoder(config, {"autoencoder": {}}, LATENTS)
-    for check in (check_fits, lambda *both: diffusion_stage(*both, Classes(CLASSES), {})):  # training, and sampling
+    for check in (check_fits, lambda *both: diffusion_stage(*both, Classes(CLASSES))):  # training, and sampling
         with pytest.raises(UserError, match="^diffusion.clip=1.0: content frames are latents of the VAE .*; use -1.0"):
             check(denoiser_config("content", "gaussian", clip=1.0), frozen)
     check_fits(denoiser_config("motion", "gaussian", clip=1.0), frozen)  # whose range is (-1, 1) all the same

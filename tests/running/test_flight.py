@@ -47,8 +47,7 @@ def content():
     autoencoder.model.update(patch=4, width=16, depth=1, heads=2, head_dim=8, motion_channels=4)
     config.model.update(patch=4, width=16, depth=DEPTH, heads=2)
     config.diffusion.update(kind="flow", learned_range=False, clip=0.0)
-    statistics = {"content": {"mean": np.zeros(3), "std": np.ones(3)}}
-    stage = ContentStage(config, FrozenAutoencoder(autoencoder, {"autoencoder": {}}), Classes(CLASSES), statistics)
+    stage = ContentStage(config, FrozenAutoencoder(autoencoder, {"autoencoder": {}}), Classes(CLASSES))
     boxed, rng = jax.eval_shape(stage.init, KEY), np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), nn.unbox(boxed))
     batch = {
