@@ -9,11 +9,11 @@ Stable Diffusion in the diffusers layout. All commands take both; sampling takes
     cmd-jax sample --config=configs/webvid.py:sample     --workdir=runs/webvid --prompt="..."
 
 `sd=21` (default): Stable Diffusion 2.1-base at 16x512x1024; `sd=15`: 1.5 at 16x512x512. `size`:
-paper: its numbers. One video of sd=21 in 2 + 2 steps, untrained, took 488 s and 10.5 GiB on 2 CPU cores (README); time
-    of training and score: not measured.
+paper: its numbers. One video of sd=21 in 2 + 2 steps, untrained, took 488 s and 10.5 GiB on 2 CPU cores; time of
+    training and score: not measured.
 small: 16x64x64, for a small folder that launch/make_pipeline.py trains on some captioned clips, which are learned by
     heart. With eight clips the stages took 1,310, 588 and 440 s on 2 CPU cores, and videos drawn from the captions show
-    the clips (README).
+    the clips (docs/text-to-video.md).
 tiny: 8x32x64 with the random weights of tests/fixtures, any folder of captioned clips. With those of sd=21 the stages
     took 53, 84 and 29 s on 2 CPU cores and sampling 18 s; they show the path, not pictures.
 """
