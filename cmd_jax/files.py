@@ -157,8 +157,7 @@ def like_of(kind) -> Like:
         return {f.name + "?" * (f.default is not dataclasses.MISSING): like_of(hints[f.name]) for f in fields}
     match get_origin(kind), get_args(kind):
         case types.UnionType, kinds:
-            likes = tuple(like_of(x) for x in kinds if x is not type(None))
-            return likes if len(likes) > 1 else likes[0]
+            return tuple(like_of(x) for x in kinds if x is not types.NoneType)
         case origin, (inner, _) if origin is tuple:
             return [like_of(inner)]
         case origin, (_, inner) if origin is dict:

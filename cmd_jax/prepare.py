@@ -112,9 +112,9 @@ def prepare(config, workdir: Path, mesh, console, resuming: bool) -> Prepared:
     return Prepared(stage, read, clips, lambda i: source.name(i % len(source)), metadata)
 
 
-def part_of(config, kind: type[Part], earlier: Part | None) -> Part:
-    """The part of a `pretrained` group's folder that a run uses; a resumed one uses the same as before."""
-    return check_same(config, earlier, "this run was started with") if earlier else describe(config, kind)
+def part_of(folder: str, kind: type[Part], earlier: Part | None) -> Part:
+    """The part of a Stable Diffusion folder that a run uses; a resumed one uses the same as before."""
+    return check_same(folder, earlier, "this run was started with") if earlier else describe(folder, kind)
 
 
 def prepare_autoencoder(config, workdir: Path, source, mesh, console, metadata: Metadata, earlier: Metadata):
@@ -126,7 +126,7 @@ def prepare_autoencoder(config, workdir: Path, source, mesh, console, metadata: 
             "loss.lpips_heads (both in one file will do), or set loss.lpips=0.0"
         )  # fmt: skip
     if config.model.mode == "latent":
-        metadata = replace(metadata, vae=part_of(config.pretrained, VAEMetadata, earlier.vae))
+        metadata = replace(metadata, vae=part_of(config.pretrained.path, VAEMetadata, earlier.vae))
         space = load_space(config.pretrained, partial(abstract, mesh=mesh, rules=config.rules))
     stage, read = AutoencoderStage(config, lpips, space), video_reader(source)
     if not config.latents.cache_clips:
@@ -152,7 +152,7 @@ def prepare_denoiser(config, workdir: Path, source, mesh, console, metadata: Met
         if source.texts is None:
             remedy = "give clips with texts, data.layout metadata or webvid"
             raise UserError("data", config.data.root or config.data.source, "has no captions to train on", remedy)
-        text_encoder = part_of(config.pretrained, TextEncoderMetadata, earlier.text_encoder)
+        text_encoder = part_of(config.pretrained.path, TextEncoderMetadata, earlier.text_encoder)
         metadata = replace(metadata, text_encoder=text_encoder)
         conditions, tokenizer = load_texts(config.pretrained, partial(abstract, mesh=mesh, rules=config.rules))
     elif config.pretrained.path and metadata.vae is None:
@@ -161,7 +161,7 @@ def prepare_denoiser(config, workdir: Path, source, mesh, console, metadata: Met
     elif source.texts and not source.class_names:
         console.print("the texts of the manifest are not used: without labels the model is trained unconditionally")
     if defaults.fine_tunes(config):
-        image_model = part_of(config.pretrained, ImageModelMetadata, earlier.image_model)
+        image_model = part_of(config.pretrained.path, ImageModelMetadata, earlier.image_model)
         metadata = replace(metadata, image_model=image_model)
     check_fits(config, autoencoder, metadata.image_model)  # before clips are encoded, which takes a while
 

@@ -72,38 +72,38 @@ class ImageModelMetadata:
 Part = VAEMetadata | TextEncoderMetadata | ImageModelMetadata
 
 
-def read_config(config, *parts: str) -> dict:
-    """A JSON file of the folder `pretrained.path`."""
-    if not config.path:
+def read_config(folder: Path | str, name: str) -> dict:
+    """The JSON file `name` of a Stable Diffusion folder, that of `pretrained.path`."""
+    if not folder:
         raise UserError("pretrained.path", "", "missing", SOURCE)
-    check_folder("pretrained.path", config.path, SOURCE, "model_index.json")
-    path = Path(config.path).joinpath(*parts)
+    check_folder("pretrained.path", folder, SOURCE, "model_index.json")
+    path = Path(folder, name)
     if not path.exists():
-        raise UserError("pretrained.path", config.path, f"holds no {'/'.join(parts)}", SOURCE)
+        raise UserError("pretrained.path", folder, f"holds no {name}", SOURCE)
     return read_json(path, "pretrained.path", SOURCE, "fetch the file again")
 
 
-def stated(config, kind: type[Part]) -> Part:
-    """A part of the folder `pretrained.path` by its config.json alone, which is all that shapes depend on."""
+def stated(folder: Path | str, kind: type[Part]) -> Part:
+    """A part of a folder by its configs alone, which is all that shapes depend on."""
     if kind is ImageModelMetadata:
-        return kind(
-            read_config(config, "unet", "config.json"), read_config(config, "scheduler", "scheduler_config.json")
-        )
-    return kind(read_config(config, kind.part, "config.json"), "", *([{}] if kind is TextEncoderMetadata else []))
+        unet = read_config(folder, "unet/config.json")
+        return ImageModelMetadata(unet, read_config(folder, "scheduler/scheduler_config.json"))
+    config = read_config(folder, f"{kind.part}/config.json")
+    return VAEMetadata(config, "") if kind is VAEMetadata else TextEncoderMetadata(config, "", {})
 
 
-def describe(config, kind: type[Part]) -> Part:
-    """A part of the folder `pretrained.path` by all that its outputs depend on.
+def describe(folder: Path | str, kind: type[Part]) -> Part:
+    """A part of a folder by all that its outputs depend on.
 
     Every process must call it. All read what is small, and must read the same; process 0 reads the weights.
     """
-    part, seen = stated(config, kind), []
+    part, seen = stated(folder, kind), []
     if kind is not ImageModelMetadata:
         stems, rename = kind.layout
-        files = find_weights(Path(config.path) / kind.part, stems)
+        files = find_weights(Path(folder, kind.part), stems)
         seen = [[path.name, path.stat().st_size] for path in files.parts]
     if kind is TextEncoderMetadata:
-        part = replace(part, tokenizer=Tokenizer(Path(config.path) / "tokenizer").identity)
+        part = replace(part, tokenizer=Tokenizer(Path(folder, "tokenizer")).identity)
     small = json.dumps([as_json(part), seen], sort_keys=True)
     agree({f"pretrained.path: {kind.part}": small}, "let every process see the same")
     if kind is not ImageModelMetadata:
@@ -116,23 +116,23 @@ def identity(part: Part) -> dict:
     return {f"{file}: {name}": value for file, fields in part.depends_on().items() for name, value in fields.items()}
 
 
-def check_same(config, theirs: Part, origin: str) -> Part:
-    """The part of the folder `pretrained.path` that must be the same as `theirs`.
+def check_same(folder: Path | str, theirs: Part, origin: str) -> Part:
+    """The part of a folder that must be the same as `theirs`.
 
     origin: how a sentence goes on that ends with theirs, like "the autoencoder was trained with".
     """
-    return compare(config.path, theirs, describe(config, type(theirs)), origin)
+    return compare(folder, theirs, describe(folder, type(theirs)), origin)
 
 
-def compare(path, theirs: Part, ours: Part, origin: str) -> Part:
-    """`ours`; UserError for the first field in which this part of the folder `path` is not the same as `theirs`."""
+def compare(folder: Path | str, theirs: Part, ours: Part, origin: str) -> Part:
+    """`ours`; UserError for the first field in which this part of a folder is not the same as `theirs`."""
     before, now = identity(theirs), identity(ours)
     # What both have comes first, and a digest, which tells least, last.
     one_has, digests = before.keys() ^ now.keys(), f"{ours.part}: "
     for name in sorted(before | now, key=lambda name: (name in one_has, name.startswith(digests), name)):
         if before.get(name) != now.get(name):
             problem = f"its {name} is {_shown(now.get(name))}, {origin} {_shown(before.get(name))}"
-            raise UserError("pretrained.path", path, problem, "give the folder that training was given")
+            raise UserError("pretrained.path", folder, problem, "give the folder that training was given")
     return ours
 
 
@@ -141,18 +141,18 @@ def _shown(value) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:12]}..."
 
 
-def load_space(config, shardings) -> VAELatents:
-    """The space of the VAE of a `pretrained` group."""
-    read_config(config, "vae", "config.json")
-    module, params = load_vae(Path(config.path) / "vae", config.dtype, shardings)
-    return VAELatents(module, params, config.vae_frames)
+def load_space(pretrained, shardings) -> VAELatents:
+    """The space of the VAE of a config's `pretrained` group. shardings: as of `load_vae`."""
+    read_config(pretrained.path, "vae/config.json")
+    module, params = load_vae(Path(pretrained.path, "vae"), pretrained.dtype, shardings)
+    return VAELatents(module, params, pretrained.vae_frames)
 
 
-def load_texts(config, shardings) -> tuple[Texts, Tokenizer]:
-    """The text encoder of a `pretrained` group as conditions, and its tokenizer."""
-    read_config(config, "text_encoder", "config.json")
-    module, params = load_text_encoder(Path(config.path) / "text_encoder", config.dtype, shardings)
-    tokenizer = Tokenizer(Path(config.path) / "tokenizer")
+def load_texts(pretrained, shardings) -> tuple[Texts, Tokenizer]:
+    """The text encoder of a config's `pretrained` group as conditions, and its tokenizer."""
+    read_config(pretrained.path, "text_encoder/config.json")
+    module, params = load_text_encoder(Path(pretrained.path, "text_encoder"), pretrained.dtype, shardings)
+    tokenizer = Tokenizer(Path(pretrained.path, "tokenizer"))
     check_tokenizer(tokenizer, module)
     return Texts(module, params, tokenizer([""])[0], tokenizer.end), tokenizer
 
@@ -167,9 +167,9 @@ def stated_conditions(classes: int, text_encoder: TextEncoderMetadata | None) ->
     return Texts(text_from_config(text_encoder.config), {}, None, None) if text_encoder else Classes(classes)
 
 
-def open_space(config, vae: VAEMetadata | None, shardings) -> Pixels | VAELatents:
-    """The space of a trained autoencoder's frames, with the VAE of a `pretrained` group, which must be the same."""
+def open_space(pretrained, vae: VAEMetadata | None, shardings) -> Pixels | VAELatents:
+    """The space of a trained autoencoder's frames; a config's `pretrained` group must name the same VAE."""
     if vae is None:
         return Pixels()
-    check_same(config, vae, "the autoencoder was trained with")
-    return load_space(config, shardings)
+    check_same(pretrained.path, vae, "the autoencoder was trained with")
+    return load_space(pretrained, shardings)

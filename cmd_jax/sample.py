@@ -64,7 +64,7 @@ class Sampler:
         guidance = check_guidance(self.options.guidance)
         if metadata.text_encoder:
             for part in filter(None, (metadata.image_model, metadata.text_encoder)):
-                check_same(config.pretrained, part, "the content stage was trained with")
+                check_same(config.pretrained.path, part, "the content stage was trained with")
             self.conditions, self.tokenizer = load_texts(config.pretrained, shardings)
             self.null_ids = null_prompt(self.options, self.tokenizer)
             if self.null_ids is None:

@@ -54,7 +54,7 @@ def main():
     given = {"pretrained.path": str(flags.pipeline)}
     configs = {s: load(f"{flags.config}:{s}", given) for s in ("autoencoder", "content", "motion")}
     kinds = (VAEMetadata, TextEncoderMetadata, ImageModelMetadata)
-    parts = {kind.part: describe(configs["content"].pretrained, kind) for kind in kinds}
+    parts = {kind.part: describe(flags.pipeline, kind) for kind in kinds}
     space, conditions = stated_space(parts["vae"]), stated_conditions(0, parts["text_encoder"])
     autoencoder = FrozenAutoencoder(configs["autoencoder"], {"autoencoder": None}, space)
     metadata = Metadata(

@@ -52,8 +52,7 @@ def metadata_of(kind, class_names=()) -> Metadata:
     """What the later stages of a run would say of themselves."""
     parts, kinds = {}, (VAEMetadata, TextEncoderMetadata, ImageModelMetadata)
     if kind == "text":
-        pretrained = tiny.config_of("sample,kind=text").pretrained
-        parts = {part.part: describe(pretrained, part) for part in kinds}
+        parts = {part.part: describe(tiny.pipeline_folder(), part) for part in kinds}
     return Metadata(
         class_names=tuple(class_names), digest="autoencoder", autoencoder=AutoencoderMetadata("autoencoder"),
         statistics=LatentStatistics.unit(space_of(kind).channels, 4), **parts,

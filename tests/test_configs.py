@@ -64,7 +64,7 @@ def test_the_stages_of_a_file_fit_each_other(specification):
     autoencoder, conditions, models = autoencoder_of(configs["autoencoder"]), Classes(2), [None, None]
     if file == "webvid":
         conditions, _ = load_texts(configs["motion"].pretrained, None)
-        models = [stated(configs["content"].pretrained, ImageModelMetadata), None]
+        models = [stated(configs["content"].pretrained.path, ImageModelMetadata), None]
     for stage, model in zip(("content", "motion"), models, strict=True):
         stage = diffusion_stage(configs[stage], autoencoder, conditions, None, model)
         assert jax.eval_shape(stage.init, jax.random.key(0))

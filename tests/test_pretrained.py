@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 from interop.clip_folders import FIXTURES, change_json, copied, message
-from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from cmd_jax import pretrained
@@ -27,21 +26,17 @@ SCHEDULER = "scheduler/scheduler_config.json"
 VAE, TEXT = "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 
 
-def group(folder):
-    return ConfigDict({"path": str(folder)})
-
-
 @pytest.fixture(scope="module")
 def parts():
     """What a stage of the fixture keeps, read again from its JSON."""
-    told = [as_json(describe(group(FIXTURES / "tiny-sd15"), kind)) for kind in PARTS]
+    told = [as_json(describe(FIXTURES / "tiny-sd15", kind)) for kind in PARTS]
     return [from_json(kind, json.loads(json.dumps(part))) for kind, part in zip(PARTS, told, strict=True)]
 
 
 def refusal(folder, parts):
     for part in parts:
         try:
-            check_same(group(folder), part, "this run was started with")
+            check_same(folder, part, "this run was started with")
         except UserError as error:
             assert error.field == "pretrained.path" and "\n" not in str(error)
             return part.part, error.problem
@@ -156,12 +151,12 @@ def test_the_same_parts_in_other_files_are_the_same(what, parts, tmp_path):
     SAME[what](folder)
     assert refusal(folder, parts) is None
     for part in PARTS:
-        assert identity(describe(group(folder), part)) == identity(describe(group(FIXTURES / "tiny-sd15"), part))
+        assert identity(describe(folder, part)) == identity(describe(FIXTURES / "tiny-sd15", part))
 
 
 def test_weights_are_read_by_process_0_alone(monkeypatch):
     """The others hear the digest; a folder of theirs that holds other files is an error of all."""
-    config, texts = group(FIXTURES / "tiny-sd15"), []
+    config, texts = FIXTURES / "tiny-sd15", []
     monkeypatch.setattr("cmd_jax.running.distributed.gather", lambda text: texts.append(text) or [text])
     part = describe(config, VAEMetadata)
     monkeypatch.setattr("cmd_jax.running.distributed.is_leader", lambda: False)
@@ -192,6 +187,6 @@ def test_an_error_of_process_0_is_everyone_s(monkeypatch):
 def test_a_folder_that_lacks_a_part(tmp_path):
     folder = copied("tiny-sd15", tmp_path / "sd")
     shutil.rmtree(folder / "vae")
-    assert message(describe, group(folder), VAEMetadata).startswith(
+    assert message(describe, folder, VAEMetadata).startswith(
         f"pretrained.path={folder}: holds no vae/config.json; give"
     )

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from cmd_jax import __version__
 from cmd_jax.errors import UserError, choose
@@ -268,7 +267,7 @@ def _stage(flags, given: dict, state: dict, folder: Path) -> Trained:
     if flags.kind == "cmd-autoencoder":
         vae = None
         if flags.pretrained is not None:
-            vae = describe(ConfigDict({"path": str(Path(flags.pretrained).expanduser())}), VAEMetadata)
+            vae = describe(Path(flags.pretrained).expanduser(), VAEMetadata)
         return autoencoder_stage(given, state, vae)
     autoencoder = _neighbour(folder, "autoencoder")
     if flags.kind == "cmd-content":
@@ -392,7 +391,7 @@ def _read_ours(source: Path, kind: str) -> tuple[dict, dict, tuple[str, ...]]:
 
 def _convert_pipeline(source: Path, output: Path, dtype: str, stage: str | None):
     """A diffusers folder in another dtype, its UNet replaced by that of a trained content stage if there is one."""
-    params = None if stage is None else _trained_unet(Path(stage).expanduser(), ConfigDict({"path": str(source)}))
+    params = None if stage is None else _trained_unet(Path(stage).expanduser(), source)
     pipeline = load_pipeline(source, dtype)
     if params is not None:
         params = unflatten(_cast(flatten(params), dtype))
@@ -405,8 +404,8 @@ def _convert_pipeline(source: Path, output: Path, dtype: str, stage: str | None)
     log.info("%s: a diffusers folder, %s%s", output, dtype, f", its UNet from {stage}" if stage else "")
 
 
-def _trained_unet(path: Path, folder: ConfigDict) -> dict:
-    """The EMA parameters of a content stage that was fine-tuned from the pipeline in `folder.path`."""
+def _trained_unet(path: Path, folder: Path) -> dict:
+    """The EMA parameters of a content stage that was fine-tuned from the pipeline in `folder`."""
     trained = load_trained(path, "content")
     metadata = trained.metadata
     if metadata.image_model is None:

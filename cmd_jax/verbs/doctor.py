@@ -203,21 +203,20 @@ class CompanionStages:
         """Of an autoencoder's config, and its metadata where it is trained."""
         if config.model.mode != "latent":
             return Pixels()
-        return stated_space(metadata.vae if metadata else stated(config.pretrained, VAEMetadata))
+        return stated_space(metadata.vae if metadata else stated(config.pretrained.path, VAEMetadata))
 
     def conditions(self, config, metadata: Metadata | None = None) -> Classes | Texts:
         """Of a denoiser's config, and its metadata where it is trained."""
         if reads_text(config):
-            return stated_conditions(
-                0, metadata.text_encoder if metadata else stated(config.pretrained, TextEncoderMetadata)
-            )
+            path = config.pretrained.path
+            return stated_conditions(0, metadata.text_encoder if metadata else stated(path, TextEncoderMetadata))
         return Classes(len(metadata.class_names) if metadata else self.classes(config.data))
 
     def denoiser(self, config, autoencoder, conditions, metadata: Metadata | None = None) -> dict:
         """Boxed abstract parameters of a denoiser."""
         image_model = None
         if fine_tunes(config):
-            image_model = metadata.image_model if metadata else stated(config.pretrained, ImageModelMetadata)
+            image_model = metadata.image_model if metadata else stated(config.pretrained.path, ImageModelMetadata)
         return jax.eval_shape(diffusion_stage(config, autoencoder, conditions, None, image_model).init, abstract_key())
 
     def classes(self, data) -> int:

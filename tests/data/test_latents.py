@@ -12,7 +12,6 @@ import pytest
 import tiny
 from data.clip_files import numbered, write_clip
 from interop.clip_folders import FIXTURES, change_json, copied
-from ml_collections import ConfigDict
 
 from cmd_jax import prepare
 from cmd_jax.data.folder import FolderSource
@@ -38,8 +37,7 @@ def metadata_of(folder=FIXTURES / "tiny-sd15", source=None, numbers=0.0, **model
     """What a denoiser is trained on: clips of shapes, an autoencoder of VAE latents, and its captions' encoder."""
     config = tiny.config_of("autoencoder,kind=text", **{f"model__{key}": value for key, value in model.items()})
     trained = Trained(config, {"a": np.full(3, numbers)}, Metadata(digest="d"))
-    group = ConfigDict({"path": str(folder)})
-    parts = {kind.part: describe(group, kind) for kind in (VAEMetadata, TextEncoderMetadata)}
+    parts = {kind.part: describe(folder, kind) for kind in (VAEMetadata, TextEncoderMetadata)}
     source = source or ShapesSource(clips=48, **CLIPS)
     data = DataMetadata(source.fingerprint, len(source))
     return Metadata(data=data, autoencoder=AutoencoderMetadata.of(trained), **parts)

@@ -154,7 +154,7 @@ def in_hub_cache(folder, source, *commits):
 
 
 def pipeline_of(path):
-    return read_config(type("Group", (), {"path": str(path)}), "vae", "config.json")
+    return read_config(path, "vae/config.json")
 
 
 @pytest.mark.parametrize("open_it", [load_pipeline, pipeline_of])

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny
 from fixtures.formula import state_dict
-from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from cmd_jax.errors import UserError
@@ -166,7 +165,7 @@ def stage():
     read = lambda *parts: json.loads(PIPELINE.joinpath(*parts).read_text())  # noqa: E731
     image_model = ImageModelMetadata(read("unet", "config.json"), read("scheduler", "scheduler_config.json"))
     params = jax.tree.map(lambda x: x + np.float32(0.25), params)
-    text_encoder = describe(ConfigDict({"path": str(PIPELINE)}), TextEncoderMetadata)
+    text_encoder = describe(PIPELINE, TextEncoderMetadata)
     metadata = tiny.metadata(image_model=image_model, text_encoder=text_encoder)
     return Trained(tiny.config_of("content,kind=text"), params, metadata)
 

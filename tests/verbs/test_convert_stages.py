@@ -134,9 +134,7 @@ def test_a_stage_does_not_compute_as_diffusers_does(released):
 def test_a_latent_autoencoder_belongs_to_a_vae(tmp_path):
     weights, npz = fixture("autoencoder_latent")
     config = {"heads": 8, "mode": "latent", "frames": 6, "image_size": [8, 8]}
-    pipeline = defaults.stage("sample").pretrained
-    pipeline.path = str(FIXTURES / "tiny-sd15")
-    stage = autoencoder_stage(config, weights, describe(pipeline, VAEMetadata))
+    stage = autoencoder_stage(config, weights, describe(FIXTURES / "tiny-sd15", VAEMetadata))
     export(tmp_path / "autoencoder.safetensors", stage)
     stage = load_trained(tmp_path / "autoencoder.safetensors", "autoencoder")
     data = stage.config.data
