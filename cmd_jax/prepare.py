@@ -1,7 +1,6 @@
 """Before the first step: open the data, apply the frozen autoencoder, build the stage."""
 
 import json
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from cmd_jax import defaults
 from cmd_jax.builders import check_fits, reads_text
 from cmd_jax.config import from_dict, to_json
-from cmd_jax.data.latents import LatentStatistics, path_of, read_latents, write_latents
+from cmd_jax.data.latents import LatentStatistics, latents_of
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.sources import STATISTICS_CLIPS, encode_clips, latent_reader, open_source
 from cmd_jax.errors import UserError
@@ -37,7 +36,7 @@ from cmd_jax.pretrained import (
     open_space,
     stated_space,
 )
-from cmd_jax.running.distributed import agree, broadcast_from_leader, gather, is_leader, leader_first
+from cmd_jax.running.distributed import agree, broadcast_from_leader, is_leader, leader_first
 from cmd_jax.sharding import partitioning
 from cmd_jax.stages import AutoencoderStage, DiffusionStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import abstract
@@ -60,8 +59,6 @@ RESUMABLE_CONSTANT = ("train.steps", "optimizer.steps")
 
 LIBRARIES = ("numpy", "av", "pillow", "tokenizers")  # that clips and captions pass on their way to the encoder
 ELSEWHERE = "restore it, or start anew in another --workdir"
-
-log = logging.getLogger(__name__)
 
 
 def check_same_run(folder: Path, config):
@@ -138,14 +135,12 @@ def prepare_autoencoder(config, workdir: Path, source, mesh, console, metadata: 
 
 def prepare_denoiser(config, workdir: Path, source, mesh, console, metadata: Metadata, earlier: Metadata):
     """-> (stage, read, clips, metadata with autoencoder, pretrained parts and statistics)."""
-    trained, autoencoder = open_autoencoder(config, workdir, mesh, console)
+    shardings = partial(abstract, mesh=mesh, rules=config.rules)
+    path = Path(config.latents.autoencoder or workdir / "autoencoder")
+    trained, autoencoder = open_autoencoder(path, config, shardings, console)
     ours, before = AutoencoderMetadata.of(trained), earlier.autoencoder
     if before and not (before.fits(ours.config) and before.params in (None, ours.params)):
-        path, problem = (
-            config.latents.autoencoder or workdir / "autoencoder",
-            "is not the one this run was started with",
-        )
-        raise UserError("latents.autoencoder", path, problem, ELSEWHERE)
+        raise UserError("latents.autoencoder", path, "is not the one this run was started with", ELSEWHERE)
     metadata = replace(metadata, autoencoder=ours, vae=trained.metadata.vae)
     conditions, tokenizer = Classes(len(source.class_names)), None
     if reads_text(config):
@@ -154,7 +149,7 @@ def prepare_denoiser(config, workdir: Path, source, mesh, console, metadata: Met
             raise UserError("data", config.data.root or config.data.source, "has no captions to train on", remedy)
         text_encoder = part_of(config.pretrained.path, TextEncoderMetadata, earlier.text_encoder)
         metadata = replace(metadata, text_encoder=text_encoder)
-        conditions, tokenizer = load_texts(config.pretrained, partial(abstract, mesh=mesh, rules=config.rules))
+        conditions, tokenizer = load_texts(config.pretrained, shardings)
     elif config.pretrained.path and metadata.vae is None:
         problem = "not used by a stage of pixels and classes"
         raise UserError("pretrained.path", config.pretrained.path, problem, "leave it out")
@@ -184,10 +179,8 @@ def prepare_denoiser(config, workdir: Path, source, mesh, console, metadata: Met
     return (stage, latent_reader(latents), count, metadata) if count else (stage, read, len(source), metadata)
 
 
-def open_autoencoder(config, workdir: Path, mesh, console) -> tuple[Trained, FrozenAutoencoder]:
-    """The autoencoder that a diffusion stage is trained on, laid out on the mesh; it must fit the config."""
-    path = Path(config.latents.autoencoder or workdir / "autoencoder")
-    shardings = partial(abstract, mesh=mesh, rules=config.rules)
+def open_autoencoder(path: Path, config, shardings, console) -> tuple[Trained, FrozenAutoencoder]:
+    """The autoencoder in `path`, laid out by `shardings`, for the training of a denoiser of that config."""
 
     def of_autoencoder(autoencoder_config, metadata):
         return shardings(AutoencoderStage(autoencoder_config, space=stated_space(metadata.vae)).init)
@@ -208,10 +201,9 @@ def open_autoencoder(config, workdir: Path, mesh, console) -> tuple[Trained, Fro
 def encoded_clips(config, workdir: Path, source, encoding, metadata: Metadata, mesh, console) -> dict:
     """What `encoding` makes of the first latents.cache_clips clips, or with 0 of some, all over the data.
 
-    encoding: (read, encode, params) as of `encode_clips`. Both diffusion stages share the file that remembers the
-    outcome; see latents.py.
+    encoding: (read, encode, params) as of `encode_clips`. Both denoisers share the file that keeps what it makes.
     """
-    count, batch_size = config.latents.cache_clips, config.train.batch_size
+    count = config.latents.cache_clips
     if count and count < len(source):
         raise UserError(
             "latents.cache_clips", count, f"fewer than the {len(source)} clips of the data",
@@ -219,21 +211,15 @@ def encoded_clips(config, workdir: Path, source, encoding, metadata: Metadata, m
         )  # fmt: skip
     spread = np.linspace(0, len(source), STATISTICS_CLIPS, endpoint=False).astype(int)
     indices = np.arange(count) % len(source) if count else spread
-    what = broadcast_from_leader(made_of(config, metadata, mesh))
-    path = path_of(workdir, what)
-    latents = read_latents(path, what)
-    found = [json.loads(text) for text in gather(json.dumps(latents is not None))]
-    if all(found):
+
+    def encode():
+        started = time.perf_counter()
+        with partitioning(mesh, config.rules):
+            latents = encode_clips(*encoding, indices, config.train.batch_size, mesh, config.seed)
+        console.print(f"encoded {len(indices)} clips in {time.perf_counter() - started:.0f} s")
         return latents
-    if any(found):
-        log.warning("%s is not read by every process, and made anew", path)
-    started = time.perf_counter()
-    with partitioning(mesh, config.rules):
-        latents = encode_clips(*encoding, indices, batch_size, mesh, config.seed)
-    if is_leader():
-        write_latents(path, latents, what)
-    console.print(f"encoded {len(indices)} clips in {time.perf_counter() - started:.0f} s")
-    return latents
+
+    return latents_of(workdir, broadcast_from_leader(made_of(config, metadata, mesh)), encode)
 
 
 def made_of(config, metadata: Metadata, mesh) -> dict:

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cmd_jax.files import atomic_path
+from cmd_jax.running.distributed import gather, is_leader
 
 MADE_OF = "made_of"
 
@@ -62,6 +64,24 @@ def path_of(workdir: Path, what: dict) -> Path:
 def write_latents(path: Path, latents: dict[str, np.ndarray], what: dict):
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **latents, **{MADE_OF: json.dumps(what)})
+
+
+def latents_of(workdir: Path, what: dict, encode: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Latents from the file for those made of `what`, or from `encode`, which fills that file.
+
+    Every process must call it: unless all can read the file, all encode.
+    """
+    path = path_of(workdir, what)
+    latents = read_latents(path, what)
+    found = [json.loads(text) for text in gather(json.dumps(latents is not None))]
+    if all(found):
+        return latents
+    if any(found):
+        log.warning("%s is not read by every process, and made anew", path)
+    latents = encode()
+    if is_leader():
+        write_latents(path, latents, what)
+    return latents
 
 
 def read_latents(path: Path, what: dict) -> dict[str, np.ndarray] | None:

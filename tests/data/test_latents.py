@@ -14,6 +14,7 @@ from data.clip_files import numbered, write_clip
 from interop.clip_folders import FIXTURES, change_json, copied
 
 from cmd_jax import prepare
+from cmd_jax.data import latents
 from cmd_jax.data.folder import FolderSource
 from cmd_jax.data.latents import LatentStatistics, path_of, read_latents, write_latents
 from cmd_jax.data.pipeline import video_reader
@@ -218,6 +219,6 @@ def test_a_file_that_one_process_cannot_read_is_made_by_all(mesh, tmp_path, monk
     first, calls = frame_means(tmp_path, source, mesh), []
     encode = prepare.encode_clips
     monkeypatch.setattr(prepare, "encode_clips", lambda *arguments: calls.append(1) or encode(*arguments))
-    monkeypatch.setattr(prepare, "gather", lambda text: [text, json.dumps(False)])
+    monkeypatch.setattr(latents, "gather", lambda text: [text, json.dumps(False)])
     np.testing.assert_array_equal(frame_means(tmp_path, source, mesh), first)
     assert calls == [1]
