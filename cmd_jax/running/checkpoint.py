@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, sync_path, write_text
-from cmd_jax.running.array_store import check_name, literal, reason
+from cmd_jax.running.array_store import check_name, literal, make_handler, reason
 from cmd_jax.running.distributed import barrier, gather, leader_alone
 from cmd_jax.running.hosts import check_tree
 from cmd_jax.running.manifest import MANIFEST, CutOff, Damaged, item_digest, read_manifest, verify, write_manifest
@@ -63,7 +63,7 @@ class Checkpoints:
         self._keep, self._read_only, self._items = max(keep, 1), read_only, items
         self._first, self._looked, self._newest = jax.process_index() == 0, False, None
         self._saving = self._thread = self._error = None  # the step that is being saved, by which thread, how it failed
-        self._handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
+        self._handlers = {name: make_handler() for name in ITEMS}
         if self._first and not read_only:
             for path in self.folder.glob("*"):
                 if path.suffix in (SAVING, DELETING):
@@ -106,7 +106,7 @@ class Checkpoints:
         """Copy the state off the devices -> for each item a list of futures, or an error."""
 
         def write(name):
-            args = ocp.args.StandardSave({"value": getattr(state, name)})
+            args = ocp.args.PyTreeSave({"value": getattr(state, name)})
             return self._handlers[name].async_save(literal(folder / name), args=args)
 
         return await asyncio.gather(*map(write, ITEMS), return_exceptions=True)
@@ -198,7 +198,8 @@ class Checkpoints:
             like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), saved)
         config = read_json(folder / RUN, "checkpoint", like=RUN_LIKE).get("config")
         check_tree(f"checkpoint {folder.name}: {name}", saved, like, "use the config it was trained with", config)
-        args = ocp.args.StandardRestore({"value": like})
+        like = {"value": like}
+        args = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
         return self._handlers[name].restore(literal(folder / name), args=args)["value"]
 
     def shapes(self, name: str):

@@ -292,7 +292,8 @@ def test_file_that_cannot_be_written_keeps_the_step_before(tmp_path, too_large):
 CROWDED = """
 import gc, logging, resource, sys
 from pathlib import Path
-import jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, numpy as np, orbax.checkpoint as ocp
+orbax_own = ocp.type_handlers.get_type_handler(jax.Array)
 from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.errors import UserError
 from cmd_jax.state import TrainState
@@ -309,6 +310,7 @@ for step in range(1, 4):
         print(error)
     checkpoints.close()
     gc.collect()
+assert ocp.type_handlers.get_type_handler(jax.Array) is orbax_own, "other users of Orbax save as we do"
 """
 
 
