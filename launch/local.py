@@ -15,10 +15,8 @@ ends; a second one kills. The output of each process is in WORKDIR/launch-I.log 
 that of process 0 is on the screen too, and the last line of a process that ended with 2.
 
 Exit codes: 0 finished, or stopped on request; 2 an error to be mended first; 3 still failing after all restarts;
-128 + signal after a second signal.
-
-Tried on one Linux machine with two CPU processes, real and made-up ones (tests/test_launch.py); never on a pod. It
-needs Linux, to end the processes when it is itself killed.
+128 + signal after a second signal. Tried on one Linux machine with two CPU processes, real and made-up ones
+(tests/test_launch.py); never on a pod. Needs Linux, to end the processes when it is itself killed.
 """
 
 import argparse
@@ -43,67 +41,50 @@ from cmd_jax.main import Parser  # noqa: E402
 from cmd_jax.running.peers import HEARTBEAT  # noqa: E402
 from cmd_jax.running.runtime import is_heard  # noqa: E402
 
-EXAMPLE = (
-    "python launch/local.py --processes=2 --devices=4 -- train"
-    " --config=configs/quickstart.py:autoencoder --workdir=runs/two"
-)
 WRONG, PEER_FAULT = 2, 3  # exit codes of cmd_jax: the user must act; a fault of another process was noticed
 LOOK = 0.05  # seconds between two looks at the processes and at what process 0 says
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL for the processes that a dead one leaves behind
 PATIENCE = 6.0  # seconds after the first PEER_FAULT in which the process at fault may end too (it lingers 5)
+TEMPORARY = "cmd-jax-launch-"
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
 FORCED_DEVICES = re.compile(r"--xla_force_host_platform_device_count=\S*")
 
 
-def number(kind: type, least: float):
-    """A parser of numbers of a kind, from `least`."""
-
-    def read(text: str):
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) < float("inf"):
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a{' whole' * (kind is int)} number from {least:g}")
-
-    return read
+FLAGS = {  # kind, least, default, meaning
+    "processes": (int, 1, 1, "default 1"),
+    "devices": (int, 1, None, "CPU devices of each process (JAX_PLATFORMS=cpu)"),
+    "restarts": (int, 0, 3, "at most; default 3"),
+    "step-timeout": (float, 0.1, None, "seconds; start again when no step ends for so long; default: never"),
+    "start-timeout": (float, 0.1, 1800.0, "seconds; with --step-timeout the same before the first step; default 1800"),
+    "pause": (float, 0.0, None, "seconds before a restart; default 0, or with --distributed=auto 90, in which the"
+              " processes of other hosts notice too (processes.peer_timeout)"),
+}  # fmt: skip
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our flags, and the command after `--`. UserError for what cannot be run."""
-    parser = Parser(
-        prog="local.py",
-        description="Run cmd_jax as one or several processes on this machine; start them again when one dies.",
-        epilog=f"example: {EXAMPLE}",
-        usage="%(prog)s [flags] -- VERB --config=... --workdir=...",
-        allow_abbrev=False,
-    )
-
-    def add(name: str, metavar: str, kind, what: str, default=None):
-        parser.add_argument(f"--{name}", metavar=metavar, type=kind, default=default, help=what)
-
-    add("processes", "N", number(int, 1), "default 1", 1)
-    add("devices", "N", number(int, 1), "CPU devices of each process (JAX_PLATFORMS=cpu)")
-    add("restarts", "N", number(int, 0), "at most; default 3", 3)
-    add("step-timeout", "SECONDS", number(float, 0.1), "start again when no step ends for so long; default: never")
-    what = "the same before the first step; only used with --step-timeout; default 1800"
-    add("start-timeout", "SECONDS", number(float, 0.1), what, 1800.0)
-    what = (
-        "before each restart; default 0, or 90 with --distributed=auto, when the processes of other hosts must have"
-        " noticed too (processes.peer_timeout)"
-    )
-    add("pause", "SECONDS", number(float, 0), what)
+    what = "Run cmd_jax as one or several processes on this machine; start them again when one dies."
+    usage = "%(prog)s [flags] -- VERB --config=... --workdir=..."
+    parser = Parser(prog="local.py", description=what, usage=usage, allow_abbrev=False)
+    for flag, (kind, _, default, what) in FLAGS.items():
+        parser.add_argument(f"--{flag}", metavar="N", type=kind, default=default, help=what)
     what = "auto: one process on each host of a cluster that JAX knows"
     parser.add_argument("--distributed", choices=("explicit", "auto"), default="explicit", help=what)
-    add("module", "NAME", str, "what to run; the tests run another", "cmd_jax.main")
+    parser.add_argument("--module", default="cmd_jax.main", help="what to run; the tests run another")
     at = arguments.index("--") if "--" in arguments else len(arguments)
     options, command = parser.parse_args(arguments[:at]), arguments[at + 1 :]
-    auto, processes = options.distributed == "auto", options.processes
+    for flag, (_, least, _, _) in FLAGS.items():
+        given = getattr(options, flag.replace("-", "_"))
+        if given is not None and not least <= given < float("inf"):
+            raise UserError(f"--{flag}", given, f"not a number from {least:g}", f"give {least:g} or more")
     if not command:
-        raise UserError("command", "", "missing after --", f"write it like {EXAMPLE}")
-    if auto and processes != 1:
-        raise UserError("--processes", processes, "not used with --distributed=auto, one a host", "leave it out")
+        raise UserError("command", "", "missing after --", "write it like local.py -- train --config=... --workdir=...")
+    if options.distributed == "auto" and options.processes != 1:
+        problem = "not used with --distributed=auto, one process a host"
+        raise UserError("--processes", options.processes, problem, "leave it out")
     if options.pause is None:
-        options.pause = 90.0 if auto else 0.0
+        options.pause = 90.0 if options.distributed == "auto" else 0.0
     return options, command
 
 
@@ -118,17 +99,15 @@ def open_logs(command: list[str], names: list[str]) -> tuple[Path, list[Path]]:
     """The workdir of the command and a log there for each name, or another folder: the command itself will complain."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--workdir", nargs="?")
-    workdir = parser.parse_known_args(command)[0].workdir or ""
     try:
+        workdir = parser.parse_known_args(command)[0].workdir or ""
         check_path("--workdir", workdir)
-        folder = Path(workdir).expanduser().absolute()
-        if not workdir:
-            raise FileNotFoundError
+        folder = Path(workdir).expanduser().absolute() if workdir else Path(tempfile.mkdtemp(prefix=TEMPORARY))
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             open(folder / f"launch-{name}.log", "ab").close()
     except (OSError, UserError):
-        folder = Path(tempfile.mkdtemp(prefix="cmd-jax-launch-"))
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))
     return folder, [folder / f"launch-{name}.log" for name in names]
 
 
@@ -142,11 +121,7 @@ def describe(code: int) -> str:
 
 def likelihood(code: int) -> int:
     """Which of several that ended at about the same time is the cause: the lowest."""
-    if code == WRONG:
-        return 0
-    if code < 0 and -code != signal.SIGABRT:
-        return 1
-    return {-signal.SIGABRT: 3, PEER_FAULT: 4}.get(code, 2)
+    return {WRONG: 0, -signal.SIGABRT: 3, PEER_FAULT: 4}.get(code, 1 if code < 0 else 2)
 
 
 def place(beat: dict) -> str:
@@ -341,11 +316,10 @@ class Supervisor:
 
 def main(arguments: list[str]) -> int:
     try:
-        options, command = parse(arguments)
+        return Supervisor(*parse(arguments)).run()
     except UserError as error:
         tell(error)
         return WRONG
-    return Supervisor(options, command).run()
 
 
 if __name__ == "__main__":

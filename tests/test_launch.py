@@ -250,8 +250,9 @@ def test_processes_do_not_outlive_the_supervisor(job):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--processes=0"], r"command=local.py: argument --processes: '0' is not a whole number from 1; see .* --help"),
-        (["--step-timeout=nan"], r".*--step-timeout: 'nan' is not a number from 0.1; .*"),
+        (["--processes=0"], r"--processes=0: not a number from 1; give 1 or more"),
+        (["--processes=1.5"], r"command=local.py: argument --processes: invalid int value: '1.5'; see .* --help"),
+        (["--step-timeout=nan"], r"--step-timeout=nan: not a number from 0.1; .*"),
         (["--proceses=2"], r"command=local.py: unrecognized arguments: --proceses=2; see .* --help"),
         (["--distributed=auto"], r"--processes=2: not used with --distributed=auto, .*; leave it out"),
     ],
