@@ -23,17 +23,17 @@ def build_autoencoder(model) -> Autoencoder:
     return Autoencoder(**{**model.to_dict(), "dtype": jnp.dtype(model.dtype)})
 
 
-def build_process(config, clip: float | None = None) -> Gaussian | Flow:
-    """The diffusion process of a config's `diffusion` group, and of a clip as `clip_of` makes it."""
-    choose("diffusion.kind", config.kind, ("gaussian", "flow"))
-    choose("diffusion.schedule", config.schedule, ("linear", "scaled_linear"))
-    choose("diffusion.prediction", config.prediction, PREDICTIONS)
-    if config.kind == "flow":
-        if config.learned_range:
+def build_process(diffusion, clip: float | None = None) -> Gaussian | Flow:
+    """The diffusion process of a content or motion config's `diffusion` group, and of a clip as `clip_of` makes it."""
+    choose("diffusion.kind", diffusion.kind, ("gaussian", "flow"))
+    choose("diffusion.schedule", diffusion.schedule, ("linear", "scaled_linear"))
+    choose("diffusion.prediction", diffusion.prediction, PREDICTIONS)
+    if diffusion.kind == "flow":
+        if diffusion.learned_range:
             raise UserError("diffusion.learned_range", True, "flow matching has no variance", "set it to False")
-        return Flow(time_mean=config.time_mean, time_std=config.time_std, clip=clip)
-    betas = (linear_betas if config.schedule == "linear" else scaled_linear_betas)(config.timesteps)
-    return Gaussian(Schedule.from_betas(betas), config.prediction, config.learned_range, clip)
+        return Flow(time_mean=diffusion.time_mean, time_std=diffusion.time_std, clip=clip)
+    betas = (linear_betas if diffusion.schedule == "linear" else scaled_linear_betas)(diffusion.timesteps)
+    return Gaussian(Schedule.from_betas(betas), diffusion.prediction, diffusion.learned_range, clip)
 
 
 def clip_of(config, space: Pixels | VAELatents) -> float | None:
@@ -50,13 +50,12 @@ def clip_of(config, space: Pixels | VAELatents) -> float | None:
     return clip or None
 
 
-def build_denoiser(config, channels: int, classes: int | None, process) -> DiT:
-    """The DiT of a content or motion config."""
-    choose("model.position", config.model.position, DIT_POSITIONS)
-    choose("model.condition", config.model.condition, CONDITIONS)
+def build_denoiser(model, channels: int, classes: int | None, process) -> DiT:
+    """The DiT of a content or motion config's `model` group; channels: of what is diffused."""
+    choose("model.position", model.position, DIT_POSITIONS)
+    choose("model.condition", model.condition, CONDITIONS)
     out_channels = channels * (2 if process.learned_range else 1)
-    model = {**config.model.to_dict(), "dtype": jnp.dtype(config.model.dtype)}
-    return DiT(out_channels=out_channels, classes=classes, **model)
+    return DiT(out_channels=out_channels, classes=classes, **{**model.to_dict(), "dtype": jnp.dtype(model.dtype)})
 
 
 def reads_text(config) -> bool:
@@ -64,15 +63,16 @@ def reads_text(config) -> bool:
     return defaults.fine_tunes(config) or config.model.condition == "text"
 
 
-def frames_shape(config, space: Pixels | VAELatents) -> tuple[int, int, int, int]:
-    """[T, h, w, C] of clips as an autoencoder config's model sees them in `space`; UserError if they do not fit."""
-    data = config.data
-    if config.model.channels != space.channels:
+def frames_shape(data, model, space: Pixels | VAELatents) -> tuple[int, int, int, int]:
+    """[T, h, w, C] of clips of the `data` group as an autoencoder of the `model` group sees them in `space`.
+
+    UserError if they do not fit.
+    """
+    if model.channels != space.channels:
         problem = f"the latents of the VAE have {space.channels}"
-        raise UserError("model.channels", config.model.channels, problem, f"use {space.channels}")
-    step = space.factor * config.model.patch
+        raise UserError("model.channels", model.channels, problem, f"use {space.channels}")
     for side in ("height", "width"):
-        divisible(f"data.{side}", data[side], f"{space.factor} of the VAE x model.patch", step)
+        divisible(f"data.{side}", data[side], f"{space.factor} of the VAE x model.patch", space.factor * model.patch)
     return data.frames, data.height // space.factor, data.width // space.factor, space.channels
 
 

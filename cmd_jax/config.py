@@ -213,7 +213,7 @@ def check_trained(config: ConfigDict):
     if config.stage == "autoencoder":
         _check_autoencoder(config)
     if config.stage in ("content", "motion") and not defaults.fine_tunes(config):
-        build_denoiser(config, channels=1, classes=1, process=build_process(config.diffusion))
+        build_denoiser(config.model, channels=1, classes=1, process=build_process(config.diffusion))
         divisible("model.width", config.model.width, "model.heads", config.model.heads)
         divisible("model.width", config.model.width, "what sin-cos tables need", 4)
         clip = config.diffusion.clip

@@ -180,7 +180,7 @@ def conditioned_on(metadata: Metadata) -> dict | tuple[str, ...]:
 
 def denoiser_stage(config, metadata: Metadata, autoencoder: Trained):
     """The content or motion stage of a trained one's config and metadata, without parameters."""
-    frozen = FrozenAutoencoder(autoencoder.config, {"autoencoder": None}, stated_space(autoencoder.metadata.vae))
+    frozen = FrozenAutoencoder(autoencoder.config, None, stated_space(autoencoder.metadata.vae))
     conditions = stated_conditions(len(metadata.class_names), metadata.text_encoder)
     return diffusion_stage(config, frozen, conditions, metadata.statistics, metadata.image_model)
 

@@ -65,7 +65,7 @@ class AutoencoderStage:
     def __init__(self, config, lpips_params=None, space: Pixels | VAELatents | None = None):
         self.loss_weights, self.space, self.mode = config.loss, space or Pixels(), config.model.mode
         self.module = build_autoencoder(config.model)
-        self.video_shape = (1, *frames_shape(config, self.space))
+        self.video_shape = (1, *frames_shape(config.data, config.model, self.space))
         self.frozen = {} if lpips_params is None else {"lpips": lpips_params}
         if self.space.params:
             self.frozen["vae"] = self.space.params
@@ -148,15 +148,16 @@ class AutoencoderStage:
 class FrozenAutoencoder:
     """Stage 1 as the later stages see it: a module and its EMA parameters, and the space of its frames.
 
-    params: {"autoencoder", "vae"}, what encode and decode take.
+    params: {"autoencoder"}, None where only shapes are asked for. The attribute params is {"autoencoder", "vae"}, what
+    encode and decode take.
     """
 
-    def __init__(self, config, params, space: Pixels | VAELatents | None = None):
-        self.module, self.space = build_autoencoder(config.model), space or Pixels()
-        self.params = {"autoencoder": params["autoencoder"], "vae": self.space.params}
-        self.config, data, model = config, config.data, config.model
+    def __init__(self, config, params: dict | None, space: Pixels | VAELatents | None = None):
+        data, model = config.data, config.model
+        self.module, self.space = build_autoencoder(model), space or Pixels()
+        self.params = {"autoencoder": params and params["autoencoder"], "vae": self.space.params}
         self.clip_shape = (data.frames, data.height, data.width, 3)
-        self.video_shape = frames_shape(config, self.space)
+        self.video_shape = frames_shape(data, model, self.space)
         self.content_shape = self.video_shape[1:]
         cells = sum(self.content_shape[:2]) // model.patch
         self.motion_shape = (data.frames, cells, model.motion_channels)
@@ -206,7 +207,7 @@ class DiffusionStage:
         self.process = build_process(config.diffusion, clip_of(config, self.autoencoder.space))
         self.solvers = self.process.solvers
         classes = self.conditions.count if isinstance(self.conditions, Classes) else None
-        self.module = build_denoiser(config, self.shape[-1], classes, self.process)
+        self.module = build_denoiser(config.model, self.shape[-1], classes, self.process)
 
     def split(self, latents: Latents, statistics) -> tuple[jax.Array, jax.Array | None]:
         """Latents -> (what this stage diffuses, what it is conditioned on), in the denoiser's units."""

@@ -56,7 +56,7 @@ def main():
     kinds = (VAEMetadata, TextEncoderMetadata, ImageModelMetadata)
     parts = {kind.part: describe(flags.pipeline, kind) for kind in kinds}
     space, conditions = stated_space(parts["vae"]), stated_conditions(0, parts["text_encoder"])
-    autoencoder = FrozenAutoencoder(configs["autoencoder"], {"autoencoder": None}, space)
+    autoencoder = FrozenAutoencoder(configs["autoencoder"], None, space)
     metadata = Metadata(
         class_names=(), digest="untrained", autoencoder=AutoencoderMetadata("untrained"), **parts,
         statistics=LatentStatistics.unit(autoencoder.content_shape[-1], autoencoder.motion_shape[-1]),

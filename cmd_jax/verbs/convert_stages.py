@@ -139,7 +139,7 @@ def _shape(config: dict) -> tuple[int, tuple[int, int]]:
 
 def _frozen(autoencoder: Trained) -> FrozenAutoencoder:
     """The autoencoder's shapes, without its parameters."""
-    return FrozenAutoencoder(autoencoder.config, {"autoencoder": None}, stated_space(autoencoder.metadata.vae))
+    return FrozenAutoencoder(autoencoder.config, None, stated_space(autoencoder.metadata.vae))
 
 
 def _grid(name: str, autoencoder: Trained) -> dict:

@@ -194,7 +194,7 @@ class CompanionStages:
         """-> (the autoencoder without values, its and its VAE's boxed abstract parameters by their names)."""
         config, metadata = self.stage("autoencoder")
         space = self.space(config, metadata)
-        autoencoder = FrozenAutoencoder(config, {"autoencoder": {}}, space)
+        autoencoder = FrozenAutoencoder(config, None, space)
         video = jax.ShapeDtypeStruct((1, *autoencoder.video_shape), np.float32)
         params = jax.eval_shape(autoencoder.module.init, abstract_key(), video)["params"]
         return autoencoder, {"autoencoder": params} | parameters_of(space)
