@@ -49,17 +49,17 @@ def truncate(step):
 @contextlib.contextmanager
 def hashed():
     """The names of the files that are hashed meanwhile, each with its folder: "ema/manifest.ocdbt"."""
-    names, real = [], manifests._facts_of
+    names, real = [], manifests._entry_of
 
-    def facts_of(path, *arguments, **options):
+    def entry_of(path, *arguments, **options):
         names.append(path.as_posix().rpartition("/checkpoints/")[2].partition("/")[2])
         return real(path, *arguments, **options)
 
-    manifests._facts_of = facts_of
+    manifests._entry_of = entry_of
     try:
         yield names
     finally:
-        manifests._facts_of = real
+        manifests._entry_of = real
 
 
 def in_children(function, *argument_lists):

@@ -24,7 +24,7 @@ class Damaged(Exception):
     """A checkpoint that is not what its manifest says."""
 
 
-def _facts_of(path: Path, sync: bool = False) -> dict:
+def _entry_of(path: Path, sync: bool = False) -> dict:
     with open(path, "rb") as file:
         if sync:
             os.fsync(file.fileno())
@@ -42,9 +42,9 @@ def write_manifest(folder: Path, step: int):
     paths = sorted(folder.rglob("*"))
     files = [path for path in paths if path.is_file()]
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        facts = list(pool.map(lambda path: _facts_of(path, sync=True), files))
+        entries = list(pool.map(lambda path: _entry_of(path, sync=True), files))
     names = [path.relative_to(folder).as_posix() for path in files]
-    manifest = {"format": FORMAT, "step": step, "files": dict(zip(names, facts, strict=True))}
+    manifest = {"format": FORMAT, "step": step, "files": dict(zip(names, entries, strict=True))}
     write_text(folder / MANIFEST, json.dumps(manifest | {"digest": digest_of(manifest)}, sort_keys=True) + "\n")
     for path in (folder, *(path for path in paths if path.is_dir())):
         sync_path(path)
@@ -81,7 +81,7 @@ def read_manifest(folder: Path) -> dict:
 
 def files_of(manifest: dict, item: str) -> dict[str, dict]:
     """{name: {"size", "sha256"}} of the files of one item, in order."""
-    return {name: facts for name, facts in sorted(manifest["files"].items()) if name.startswith(f"{item}/")}
+    return {name: entry for name, entry in sorted(manifest["files"].items()) if name.startswith(f"{item}/")}
 
 
 def item_digest(manifest: dict, item: str) -> str:
@@ -105,7 +105,7 @@ def verify(folder: Path, items: Iterable[str], part: int = 0, parts: int = 1):
             size = os.stat(folder / name).st_size
             if size != wanted["size"]:
                 raise Damaged(f"{name} has {size} bytes, not {wanted['size']}")
-            if _facts_of(folder / name) != wanted:
+            if _entry_of(folder / name) != wanted:
                 raise Damaged(f"{name} has another SHA-256 than when it was written")
         except OSError as e:
             raise Damaged(f"{name} cannot be read ({e.strerror})") from None
