@@ -80,7 +80,7 @@ class Checkpoints:
         return self._newest
 
     def save(self, state: TrainState, run: dict):
-        """Start saving; the state may be donated when this returns. run: what is to be known of the run, as JSON can hold it.
+        """Start saving; the state may be donated when this returns. run: JSON to restore with it.
 
         UserError if the save before this one failed.
         """
