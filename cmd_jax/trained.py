@@ -1,4 +1,4 @@
-"""A trained stage as those that build on it see it: its config, its parameters and what it was trained on."""
+"""A trained stage: its config, EMA parameters and metadata; read from a workdir or a weights file, and exported."""
 
 import contextlib
 import json
@@ -24,35 +24,31 @@ from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.running.hosts import check_tree, digest
 
 WRITTEN = "give the stage as training wrote it"
-FILE = "facts"  # what the first versions called metadata: facts.json of a stage's folder, a text of a weights file
+FILE = "facts"  # the metadata's name on disk: facts.json in a stage's folder, a text in the header of a weights file
 
 
 @dataclass(frozen=True)
 class DataMetadata:
-    """The clips that a stage was trained on. fingerprint: digest of how they are read; clips: their number."""
+    """The clips that a stage was trained on."""
 
-    fingerprint: str
-    clips: Annotated[int, COUNT]
+    fingerprint: str  # digest of the files and of how frames are taken from them
+    clips: Annotated[int, COUNT]  # in the training split
 
 
 @dataclass(frozen=True)
 class AutoencoderMetadata:
-    """The autoencoder that a denoiser belongs to.
+    """The autoencoder whose latents a denoiser was trained on. The first versions kept the digest only."""
 
-    digest: of its training, which rounded weights keep too. params: digest of the very numbers that made the latents.
-    config: all else that latents depend on, see `latent_config`. The first versions kept the first only.
-    """
-
-    digest: str
-    params: str | None = None
-    config: dict[str, str | int | float | bool] | None = None
+    digest: str  # its `Metadata.digest`
+    params: str | None = None  # digest of the parameters that encoded, which may be rounded ones
+    config: dict[str, str | int | float | bool] | None = None  # its `latent_config`
 
     @classmethod
     def of(cls, autoencoder: "Trained") -> "AutoencoderMetadata":
         return cls(autoencoder.metadata.digest, digest(autoencoder.params), latent_config(autoencoder.config))
 
     def fits(self, config: dict) -> bool:
-        """Whether an autoencoder of that `latent_config` has all that was kept of this one's."""
+        """Whether another autoencoder's `latent_config` agrees with this one's, as far as that was kept."""
         return (self.config or {}).items() <= config.items()
 
 
@@ -64,37 +60,34 @@ def latent_config(config: ConfigDict) -> dict[str, str | int | float | bool]:
 
 @dataclass(frozen=True)
 class ConvertedMetadata:
-    """What a stage was converted from: by which version of cmd_jax, and the config of the CMD release's model."""
+    """The model of the CMD release that a stage was converted from."""
 
-    cmd_jax: str
-    config: dict
-    tables: tuple[str, ...] | None = None  # the first versions kept it
+    cmd_jax: str  # the version that converted it
+    config: dict  # of the release's model, as of `interop.cmd_release.load`
+    tables: tuple[str, ...] | None = None  # kept by the first versions, and not read
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a trained stage tells of itself beside its config; None is what a stage of its kind has not.
+    """What a stage was trained on and with, beside its config; None for what it does not have."""
 
-    digest: of the parameters as they were trained, which weights rounded from them keep; the folder of a run has it
-    with each checkpoint instead. vae: of an autoencoder in latents, and of all denoisers on it.
-    """
-
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = None  # the name of each label, () without labels
     data: DataMetadata | None = None
+    # Of the parameters as they were trained, kept where they are rounded; in the folder of a run checkpoints have it.
     digest: str | None = None
-    autoencoder: AutoencoderMetadata | None = None
-    statistics: LatentStatistics | None = None
-    vae: VAEMetadata | None = None
-    text_encoder: TextEncoderMetadata | None = None
-    image_model: ImageModelMetadata | None = None
+    autoencoder: AutoencoderMetadata | None = None  # of a denoiser
+    statistics: LatentStatistics | None = None  # of a denoiser: what it normalises latents by
+    vae: VAEMetadata | None = None  # of an autoencoder of VAE latents, and of denoisers on it
+    text_encoder: TextEncoderMetadata | None = None  # of a denoiser conditioned on texts
+    image_model: ImageModelMetadata | None = None  # of a fine-tuned content stage
     converted: ConvertedMetadata | None = None
 
 
 class Trained(NamedTuple):
-    """A trained stage: its resolved config, the EMA parameters, and what it tells of its training."""
+    """A trained stage."""
 
-    config: ConfigDict
-    params: dict
+    config: ConfigDict  # resolved
+    params: dict  # the EMA
     metadata: Metadata
 
 
@@ -120,10 +113,10 @@ def load_trained(
 
 
 def belongs(metadata: Metadata, autoencoder: Trained) -> bool:
-    """Whether a denoiser was trained on this autoencoder, or on one of the same bits.
+    """Whether a denoiser was trained on this autoencoder, or on one of equal parameters.
 
-    The latter is that of an autoencoder which lost its last checkpoint and was trained to its end again, and of
-    metadata that are older than digests of checkpoints.
+    The latter where it lost its last checkpoint and was trained to its end again, and where the metadata are older than
+    digests of checkpoints.
     """
     wanted = metadata.autoencoder
     if not wanted.fits(latent_config(autoencoder.config)):
@@ -138,7 +131,7 @@ def read_stage(path: Path, stage: str) -> tuple[ConfigDict, Metadata]:
     """
     if path.suffix == ".safetensors":
         field, texts = "weights", read_metadata(path)
-        if not {"config", FILE} <= texts.keys():
+        if not is_stage(texts):
             raise UserError("weights", path, "holds no config of cmd_jax", "give a file that training exported")
         values, facts = (parse_json(texts[name], field, path) for name in ("config", FILE))
     else:
@@ -153,10 +146,15 @@ def read_stage(path: Path, stage: str) -> tuple[ConfigDict, Metadata]:
     return config, check_metadata(facts, config, field, path, needed)
 
 
-def check_metadata(values: dict, config: ConfigDict, field: str, path, needed: tuple[str, ...] = ()) -> Metadata:
-    """The metadata that JSON tells. UserError (field=path) if no stage of that config can have it.
+def is_stage(texts: dict[str, str]) -> bool:
+    """Whether the texts in the header of a weights file are those of a stage."""
+    return {"config", FILE} <= texts.keys()
 
-    needed: the fields that must be there, whatever the stage.
+
+def check_metadata(values: dict, config: ConfigDict, field: str, path, needed: tuple[str, ...] = ()) -> Metadata:
+    """JSON as the metadata of a stage of that config; UserError (field=path) if it cannot be that.
+
+    needed: fields that must be there, beside those that the stage needs.
     """
     if config.stage != "autoencoder":
         needed += ("class_names", "autoencoder", "statistics")
@@ -178,14 +176,11 @@ def check_metadata(values: dict, config: ConfigDict, field: str, path, needed: t
 
 
 def _grouped(values: dict) -> dict:
-    """Metadata with what it tells of the data and of the autoencoder in groups, which the first versions did not do."""
+    """Metadata of any version in today's groups; the first versions wrote those of data and autoencoder flat."""
     groups = {"data": {"fingerprint": "fingerprint", "clips": "clips"}}
     if not isinstance(values.get("autoencoder"), dict):
-        groups["autoencoder"] = {
-            "autoencoder": "digest",
-            "autoencoder_params": "params",
-            "autoencoder_config": "config",
-        }
+        names = {"autoencoder": "digest", "autoencoder_params": "params", "autoencoder_config": "config"}
+        groups["autoencoder"] = names
     values = dict(values)
     for group, names in groups.items():
         if found := {new: values.pop(old) for old, new in names.items() if old in values}:
@@ -213,13 +208,13 @@ def _read_placed(path: Path, like: dict) -> dict:
 
 
 def read_run_metadata(folder: Path, config: ConfigDict) -> Metadata:
-    """What the run of a stage folder was started with; nothing where it did not come that far."""
+    """The metadata that the run of a stage folder was started with, or empty ones before it wrote any."""
     path = folder / f"{FILE}.json"
     return check_metadata(read_json(path, "workdir"), config, "workdir", path) if path.exists() else Metadata()
 
 
 def write_metadata(folder: Path, metadata: Metadata):
-    """Into the folder of a stage."""
+    """Write it into a stage folder."""
     write_json(folder / f"{FILE}.json", as_json(metadata))
 
 

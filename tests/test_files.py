@@ -1,9 +1,11 @@
 import json
+from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 
 from cmd_jax.errors import UserError, printable
-from cmd_jax.files import COUNT, check_like, parse_json, read_json
+from cmd_jax.files import COUNT, as_json, check_like, from_json, like_of, parse_json, read_json
 
 LIKE = {
     "name": str,
@@ -67,3 +69,35 @@ def test_a_terminal_is_not_commanded_by_a_file():
     assert printable("a\x1b[2J\nb \ud800\u202e é") == "a\\x1b[2J b \\ud800\\u202e é"
     line = str(UserError("f\x1b", "v\x07", "p" * 10_000 + "\x1b", "do\x00this"))
     assert line.isprintable() and len(line) < 800
+
+
+@dataclass(frozen=True)
+class Part:
+    names: tuple[str, ...]
+    rates: dict[str, int | float]
+
+
+@dataclass(frozen=True)
+class Whole:
+    count: Annotated[int, COUNT]
+    part: Part
+    parts: tuple[Part, ...] = ()
+    more: Part | None = None
+    text: str | None = None
+
+
+def test_a_dataclass_is_read_as_it_is_written():
+    part = {"names": [str], "rates": {...: (int, float)}}
+    like = {"count": COUNT, "part": part, "parts?": [part], "more?": (part,), "text?": (str,)}
+    assert like_of(Whole) == like
+    least, most = (
+        Whole(1, Part((), {})),
+        Whole(2, Part(("a",), {"x": 1}), (Part(("b",), {"y": 0.5}),), Part((), {}), "t"),
+    )
+    for whole in (least, most):
+        value = json.loads(json.dumps(as_json(whole)))
+        assert check_like(value, like) == "" and from_json(Whole, value) == whole
+    assert as_json(least) == {"count": 1, "part": {"names": [], "rates": {}}, "parts": []}
+    assert from_json(Whole, {"count": 1, "part": {"names": [], "rates": {}}}) == least
+    assert check_like({"count": -1, "part": part}, like).startswith("count is -1")
+    assert check_like(as_json(most) | {"more": None}, like) == "more is null, not an object"

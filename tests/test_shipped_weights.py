@@ -6,14 +6,23 @@ from pathlib import Path
 import pytest
 
 from cmd_jax.main import main
+from cmd_jax.trained import belongs, load_trained, read_stage
 
 ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ROOT / "configs" / "weights" / "quickstart"
 
 
 def test_they_are_small_enough_for_git():
-    files = sorted((ROOT / "configs" / "weights" / "quickstart").iterdir())
+    files = sorted(WEIGHTS.iterdir())
     assert [f.name for f in files] == ["autoencoder.safetensors", "content.safetensors", "motion.safetensors"]
     assert sum(f.stat().st_size for f in files) <= 10e6
+
+
+def test_they_belong_together():
+    autoencoder = load_trained(WEIGHTS / "autoencoder.safetensors", "autoencoder")
+    for name in ("content", "motion"):
+        _, metadata = read_stage(WEIGHTS / f"{name}.safetensors", name)
+        assert belongs(metadata, autoencoder) and len(metadata.class_names) == 48 and metadata.statistics
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from cmd_jax.interop.weights import (
 from cmd_jax.models.vgg import LPIPS
 from cmd_jax.pretrained import VAEMetadata, check_same, describe
 from cmd_jax.running.hosts import check_tree
-from cmd_jax.trained import Trained, export, load_trained
+from cmd_jax.trained import Trained, export, is_stage, load_trained
 from cmd_jax.verbs.convert_stages import autoencoder_stage, denoiser_stage, release_weights
 
 log = logging.getLogger(__name__)
@@ -302,7 +302,7 @@ def _class_names(path: Path) -> list[str]:
 def _check_kind(kind: str, source: Path, state: dict):
     """What is plainly another model is called by its name, before its tensors are."""
     texts = read_metadata(source) if source.suffix == ".safetensors" else {}
-    if KIND in texts or {"config", "facts"} <= texts.keys():
+    if KIND in texts or is_stage(texts):
         what = texts.get(KIND, "trained stage")
         raise UserError("INPUT", source, f"a {what} of cmd-jax already", "add --to=torch to convert it back")
     looks = next((kinds for marker, kinds in MARKERS.items() if marker in state), (kind,))
@@ -365,7 +365,7 @@ def _read_ours(source: Path, kind: str) -> tuple[dict, dict, tuple[str, ...]]:
     """-> (architecture, float32 parameters, names of the optional tensors that torch's file had)."""
     choose("kind", kind, MODELS)
     texts = read_metadata(_file_of_ours(source, folders=False))
-    if "facts" in texts:
+    if is_stage(texts):
         raise UserError("weights", source, "is a stage of CMD", f"use one of {', '.join(STAGES)}")
     if not {KIND, ARCHITECTURE, OPTIONAL} <= texts.keys():
         remedy = "if it has torch's names, convert it first, without --to=torch"
