@@ -17,7 +17,7 @@ from cmd_jax.builders import check_fits, reads_text
 from cmd_jax.config import from_dict, to_json
 from cmd_jax.data.latents import LatentStatistics, latents_of
 from cmd_jax.data.pipeline import video_reader
-from cmd_jax.data.sources import STATISTICS_CLIPS, encode_clips, latent_reader, open_source
+from cmd_jax.data.sources import STATISTICS_CLIPS, Source, encode_clips, latent_reader, open_source
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, versions, write_json
 from cmd_jax.interop.lpips import load_lpips
@@ -83,9 +83,13 @@ class Prepared(NamedTuple):
 
     stage: AutoencoderStage | DiffusionStage
     read: Callable[[int, np.random.Generator], dict]  # (index of a clip, rng) -> an example of a batch
-    clips: int  # indices of an epoch
-    name_of: Callable[[int], str]  # index of a clip -> its name
-    metadata: Metadata  # what it is trained on; a resumed run keeps what it began with
+    clips: int  # indices of an epoch, which may go through the source more than once
+    source: Source
+    metadata: Metadata  # a resumed run keeps what it began with
+
+    def name_of(self, index: int) -> str:
+        """The name of the clip at an index of an epoch."""
+        return self.source.name(index % len(self.source))
 
 
 def prepare(config, workdir: Path, mesh, console, resuming: bool) -> Prepared:
@@ -103,10 +107,10 @@ def prepare(config, workdir: Path, mesh, console, resuming: bool) -> Prepared:
         raise UserError("data", where, problem + ", or clips are read otherwise by another cmd_jax", ELSEWHERE)
     metadata = Metadata(tuple(source.class_names), DataMetadata(source.fingerprint, len(source)))
     prepare_stage = prepare_autoencoder if config.stage == "autoencoder" else prepare_denoiser
-    stage, read, clips, metadata = prepare_stage(config, workdir, source, mesh, console, metadata, earlier)
+    prepared = prepare_stage(config, workdir, source, mesh, console, metadata, earlier)
     if is_leader():
-        write_metadata(folder, metadata)
-    return Prepared(stage, read, clips, lambda i: source.name(i % len(source)), metadata)
+        write_metadata(folder, prepared.metadata)
+    return prepared
 
 
 def part_of(folder: str, kind: type[Part], earlier: Part | None) -> Part:
@@ -114,8 +118,10 @@ def part_of(folder: str, kind: type[Part], earlier: Part | None) -> Part:
     return check_same(folder, earlier, "this run was started with") if earlier else describe(folder, kind)
 
 
-def prepare_autoencoder(config, workdir: Path, source, mesh, console, metadata: Metadata, earlier: Metadata):
-    """-> (stage, read, clips, metadata with the VAE)."""
+def prepare_autoencoder(
+    config, workdir: Path, source: Source, mesh, console, metadata: Metadata, earlier: Metadata
+) -> Prepared:
+    """metadata: of the data. earlier: what a resumed run began with."""
     lpips, space = load_lpips(config.loss.vgg, config.loss.lpips_heads) if config.loss.vgg else None, Pixels()
     if config.loss.lpips and lpips is None:
         console.print(
@@ -127,38 +133,39 @@ def prepare_autoencoder(config, workdir: Path, source, mesh, console, metadata: 
         space = load_space(config.pretrained, partial(abstract, mesh=mesh, rules=config.rules))
     stage, read = AutoencoderStage(config, lpips, space), video_reader(source)
     if not config.latents.cache_clips:
-        return stage, read, len(source), metadata
+        return Prepared(stage, read, len(source), source, metadata)
     encode = lambda params, batch: {"frames": space.encode(params, batch["video"])}  # noqa: E731
     latents = encoded_clips(config, workdir, source, (read, encode, space.params), metadata, mesh, console)
-    return stage, latent_reader(latents), config.latents.cache_clips, metadata
+    return Prepared(stage, latent_reader(latents), config.latents.cache_clips, source, metadata)
 
 
-def prepare_denoiser(config, workdir: Path, source, mesh, console, metadata: Metadata, earlier: Metadata):
-    """-> (stage, read, clips, metadata with autoencoder, pretrained parts and statistics)."""
+def prepare_denoiser(
+    config, workdir: Path, source: Source, mesh, console, metadata: Metadata, earlier: Metadata
+) -> Prepared:
+    """As `prepare_autoencoder`."""
     shardings = partial(abstract, mesh=mesh, rules=config.rules)
     path = Path(config.latents.autoencoder or workdir / "autoencoder")
     trained, autoencoder = open_autoencoder(path, config, shardings, console)
     ours, before = AutoencoderMetadata.of(trained), earlier.autoencoder
     if before and not (before.fits(ours.config) and before.params in (None, ours.params)):
         raise UserError("latents.autoencoder", path, "is not the one this run was started with", ELSEWHERE)
-    metadata = replace(metadata, autoencoder=ours, vae=trained.metadata.vae)
     conditions, tokenizer = Classes(len(source.class_names)), None
+    vae, text_encoder, image_model = trained.metadata.vae, None, None
     if reads_text(config):
         if source.texts is None:
             remedy = "give clips with texts, data.layout metadata or webvid"
             raise UserError("data", config.data.root or config.data.source, "has no captions to train on", remedy)
         text_encoder = part_of(config.pretrained.path, TextEncoderMetadata, earlier.text_encoder)
-        metadata = replace(metadata, text_encoder=text_encoder)
         conditions, tokenizer = load_texts(config.pretrained, shardings)
-    elif config.pretrained.path and metadata.vae is None:
+    elif config.pretrained.path and vae is None:
         problem = "not used by a stage of pixels and classes"
         raise UserError("pretrained.path", config.pretrained.path, problem, "leave it out")
     elif source.texts and not source.class_names:
         console.print("the texts of the manifest are not used: without labels the model is trained unconditionally")
     if defaults.fine_tunes(config):
         image_model = part_of(config.pretrained.path, ImageModelMetadata, earlier.image_model)
-        metadata = replace(metadata, image_model=image_model)
-    check_fits(config, autoencoder, metadata.image_model)  # before clips are encoded, which takes a while
+    metadata = replace(metadata, autoencoder=ours, vae=vae, text_encoder=text_encoder, image_model=image_model)
+    check_fits(config, autoencoder, image_model)  # before clips are encoded, which takes a while
 
     count, normalized = config.latents.cache_clips, config.latents.get("normalize", False)
     read, latents = video_reader(source, tokenizer), None
@@ -174,9 +181,10 @@ def prepare_denoiser(config, workdir: Path, source, mesh, console, metadata: Met
     if count or normalized:
         latents = encoded_clips(config, workdir, source, (read, encode, params), metadata, mesh, console)
     statistics = earlier.statistics or (LatentStatistics.of(latents) if normalized else None)
-    stage = diffusion_stage(config, autoencoder, conditions, statistics, metadata.image_model)
+    stage = diffusion_stage(config, autoencoder, conditions, statistics, image_model)
     metadata = replace(metadata, statistics=stage.statistics)
-    return (stage, latent_reader(latents), count, metadata) if count else (stage, read, len(source), metadata)
+    read, clips = (latent_reader(latents), count) if count else (read, len(source))
+    return Prepared(stage, read, clips, source, metadata)
 
 
 def open_autoencoder(path: Path, config, shardings, console) -> tuple[Trained, FrozenAutoencoder]:
@@ -198,7 +206,7 @@ def open_autoencoder(path: Path, config, shardings, console) -> tuple[Trained, F
     return trained, FrozenAutoencoder(trained.config, trained.params, space)
 
 
-def encoded_clips(config, workdir: Path, source, encoding, metadata: Metadata, mesh, console) -> dict:
+def encoded_clips(config, workdir: Path, source: Source, encoding, metadata: Metadata, mesh, console) -> dict:
     """What `encoding` makes of the first latents.cache_clips clips, or with 0 of some, all over the data.
 
     encoding: (read, encode, params) as of `encode_clips`. Both denoisers share the file that keeps what it makes.
@@ -229,8 +237,7 @@ def made_of(config, metadata: Metadata, mesh) -> dict:
     which they are encoded.
     """
     models = {part.part: identity(part) for part in (metadata.vae, metadata.text_encoder) if part}
-    autoencoder = metadata.autoencoder
-    if autoencoder:
+    if autoencoder := metadata.autoencoder:
         models |= {"autoencoder_params": autoencoder.params, "autoencoder_config": autoencoder.config}
     what = {
         "data": metadata.data.fingerprint,

@@ -77,7 +77,8 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
     ):
         if resuming:
             leader_alone(lambda: check_same_run(folder, config))
-        stage, read, clips, name_of, metadata = prepare(config, workdir, mesh, console, resuming)
+        prepared = prepare(config, workdir, mesh, console, resuming)
+        stage, read, clips, metadata = prepared.stage, prepared.read, prepared.clips, prepared.metadata
         plan = BatchPlan(clips, config.train.batch_size, config.seed)
         optimizer = make_optimizer(config.optimizer)
         boxed = jax.eval_shape(stage.init, jax.random.key(0))
@@ -103,7 +104,7 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
                 threads=config.data.threads, prefetch=config.data.prefetch,
             )  # fmt: skip
             with contextlib.closing(Metrics(folder, start, writes=is_leader())) as metrics:
-                report = StepLog(config, start, name_of, metrics, flight, console)
+                report = StepLog(config, start, prepared.name_of, metrics, flight, console)
                 loop = Loop(
                     config, stage, optimizer, mesh, boxed, plan, metadata, checkpoints, report, peers, stop, begun
                 )

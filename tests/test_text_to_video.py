@@ -157,8 +157,7 @@ def stage_of(name):
     config = config_of(name)
     with StopRequest("stopped"):
         quiet = type("Quiet", (), {"print": lambda *_, **__: None})()
-        stage, *_ = prepare(config, trained(), make_mesh(config.mesh), quiet, resuming=False)
-    return stage
+        return prepare(config, trained(), make_mesh(config.mesh), quiet, resuming=False).stage
 
 
 def test_latents_and_texts_are_made_once():

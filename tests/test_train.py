@@ -107,15 +107,14 @@ def test_latents_are_encoded_once_for_both_diffusion_stages(run, monkeypatch):
     monkeypatch.setattr(preparing, "encode_clips", None)
     for stage, kind in (("content", ContentStage), ("motion", MotionStage)):
         config = tiny.config_of(stage)
-        built, read, clips, name_of, metadata = preparing.prepare(
-            config, run, make_mesh(config.mesh), make_console(), True
-        )
-        assert isinstance(built, kind) and clips == 48
-        assert read(3, None)["content"].shape == (16, 24, 3)
-        assert read(3, None)["motion"].shape == (4, 10, 4)
-        assert name_of(17) == "shapes-train-000017"
-        assert metadata.autoencoder.digest == load_trained(run / "autoencoder", "autoencoder").metadata.digest
-        assert metadata.autoencoder.params == read_json(run / "autoencoder" / "summary.json")["digests"]["ema"]
+        prepared = preparing.prepare(config, run, make_mesh(config.mesh), make_console(), True)
+        assert isinstance(prepared.stage, kind) and prepared.clips == 48
+        assert prepared.read(3, None)["content"].shape == (16, 24, 3)
+        assert prepared.read(3, None)["motion"].shape == (4, 10, 4)
+        assert prepared.name_of(17) == prepared.name_of(17 + 48) == "shapes-train-000017"
+        autoencoder = prepared.metadata.autoencoder
+        assert autoencoder.digest == load_trained(run / "autoencoder", "autoencoder").metadata.digest
+        assert autoencoder.params == read_json(run / "autoencoder" / "summary.json")["digests"]["ema"]
 
 
 def test_a_finished_run_is_left_as_it_is(run, capsys):

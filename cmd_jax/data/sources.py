@@ -13,9 +13,10 @@ from cmd_jax.errors import choose
 from cmd_jax.sharding import replicated
 
 STATISTICS_CLIPS = 1024
+Source = ShapesSource | FolderSource
 
 
-def open_source(data, cache: Path | None = None):
+def open_source(data, cache: Path | None = None) -> Source:
     """The source of a config's `data` group. `cache` remembers which files of a folder could be read."""
     choose("data.source", data.source, ("shapes", "folder"))
     shape = {"frames": data.frames, "height": data.height, "width": data.width, "split": data.split}
