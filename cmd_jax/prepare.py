@@ -227,14 +227,13 @@ def encoded_clips(config, workdir: Path, source: Source, encoding, metadata: Met
         console.print(f"encoded {len(indices)} clips in {time.perf_counter() - started:.0f} s")
         return latents
 
-    return latents_of(workdir, broadcast_from_leader(made_of(config, metadata, mesh)), encode)
+    return latents_of(workdir, broadcast_from_leader(provenance_of(config, metadata, mesh)), encode)
 
 
-def made_of(config, metadata: Metadata, mesh) -> dict:
-    """What the latents of a run depend on, down to their last bits, as JSON has it.
+def provenance_of(config, metadata: Metadata, mesh) -> dict:
+    """All that the latents of a run depend on, down to their last bits, as JSON has it.
 
-    config: of the run. metadata: of what it is trained on; data, autoencoder, VAE and text encoder count. mesh: on
-    which they are encoded.
+    Of the metadata data, autoencoder, VAE and text encoder count. mesh: on which clips are encoded.
     """
     models = {part.part: identity(part) for part in (metadata.vae, metadata.text_encoder) if part}
     if autoencoder := metadata.autoencoder:

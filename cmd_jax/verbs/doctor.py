@@ -52,8 +52,8 @@ def doctor(specification: str, overrides: dict[str, str], workdir: Path | None) 
     config = load(specification, overrides)
     mesh = make_mesh(config.mesh)
     print_machine(console, config.mesh, mesh)
-    others = CompanionStages(specification, overrides, workdir, config, console)
-    trees, clip_bytes = (sampled if config.stage == "sample" else trained)(config, others)
+    companions = CompanionStages(specification, overrides, workdir, config, console)
+    trees, clip_bytes = (sampling_arrays if config.stage == "sample" else training_arrays)(config, companions)
     records = {name: layout(tree, mesh, config.rules) for name, tree in trees.items()}
 
     group = "sampling" if config.stage == "sample" else "train"
@@ -104,12 +104,12 @@ def total_table(records: dict[str, list[Placed]]) -> Table:
     return table
 
 
-def trained(config, others: "CompanionStages") -> tuple[dict, int]:
+def training_arrays(config, companions: "CompanionStages") -> tuple[dict, int]:
     """What training holds -> (trees of abstract arrays by name, bytes of a clip of the batch)."""
     data, frozen = config.data, {}
     clip_bytes = math.prod((data.frames, data.height, data.width, 3))  # uint8
     if config.stage == "autoencoder":
-        space = others.space(config)
+        space = companions.space(config)
         stage = AutoencoderStage(config, space=space)
         params, frozen = jax.eval_shape(stage.init, abstract_key()), parameters_of(space)
         if config.loss.vgg:
@@ -118,9 +118,9 @@ def trained(config, others: "CompanionStages") -> tuple[dict, int]:
         if config.latents.cache_clips:
             clip_bytes = 4 * math.prod(stage.video_shape)
     else:
-        autoencoder, frozen = others.autoencoder()
-        conditions = others.conditions(config)
-        params, frozen = others.denoiser(config, autoencoder, conditions), frozen | parameters_of(conditions)
+        autoencoder, frozen = companions.autoencoder()
+        conditions = companions.conditions(config)
+        params, frozen = companions.denoiser(config, autoencoder, conditions), frozen | parameters_of(conditions)
         if config.latents.cache_clips:
             shapes = [autoencoder.content_shape, autoencoder.motion_shape]
             if isinstance(conditions, Texts):
@@ -131,13 +131,13 @@ def trained(config, others: "CompanionStages") -> tuple[dict, int]:
     return trees | ({"frozen": frozen} if frozen else {}), clip_bytes
 
 
-def sampled(config, others: "CompanionStages") -> tuple[dict, int]:
-    """What sampling holds, as `trained`."""
-    autoencoder, params = others.autoencoder()
+def sampling_arrays(config, companions: "CompanionStages") -> tuple[dict, int]:
+    """What sampling holds, as `training_arrays`."""
+    autoencoder, params = companions.autoencoder()
     for name in ("content", "motion"):
-        stage, metadata = others.stage(name)
-        conditions = others.conditions(stage, metadata)
-        params |= parameters_of(conditions) | {name: others.denoiser(stage, autoencoder, conditions, metadata)}
+        stage, metadata = companions.stage(name)
+        conditions = companions.conditions(stage, metadata)
+        params |= parameters_of(conditions) | {name: companions.denoiser(stage, autoencoder, conditions, metadata)}
     return {"params": params}, 4 * math.prod(autoencoder.clip_shape)  # float32 video
 
 

@@ -20,7 +20,7 @@ from cmd_jax.data.latents import LatentStatistics, path_of, read_latents, write_
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.shapes import ShapesSource
 from cmd_jax.models.autoencoder import Autoencoder
-from cmd_jax.prepare import LIBRARIES, made_of
+from cmd_jax.prepare import LIBRARIES, provenance_of
 from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, VAEMetadata, describe
 from cmd_jax.report.console import make_console
 from cmd_jax.sharding import make_mesh
@@ -46,7 +46,7 @@ def metadata_of(folder=FIXTURES / "tiny-sd15", source=None, numbers=0.0, **model
 
 def name_of(mesh, metadata=None, stage="content", **changes):
     config = tiny.config_of(f"{stage},kind=text", **{"latents__cache_clips": 48, **changes})
-    return path_of(FIXTURES, made_of(config, metadata or metadata_of(), mesh)).name
+    return path_of(FIXTURES, provenance_of(config, metadata or metadata_of(), mesh)).name
 
 
 def other_folder(tmp_path, name, **changes):
@@ -204,7 +204,7 @@ def test_a_run_with_another_stride_or_size_reads_its_clips_anew(mesh, tmp_path, 
 
     config = tiny.config_of("content", latents__cache_clips=4)
     metadata = Metadata(data=DataMetadata(sources[""].fingerprint, 2))
-    damaged = path_of(tmp_path, made_of(config, metadata, mesh))
+    damaged = path_of(tmp_path, provenance_of(config, metadata, mesh))
     damaged.write_bytes(damaged.read_bytes()[:-50])
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(frame_means(tmp_path, sources[""], mesh), means[""])
