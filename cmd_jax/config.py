@@ -165,7 +165,7 @@ POSITIVE = {
     "motion_channels", "learning_rate", "accumulate", "log_every", "checkpoint_every", "keep", "threads", "prefetch",
     "content_steps", "motion_steps", "num", "motions", "clips", "rotary_base", "fps", "probe_timeout", "videos",
     "shown", "content_patch", "eps", "timesteps", "time_std", "discriminator_channels", "discriminator_layers",
-    "slices", "start_timeout", "peer_timeout", "vae_frames",
+    "slices", "start_timeout", "peer_timeout", "vae_frames", "label_init",
 }  # fmt: skip
 NOT_NEGATIVE = {
     "seed", "warmup_steps", "clip_norm", "l1", "l2", "lpips", "adversarial", "feature_matching", "preview_every",

@@ -148,6 +148,7 @@ def _denoiser(stage: str) -> ConfigDict:
             heads=16,
             condition="class",  # or "text"
             position="sincos",
+            label_init=0.02,  # standard deviation of the label table at first
             remat="none",
             dtype="float32",
         )
@@ -226,6 +227,7 @@ def sample() -> ConfigDict:
             image="",  # animate: an image file; empty: content frames of clips of `data`
             fps=8,
             output="samples",  # folder of the workdir
+            title="",  # of the videos on a page; empty: the mode, or where the weights come from
         )
     )
     config.evaluation = ConfigDict(dict(videos=256, clips=256, shown=24))  # generated, reconstructed, in the gallery

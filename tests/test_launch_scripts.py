@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,106 @@ def ended(running: subprocess.Popen):
 
 
 TRAIN = ["train", "--config=c.py:content", "--workdir=/shared/two words"]
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+    """Start quickstart.sh in a folder of its own, installed already; its cmd-jax and its python only write down calls.
+
+    A training ends as ending says, if there is a file of its stage's name with a command in it.
+    """
+    shutil.copytree(LAUNCH, tmp_path / "launch")
+    for name in ("pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    digest = subprocess.run(
+        "cat pyproject.toml requirements.txt | sha256sum | cut -c1-16",
+        shell=True, cwd=tmp_path, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    (tmp_path / ".venv" / f"installed-{digest}-").touch()
+    stand_in(
+        tmp_path,
+        "cmd-jax",
+        'echo "$* | ${XLA_FLAGS:-} | $(grep Cpus_allowed_list /proc/self/status | cut -f2)" >> calls\n'
+        'call="$*"; stage="${call#*quickstart.py:}"; stage="${stage%% *}"; [ "$1" = train ] || exit 0\n'
+        'mkdir -p "runs/quickstart/$stage"; echo "progress of $stage"; if [ -e "$stage" ]; then . "./$stage"; fi\n'
+        'touch "runs/quickstart/$stage/summary.json"',
+    )
+    stand_in(tmp_path, "python", f'case "$1" in -m) echo "$*" >> calls ;; *) exec "{sys.executable}" "$@" ;; esac')
+
+    def start(*arguments):
+        return script(tmp_path, "bash", str(tmp_path / "launch" / "quickstart.sh"), *arguments, XLA_FLAGS="")
+
+    return start
+
+
+def calls(folder: Path) -> list[list[str]]:
+    """What was called since the last time -> [words, XLA_FLAGS, cores]; motion's call, which has no order, last."""
+    path = folder / "calls"
+    rows = [line.split(" | ") for line in path.read_text().splitlines()]
+    path.unlink()
+    return sorted(rows, key=lambda row: "quickstart.py:motion" in row[0])
+
+
+def test_the_quickstart_shows_videos_first_and_then_trains_on_all_cores(quickstart, tmp_path):
+    code, out, err = ended(quickstart())
+    assert (code, err) == (0, "")
+    shipped, page, autoencoder, content, evaluation, both, motion = calls(tmp_path)
+    config = "--config=configs/quickstart.py:"
+    sample, _, classes = shipped[0].partition(" --config.sampling.classes=")
+    assert sample == f"sample {config}sample,size=long --workdir=runs/quickstart/shipped"
+    assert sorted(map(int, classes.split(","))) == list(range(48))
+    collect = "-m cmd_jax.report.collect runs/quickstart/index.html runs/quickstart/shipped/samples"
+    assert (page[0], both[0]) == (collect, f"{collect} runs/quickstart/samples")
+    assert autoencoder[0] == f"train --workdir=runs/quickstart {config}autoencoder"
+    assert autoencoder[1] == "--xla_force_host_platform_device_count=2 " and content[1] == motion[1] == ""
+    assert evaluation[0] == f"evaluate {config}sample --workdir=runs/quickstart --config.sampling.classes={classes}"
+    if len(os.sched_getaffinity(0)) > 1:  # side by side, each on its half
+        assert len({shipped[2], content[2], motion[2]}) == 3
+        assert (tmp_path / "runs" / "quickstart" / "motion.log").read_text() == "progress of motion\n"
+    gallery = tmp_path / "runs" / "quickstart" / "index.html"
+    assert re.search(rf"first videos \d+ s after the installation: open {gallery}\n(.*\n)*== training", out)
+    assert re.search(rf"first videos after \d+ s, all of it \d+ s, .*\nopen {gallery}\n$", out)
+
+    code, out, err = ended(quickstart())  # nothing is trained twice
+    assert (code, err) == (0, "")
+    assert [row[0].split()[0] for row in calls(tmp_path)] == ["sample", "-m", "evaluate", "-m"]
+    code, out, err = ended(quickstart("--anew"))
+    assert (code, err) == (0, "") and len(calls(tmp_path)) == 7
+
+
+@pytest.mark.parametrize(
+    "stage, ending, wanted",
+    [
+        ("autoencoder", "exit 0", 0), ("content", "exit 0", 0), ("motion", "exit 0", 0),  # asked to stop
+        ("autoencoder", "exit 2", 2), ("content", "exit 2", 2), ("motion", "exit 3", 3),
+    ],
+)  # fmt: skip
+def test_a_quickstart_whose_training_ends_early_says_so_and_goes_on_later(quickstart, tmp_path, stage, ending, wanted):
+    (tmp_path / stage).write_text(ending)
+    code, out, err = ended(quickstart())
+    assert code == wanted and ("--resume goes on" in out) == (wanted == 0), (out, err)
+    assert not any("evaluate" in row[0] for row in calls(tmp_path))
+    (tmp_path / stage).unlink()
+    assert ended(quickstart("--resume"))[::2] == (0, "")
+    assert any("evaluate" in row[0] for row in calls(tmp_path))
+
+
+def test_a_quickstart_that_is_stopped_leaves_no_training_behind(quickstart, tmp_path):
+    """SIGTERM to the script, while motion trains in the background: it is passed on, and its save waited for."""
+    (tmp_path / "motion").write_text(
+        "trap 'sleep 0.2; touch saved; exit 0' TERM; touch begun; while :; do sleep 0.05; done"
+    )
+    running = quickstart()
+    marks = tmp_path / "begun", tmp_path / "runs" / "quickstart" / "content" / "summary.json"
+    end = time.monotonic() + 30
+    while not all(mark.exists() for mark in marks) and time.monotonic() < end:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    assert ended(running)[0] == 143
+    if len(os.sched_getaffinity(0)) > 1:
+        assert (tmp_path / "saved").exists()
 
 
 def test_an_environment_serves_one_version_of_python(tmp_path):

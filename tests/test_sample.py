@@ -305,8 +305,9 @@ def test_sample_writes_a_gallery_from_the_stages_of_the_workdir(capsys):
 
 
 def test_reconstructions_are_shown_beside_their_clips(workdir):
-    assert command("sample", workdir, mode="reconstruct", num=2) == 0
-    check_gallery(workdir / "samples", 2)
+    assert command("sample", workdir, mode="reconstruct", num=2, title="clips <and> theirs") == 0
+    page, section = check_gallery(workdir / "samples", 2)
+    assert section["title"] == "clips <and> theirs" and "clips &lt;and&gt; theirs" in page
     with (
         Image.open(workdir / "samples" / "0000.gif") as both,
         Image.open(workdir / "samples" / "0000_content.png") as one,
@@ -411,7 +412,7 @@ def real_clips(labels):
 
 def test_evaluate_scores_real_clips_right(workdir, sampler, monkeypatch, capsys):
     monkeypatch.setattr(sampler, "generate", lambda batch: real_clips(batch["label"]))
-    assert command("evaluate", workdir, evaluation__videos=96) == 0
+    assert command("evaluate", workdir, evaluation__videos=96, title="real clips") == 0
     summary = read_json(workdir / "samples" / "summary.json")
     scores = summary["scores"]["attributes"]
     assert scores["count"] == summary["samples"] == 96
@@ -426,6 +427,7 @@ def test_evaluate_scores_real_clips_right(workdir, sampler, monkeypatch, capsys)
     assert f"{reconstruction['mean']:.2f} dB PSNR over 3 clips" in out
     _, section = check_gallery(workdir / "samples", 2)
     assert section["table"][1][0] == "reconstruction PSNR" and len(section["table"]) == 6
+    assert section["title"] == "real clips"
 
 
 def test_evaluate_scores_clips_of_other_classes_at_chance(workdir, sampler, monkeypatch):

@@ -61,7 +61,7 @@ def evaluate(config, workdir: Path, end_process=None) -> dict:
         _print_table(console, table)
         shown = config.evaluation.shown
         captions = request.captions[:shown]
-        title = f"CMD, {Path(config.weights).name or 'trained here'}"
+        title = options.title or f"CMD, {Path(config.weights).name or 'trained here'}"
         note = f"guidance {options.guidance}, seed {config.seed}, {len(index)} videos in {seconds:.0f} s, compiled"
         if folder is None:
             return scores

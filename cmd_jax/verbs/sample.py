@@ -38,8 +38,9 @@ def sample(config, workdir: Path, end_process=None) -> Path:
         out, captions = make_samples(sampler, config, workdir)
         if folder is None:
             return None
+        title = config.sampling.title or f"CMD: {config.sampling.mode}"
         note = f"mode {config.sampling.mode}, guidance {config.sampling.guidance}, seed {config.seed}"
-        write_samples(folder, out, captions, f"CMD: {config.sampling.mode}", config.sampling, note=note)
+        write_samples(folder, out, captions, title, config.sampling, note=note)
         write_summary(folder, config, started, samples=len(captions))
     console.print(f"{len(captions)} videos: {output.final}/index.html")
     return output.final

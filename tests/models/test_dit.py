@@ -153,6 +153,15 @@ def test_timestep_features_are_cosines_then_sines():
     np.testing.assert_allclose(features[2, [0, 128]], [math.cos(999), math.sin(999)], atol=1e-4)
 
 
+def test_the_label_table_alone_starts_as_wide_as_asked():
+    module = DiT(**MODELS["content"], position="table", label_init=1.0)
+    wide = nn.meta.unbox(jax.jit(module.init)(jax.random.key(0), **inputs("content"))["params"])
+    narrow = initial_params("content", "table")
+    assert np.std(wide["label"]["embedding"]) == pytest.approx(1.0, abs=0.2)
+    assert np.std(narrow["label"]["embedding"]) == pytest.approx(0.02, abs=0.004)
+    jax.tree.map(np.testing.assert_array_equal, *({**p, "label": None} for p in (wide, narrow)))
+
+
 def test_without_classes_there_is_no_table_and_no_label():
     changes = {"classes": None}
     params = {n: p for n, p in awake_params("content").items() if n != "label"}
