@@ -50,7 +50,7 @@ finish() { is_trained "$1" || { echo "stopped; ./launch/quickstart.sh --resume g
 beside=""  # the process that trains in the background; Ctrl-C reaches it by itself, and a second signal would end its save
 trap 'wait; beside=""; exit 130' INT
 trap 'exit 143' TERM
-trap '[ -z "$beside" ] || { kill -TERM "$beside" 2>/dev/null; wait "$beside" || true; }' EXIT
+trap '[ -z "$beside" ] || { kill -TERM "$beside" && wait "$beside"; } 2>/dev/null || true' EXIT
 
 echo "== videos of the shipped weights =="
 rm -rf "$RUN/samples" "$RUN/shipped"

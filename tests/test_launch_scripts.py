@@ -118,6 +118,7 @@ def test_the_quickstart_shows_videos_first_and_then_trains_on_all_cores(quicksta
     "stage, ending, wanted",
     [
         ("autoencoder", "exit 0", 0), ("content", "exit 0", 0), ("motion", "exit 0", 0),  # asked to stop
+        ("content", "sleep 0.4; exit 0", 0),  # when motion has ended
         ("autoencoder", "exit 2", 2), ("content", "exit 2", 2), ("motion", "exit 3", 3),
     ],
 )  # fmt: skip
