@@ -30,6 +30,7 @@ from cmd_jax.models.conditions import Text, Texts, drop
 from cmd_jax.models.frames import VAELatents, pixels
 from cmd_jax.planning.flops import count
 from cmd_jax.prepare import prepare
+from cmd_jax.pretrained import ImageModelMetadata
 from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.running.runtime import StopRequest
 from cmd_jax.sharding import make_mesh, partitioning
@@ -411,9 +412,8 @@ def test_shapes_that_do_not_fit_are_named(tmp_path):
     space = VAELatents(pipeline().vae[0])
     frozen = FrozenAutoencoder(autoencoder, {"autoencoder": {}}, space)
     unet = read_json(tiny.FIXTURES / "tiny-sd21" / "unet" / "config.json")  # of three levels
-    model = {"unet": unet, "scheduler": pipeline().scheduler}
     with pytest.raises(UserError, match="^data.height=12: the VAE and the UNet halve it until 1/8 is left; use a mul"):
-        diffusion_stage(config_of("content", data__height=12), frozen, texts()[0], {}, model)
+        diffusion_stage(config_of("content", data__height=12), frozen, texts()[0], None, ImageModelMetadata(unet, {}))
 
 
 def test_a_dit_on_latents_refuses_the_clip_of_pixels_before_it_encodes(tmp_path, monkeypatch):
