@@ -41,11 +41,10 @@ echo "installed after $((installed - started)) s"
 gallery() { python -m cmd_jax.report.collect "$RUN/index.html" "$@"; }
 is_trained() { [ -e "$RUN/$1/summary.json" ]; }
 train=(cmd-jax train --workdir="$RUN")
-# All 48 classes, in an order in which neighbours differ in shape, colour and direction.
-classes="--config.sampling.classes=$(for i in {0..47}; do printf '%d,' $((37 * i % 48)); done)"
-classes="${classes%,}"
 # A training that was asked to stop saves and exits with 0.
 finish() { is_trained "$1" || { echo "stopped; ./launch/quickstart.sh --resume goes on"; exit 0; }; }
+# The first N of 48 classes, in an order in which neighbours differ in shape, colour and direction.
+classes() { echo "--config.sampling.classes=$(for ((i = 0; i < $1; i++)); do echo $((37 * i % 48)); done | paste -sd,)"; }
 
 beside=""  # the process that trains in the background; Ctrl-C reaches it by itself, and a second signal would end its save
 trap 'wait; beside=""; exit 130' INT
@@ -54,7 +53,7 @@ trap '[ -z "$beside" ] || { kill -TERM "$beside" && wait "$beside"; } 2>/dev/nul
 
 echo "== videos of the shipped weights =="
 rm -rf "$RUN/samples" "$RUN/shipped"
-cmd-jax sample --config=configs/quickstart.py:sample,size=long --workdir="$RUN/shipped" "$classes"
+cmd-jax sample --config=configs/quickstart.py:sample,size=long --workdir="$RUN/shipped" "$(classes 24)"
 gallery "$RUN/shipped/samples"
 shown=$((SECONDS - installed))
 echo "first videos $shown s after the installation: open $PWD/$RUN/index.html"
@@ -88,7 +87,7 @@ for stage in content motion; do
 done
 
 echo "== scores of what was trained here =="
-cmd-jax evaluate --config=configs/quickstart.py:sample --workdir="$RUN" "$classes"
+cmd-jax evaluate --config=configs/quickstart.py:sample --workdir="$RUN" "$(classes 48)"
 gallery "$RUN/shipped/samples" "$RUN/samples"
 echo "first videos after $shown s, all of it $((SECONDS - installed)) s, not counting the installation"
 echo "open $PWD/$RUN/index.html"

@@ -92,14 +92,15 @@ def test_the_quickstart_shows_videos_first_and_then_trains_on_all_cores(quicksta
     assert (code, err) == (0, "")
     shipped, page, autoencoder, content, evaluation, both, motion = calls(tmp_path)
     config = "--config=configs/quickstart.py:"
-    sample, _, classes = shipped[0].partition(" --config.sampling.classes=")
-    assert sample == f"sample {config}sample,size=long --workdir=runs/quickstart/shipped"
-    assert sorted(map(int, classes.split(","))) == list(range(48))
+    assert shipped[0].startswith(f"sample {config}sample,size=long --workdir=runs/quickstart/shipped --config.sampling")
+    assert evaluation[0].startswith(f"evaluate {config}sample --workdir=runs/quickstart --config.sampling")
+    shown, scored = ([int(n) for n in row[0].split("classes=")[1].split(",")] for row in (shipped, evaluation))
+    assert sorted(scored) == list(range(48)) and shown == scored[: len(shown)]
+    assert len(shown) == load(f"{ROOT}/configs/quickstart.py:sample,size=long", {}).sampling.num
     collect = "-m cmd_jax.report.collect runs/quickstart/index.html runs/quickstart/shipped/samples"
     assert (page[0], both[0]) == (collect, f"{collect} runs/quickstart/samples")
     assert autoencoder[0] == f"train --workdir=runs/quickstart {config}autoencoder"
     assert autoencoder[1] == "--xla_force_host_platform_device_count=2 " and content[1] == motion[1] == ""
-    assert evaluation[0] == f"evaluate {config}sample --workdir=runs/quickstart --config.sampling.classes={classes}"
     if len(os.sched_getaffinity(0)) > 1:  # side by side, each on its half
         assert len({shipped[2], content[2], motion[2]}) == 3
         assert (tmp_path / "runs" / "quickstart" / "motion.log").read_text() == "progress of motion\n"
