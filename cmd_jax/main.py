@@ -11,6 +11,7 @@ from pathlib import Path
 from cmd_jax.errors import Stopped, UserError, nearest, of_file, tell
 from cmd_jax.files import check_path
 from cmd_jax.running.runtime import check_devices, keep_freed_memory
+from cmd_jax.verbs import convert
 
 QUICKSTART = "--config=quickstart"
 EXAMPLES = {
@@ -67,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError("command", self.prog, message, f"see {self.prog} --help")
 
 
-def build_parser(arguments: list[str]) -> Parser:
+def build_parser() -> Parser:
     parser = Parser(prog="cmd-jax", description="Train and sample CMD video diffusion.")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -103,12 +104,12 @@ def build_parser(arguments: list[str]) -> Parser:
         if verb == "verify-resume":
             sub.add_argument("--kills", metavar="N", type=int, default=5, help="SIGKILLs, about half of them in a save")
             sub.add_argument("--devices", metavar="N,N,...", help="device counts to train on in turn; default: all")
-    add_convert(verbs, "convert" in arguments)
+    add_convert(verbs)
     return parser
 
 
-def add_convert(verbs, asked: bool):
-    """The verb that takes files, not a config. Its module, which loads JAX, is imported only if it is `asked` for."""
+def add_convert(verbs):
+    """The verb that takes files, not a config."""
     what = "convert files of weights, PyTorch's to ours and back"
     epilog = f"example: cmd-jax convert {CONVERT}"
     sub = verbs.add_parser(
@@ -116,15 +117,12 @@ def add_convert(verbs, asked: bool):
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
-    if asked:
-        from cmd_jax.verbs.convert import add_flags
-
-        add_flags(sub)
+    convert.add_flags(sub)
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """Known flags, and the `--config.key=value` overrides."""
-    known, rest = build_parser(arguments).parse_known_args(arguments)
+    known, rest = build_parser().parse_known_args(arguments)
     overrides = {}
     for flag in rest:
         name, equals, value = flag.partition("=")
@@ -173,9 +171,7 @@ def run(flags, overrides: dict[str, str]) -> int:
     if verb in ("convert", "doctor"):
         check_devices()
     if verb == "convert":
-        from cmd_jax.verbs.convert import convert
-
-        return convert(flags)
+        return convert.convert(flags)
     workdir = Path(flags.workdir).expanduser().absolute() if flags.workdir else None
     if verb == "doctor":
         from cmd_jax.verbs.doctor import doctor

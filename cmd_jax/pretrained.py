@@ -13,7 +13,7 @@ from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
 from cmd_jax.interop.diffusers import SOURCE, load_vae
 from cmd_jax.interop.folders import DIFFUSERS, TRANSFORMERS, check_folder, find_weights
 from cmd_jax.interop.sd_weights import vae_rename
-from cmd_jax.interop.torch_layout import digest_weights
+from cmd_jax.interop.weights import digest_weights
 from cmd_jax.models.conditions import Classes, Texts
 from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.running.distributed import agree, leader_alone

@@ -22,15 +22,15 @@ from cmd_jax.data.outcomes import HEADER, Outcomes
 from cmd_jax.data.prompts import read_prompts
 from cmd_jax.errors import UserError
 from cmd_jax.files import as_json, from_json, read_json
-from cmd_jax.interop import cmd_release, diffusers_dit
+from cmd_jax.interop import cmd_config, cmd_release, diffusers_dit
 from cmd_jax.interop.clip import load as load_clip
 from cmd_jax.interop.clip import text_from_config
 from cmd_jax.interop.clip_tokenizer import Tokenizer
+from cmd_jax.interop.converted import ARCHITECTURE, KIND, OPTIONAL, load_converted
 from cmd_jax.interop.folders import TRANSFORMERS, find_weights
 from cmd_jax.interop.schedulers import from_scheduler_config
 from cmd_jax.interop.sd_config import unet_from_config, vae_from_config
-from cmd_jax.interop.torch_layout import open_weights
-from cmd_jax.interop.weights import write_safetensors
+from cmd_jax.interop.weights import open_weights, write_safetensors
 from cmd_jax.prepare import check_same_run
 from cmd_jax.pretrained import compare, stated_space
 from cmd_jax.report.collect import read_section
@@ -141,10 +141,10 @@ def release(folder: Path):
 
 def converted(kind: str):
     def read(folder: Path):
-        texts = {convert.KIND: kind, convert.ARCHITECTURE: (folder / "architecture").read_text(errors="replace")}
-        texts[convert.OPTIONAL] = (folder / "optional").read_text(errors="replace")
+        texts = {KIND: kind, ARCHITECTURE: (folder / "architecture").read_text(errors="replace")}
+        texts[OPTIONAL] = (folder / "optional").read_text(errors="replace")
         write_safetensors(folder / "model.safetensors", {"a": np.zeros(1, np.float32)}, texts)
-        return convert.load_converted(folder / "model.safetensors", kind)
+        return load_converted(folder / "model.safetensors", kind)
 
     return read
 
@@ -152,10 +152,10 @@ def converted(kind: str):
 def architecture(folder: Path):
     flags = types.SimpleNamespace(to=None, output="x", unet=None, pretrained=None, heads=None, input="y", kind="dit")
     try:
-        given = convert._given(str(folder / "architecture.json"))
-        return cmd_release.load("content_dit", cmd_release.complete("content_dit", given, {}), {})
+        given = convert.given_architecture(str(folder / "architecture.json"))
+        return cmd_release.load("content_dit", cmd_config.complete("content_dit", given, {}), {})
     except UserError as error:
-        raise convert._on_the_command_line(error, flags) from error
+        raise convert.on_the_command_line(error, flags) from error
 
 
 def manifest(folder: Path):
@@ -194,7 +194,7 @@ def dit_folder(folder: Path):
     if not weights.exists():
         write_safetensors(weights, {"pos_embed.proj.weight": np.zeros((16, 4, 2, 2), np.float32)})
     told, state = diffusers_dit.read_dit_folder(folder)
-    return cmd_release.load("content_dit", cmd_release.complete("content_dit", told, state), state)
+    return cmd_release.load("content_dit", cmd_config.complete("content_dit", told, state), state)
 
 
 def tokenizer(folder: Path):

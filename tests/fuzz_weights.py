@@ -20,11 +20,11 @@ from safetensors.numpy import save
 from torch_writer import Call, Global, TorchFile, opcodes
 
 from cmd_jax.errors import UserError
-from cmd_jax.interop import cmd_release, diffusers_dit
+from cmd_jax.interop import cmd_config, cmd_release, diffusers_dit
+from cmd_jax.interop.converted import ARCHITECTURE, KIND, OPTIONAL, load_converted
 from cmd_jax.interop.diffusers import load_vae
-from cmd_jax.interop.weights import read_metadata, read_state_dict
+from cmd_jax.interop.weights import flatten, read_metadata, read_state_dict, unflatten
 from cmd_jax.trained import load_trained
-from cmd_jax.verbs.convert import ARCHITECTURE, KIND, OPTIONAL, load_converted
 
 SIZES = fuzz_json.DIT | {"hidden_size": 4, "input_size": [4, 4]}
 
@@ -33,8 +33,8 @@ SIZES = fuzz_json.DIT | {"hidden_size": 4, "input_size": [4, 4]}
 def dit() -> dict[str, np.ndarray]:
     """A DiT in facebook's names, a few kilobytes."""
     module, shapes = cmd_release.model("content_dit", SIZES)
-    params = {name: np.full(leaf.shape, 0.5, np.float32) for name, leaf in cmd_release.flatten(shapes).items()}
-    return cmd_release.state_dict("content_dit", SIZES, cmd_release.unflatten(params))
+    params = {name: np.full(leaf.shape, 0.5, np.float32) for name, leaf in flatten(shapes).items()}
+    return cmd_release.state_dict("content_dit", SIZES, unflatten(params))
 
 
 # Safetensors: eight bytes that tell the length of the header, the header in JSON, the numbers.
@@ -43,10 +43,10 @@ def dit() -> dict[str, np.ndarray]:
 @functools.cache
 def safetensors() -> list[bytes]:
     architecture = {KIND: "dit", ARCHITECTURE: json.dumps(SIZES), OPTIONAL: "[]"}
-    params = cmd_release.flatten(cmd_release.load("content_dit", SIZES, dit())[1])
+    params = flatten(cmd_release.load("content_dit", SIZES, dit())[1])
     stage = {name: json.dumps(value) for name, value in fuzz_json.readers()["weights file"].files.items()}
     like = fuzz_json.place(tiny.config_of("content"), fuzz_json.FACTS)
-    weights = {name: np.zeros(leaf.shape, np.float16) for name, leaf in cmd_release.flatten(like).items()}
+    weights = {name: np.zeros(leaf.shape, np.float16) for name, leaf in flatten(like).items()}
     odd = {"a": np.zeros((2, 3), np.int8), "b/c": np.ones(3, bool), "empty": np.zeros((0, 4), np.float64)}
     fast = [save(dit()), save(params, architecture), save(weights, stage), save(odd, {"format": "pt"})]
     return [*fast, *fast, next((tiny.pipeline_folder() / "vae").glob("*.safetensors")).read_bytes()]
@@ -106,7 +106,7 @@ def _load(state: dict[str, np.ndarray]):
     told = {}
     if diffusers_dit.MARKER in state:
         told, state = diffusers_dit.COMPUTES, diffusers_dit.in_facebooks_names(state)
-    return cmd_release.load("content_dit", cmd_release.complete("content_dit", told | {"heads": 2}, state), state)
+    return cmd_release.load("content_dit", cmd_config.complete("content_dit", told | {"heads": 2}, state), state)
 
 
 SAFETENSORS = fuzz.Kind(safetensors, mutate_safetensors, read_safetensors, ".safetensors")

@@ -12,8 +12,8 @@ from PIL import Image
 from cmd_jax.errors import UserError, choose
 from cmd_jax.files import read_json
 from cmd_jax.interop.clip_tokenizer import VOCABULARIES, Tokenizer, check_tokenizer
-from cmd_jax.interop.folders import TRANSFORMERS, check_folder, find_weights, note_unknown
-from cmd_jax.interop.torch_layout import ORDERS, Tensor, load_params, torch_state
+from cmd_jax.interop.folders import TRANSFORMERS, check_folder, find_weights, is_size, note_unknown
+from cmd_jax.interop.tensors import LAYOUTS, Mismatch, Tensor, load_params, state_dict_of, tensor
 from cmd_jax.models.clip import ACTIVATIONS, CLIP, CLIPText, CLIPVision
 
 # What a config.json means that leaves a field out.
@@ -37,37 +37,13 @@ VISION = TOWER | {
     "num_attention_heads": 12,
 }
 # Fields that don't change what a trained tower computes: how it was made, or what a text generator would do with it.
-LARGEST = 2**20  # of any size here; arrays of more would fill the memory
 INERT = {
-    "_name_or_path",
-    "architectures",
-    "attention_dropout",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dropout",
-    "dtype",
-    "id2label",
-    "initializer_factor",
-    "initializer_range",
-    "label2id",
-    "length_penalty",
-    "max_length",
-    "num_beam_groups",
-    "num_beams",
-    "num_return_sequences",
-    "pad_token_id",
-    "projection_dim",
-    "repetition_penalty",
-    "return_dict",
-    "temperature",
-    "tie_word_embeddings",
-    "top_k",
-    "top_p",
-    "torch_dtype",
-    "transformers_version",
-    "typical_p",
-    "use_cache",
-}
+    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dropout",
+    "dtype", "id2label", "initializer_factor", "initializer_range", "label2id", "length_penalty", "max_length",
+    "num_beam_groups", "num_beams", "num_return_sequences", "pad_token_id", "projection_dim", "repetition_penalty",
+    "return_dict", "temperature", "tie_word_embeddings", "top_k", "top_p", "torch_dtype", "transformers_version",
+    "typical_p", "use_cache",
+}  # fmt: skip
 UNSUPPORTED = ("quantization_config",)
 LEGACY_END = 2  # an eos_token_id that old files have by mistake; their towers pool at the highest id
 
@@ -108,13 +84,11 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training images
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def load(path: str | Path, dtype="float32", place: Callable | None = None):
+def load(path: str | Path, dtype="float32", shardings: Callable | None = None):
     """A whole CLIP from its folder (config.json, weights) -> (CLIP, params, Tokenizer or None without its files).
 
     dtype: of the parameters and of the matrix products; `module.clone` changes the latter.
-    place: init -> tree of ShapeDtypeStructs with shardings, where init(key) makes the module's boxed parameters; for
-    example functools.partial(cmd_jax.state.abstract, mesh=mesh, rules=rules). Tensors are then read straight into their
-    shards, one at a time. Without it parameters are numpy arrays.
+    shardings: as of `load_params`; without it parameters are numpy arrays.
     Raises UserError for files that are missing or damaged, for fields of the config that would change the function and
     are not supported, and for tensors that are missing, left over or of another shape, by name.
     """
@@ -137,7 +111,7 @@ def load(path: str | Path, dtype="float32", place: Callable | None = None):
     module = CLIP(_text(*towers["text"], dtype), _vision(*towers["vision"], dtype), features)
     size = module.vision.image_size
     inputs = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, size, size, 3))
-    params = _read_params(path, module, inputs, dtype, place, config)
+    params = _read_params(path, module, inputs, dtype, shardings, config)
     tokenizer = None
     if any((path / name).is_file() for name in VOCABULARIES):
         tokenizer = Tokenizer(path)
@@ -145,15 +119,15 @@ def load(path: str | Path, dtype="float32", place: Callable | None = None):
     return module, params, tokenizer
 
 
-def load_text_encoder(folder: str | Path, dtype="float32", place: Callable | None = None):
+def load_text_encoder(folder: str | Path, dtype="float32", shardings: Callable | None = None):
     """The text tower of a `text_encoder` folder (config.json, weights) -> (CLIPText, params).
 
-    dtype, place and errors as of `load`. The weights' names may or may not begin with `text_model.`.
+    dtype, shardings and errors as of `load`. The weights' names may or may not begin with `text_model.`.
     """
     folder, dtype = Path(folder), jnp.dtype(dtype)
     config = _read_config(folder)
     module = _text(f"{folder}/config.json: ", config, dtype)
-    return module, _read_params(folder, module, (jnp.zeros((1, 1), jnp.int32),), dtype, place, config)
+    return module, _read_params(folder, module, (jnp.zeros((1, 1), jnp.int32),), dtype, shardings, config)
 
 
 def text_from_config(config: dict, dtype="float32") -> CLIPText:
@@ -173,7 +147,7 @@ def text_rename(name: str) -> str | None:
 
 def text_encoder_state(params: dict) -> dict[str, np.ndarray]:
     """The parameters of a CLIPText -> {torch name: array}, with the prefix `text_model.` that all versions read."""
-    return torch_state(params, partial(_tensor, prefix=PREFIX))
+    return state_dict_of(params, partial(_tensor, prefix=PREFIX))
 
 
 def text_encoder_config(module: CLIPText) -> dict:
@@ -223,7 +197,7 @@ def _read_config(folder: Path) -> dict:
 
 
 def _positive(field: str, value) -> int:
-    if type(value) is not int or not 0 < value <= LARGEST:
+    if not is_size(value):
         raise UserError(field, value, "not a positive whole number", "set it as the weights were trained")
     return value
 
@@ -295,15 +269,16 @@ def _check_preprocessor(folder: Path):
 # Weights.
 
 
-def _tensor(name: str, ndim: int, prefix: str = "") -> Tensor:
+def _tensor(path: str, shape: tuple[int, ...], prefix: str = "") -> Tensor:
     """blocks/query/kernel -> encoder.layers.{}.self_attn.q_proj.weight"""
-    parts = name.split("/")
-    layers = "blocks" in parts
-    order = ORDERS[ndim - layers] if parts[-1] == "kernel" else tuple(range(ndim - layers))
-    return Tensor(prefix + ".".join(PARTS[part] for part in parts), order, layers=layers)
+    parts = path.split("/")
+    layered = "blocks" in parts
+    ndim = len(shape) - layered
+    pattern = LAYOUTS[ndim] if parts[-1] == "kernel" else ("->", "a -> a", "a b -> a b")[ndim]
+    return tensor(path, shape, prefix + ".".join(PARTS[part] for part in parts), pattern, layered=layered)
 
 
-def _read_params(folder: Path, module, inputs: tuple, dtype, place, config: dict) -> dict:
+def _read_params(folder: Path, module, inputs: tuple, dtype, shardings, config: dict) -> dict:
     """Parameters of a CLIP, or of a text tower, whose weights may have names with or without PREFIX."""
     whole = isinstance(module, CLIP)
 
@@ -315,14 +290,14 @@ def _read_params(folder: Path, module, inputs: tuple, dtype, place, config: dict
 
     blame, tensor_of = partial(_suspect, config), partial(_tensor, prefix="" if whole else PREFIX)
     files = find_weights(folder, TRANSFORMERS)
-    return load_params(files, init, tensor_of, dtype, place, rename=rename, blame=blame)
+    return load_params(files, init, tensor_of, dtype, shardings, rename=rename, blame=blame)
 
 
-def _suspect(config: dict, odd: list[str], misshapen: dict) -> str | None:
+def _suspect(config: dict, mismatch: Mismatch) -> str | None:
     """The field of config.json that tensors which do not fit tell of."""
-    if odd:
+    if odd := (*mismatch.missing, *mismatch.extra):
         return "num_hidden_layers" if all(".layers." in name for name in odd) else None
-    for name, (has, right) in misshapen.items():
+    for name, (has, right) in mismatch.misshapen.items():
         wrong = {b for a, b in zip(has, right, strict=False) if a != b}
         likely = [f"{key}={value}" for key, value in _sizes_of(name, config).items() if value in wrong]
         if likely:

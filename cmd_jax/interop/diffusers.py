@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x in the diffusers folder layout: our modules and parameters out, and folders back.
 
-place: as in cmd_jax.interop.torch_layout. dtype: of parameters and of what the modules compute in;
+shardings: as of cmd_jax.interop.tensors.load_params. dtype: of parameters and of what the modules compute in;
 `module.clone(dtype=..., remat=...)` changes how a module computes, not its parameters.
 """
 
@@ -20,13 +20,11 @@ from cmd_jax.interop.sd_weights import (
     UNET_SUSPECTS,
     VAE_SUSPECTS,
     suspect,
-    unet_state,
     unet_tensor,
     vae_rename,
-    vae_state,
     vae_tensor,
 )
-from cmd_jax.interop.torch_layout import load_params
+from cmd_jax.interop.tensors import load_params, state_dict_of
 from cmd_jax.interop.weights import write_safetensors
 from cmd_jax.models.unet import UNet, init_unet
 from cmd_jax.models.vae import VAE, init_vae
@@ -55,7 +53,7 @@ class Pipeline(NamedTuple):
     configs: dict[str, dict]
 
 
-def load_pipeline(path, dtype="float32", place=None) -> Pipeline:
+def load_pipeline(path, dtype="float32", shardings=None) -> Pipeline:
     """A folder with model_index.json, as diffusers writes it. UserError for what is missing, damaged or unsupported."""
     path = Path(path)
     check_folder("pipeline", path, SOURCE, "model_index.json")
@@ -67,9 +65,9 @@ def load_pipeline(path, dtype="float32", place=None) -> Pipeline:
         check_class(f"model_index.json:{part}", found[-1] if isinstance(found, list) and found else found, name, SOURCE)
     configs = {"model_index": index} | {part: _read_json(path / part / "config.json") for part in CLASSES}
     pipeline = Pipeline(
-        unet=load_unet(path / "unet", dtype, place),
-        vae=load_vae(path / "vae", dtype, place),
-        text_encoder=load_text_encoder(path / "text_encoder", dtype, place),
+        unet=load_unet(path / "unet", dtype, shardings),
+        vae=load_vae(path / "vae", dtype, shardings),
+        text_encoder=load_text_encoder(path / "text_encoder", dtype, shardings),
         tokenizer=Tokenizer(path / "tokenizer"),
         scheduler=_read_json(path / "scheduler" / "scheduler_config.json"),
         configs=configs,
@@ -86,22 +84,22 @@ def load_pipeline(path, dtype="float32", place=None) -> Pipeline:
     return pipeline
 
 
-def load_unet(folder, dtype="float32", place=None) -> tuple[UNet, dict]:
+def load_unet(folder, dtype="float32", shardings=None) -> tuple[UNet, dict]:
     """A `unet` folder -> (module, params)."""
     config = _read_json(Path(folder) / "config.json")
     unet = sd_config.unet_from_config(config, dtype)
     blame = partial(suspect, "unet", config, UNET_SUSPECTS)
     files = find_weights(folder, DIFFUSERS)
-    return unet, load_params(files, partial(init_unet, unet), unet_tensor(config), dtype, place, blame=blame)
+    return unet, load_params(files, partial(init_unet, unet), unet_tensor(config), dtype, shardings, blame=blame)
 
 
-def load_vae(folder, dtype="float32", place=None) -> tuple[VAE, dict]:
+def load_vae(folder, dtype="float32", shardings=None) -> tuple[VAE, dict]:
     """A `vae` folder -> (module, params)."""
     config = _read_json(Path(folder) / "config.json")
     vae = sd_config.vae_from_config(config, dtype)
     blame = partial(suspect, "vae", config, VAE_SUSPECTS)
     files = find_weights(folder, DIFFUSERS)
-    return vae, load_params(files, partial(init_vae, vae), vae_tensor, dtype, place, rename=vae_rename, blame=blame)
+    return vae, load_params(files, partial(init_vae, vae), vae_tensor, dtype, shardings, rename=vae_rename, blame=blame)
 
 
 def save_pipeline(path, pipeline: Pipeline):
@@ -120,8 +118,8 @@ def save_pipeline(path, pipeline: Pipeline):
         for part in (*CLASSES, "tokenizer", "scheduler"):
             (unfinished / part).mkdir(parents=True)
         for part, stem, state in (
-            ("unet", STEM, unet_state(params["unet"], pipeline.configs["unet"])),
-            ("vae", STEM, vae_state(params["vae"])),
+            ("unet", STEM, state_dict_of(params["unet"], unet_tensor(pipeline.configs["unet"]))),
+            ("vae", STEM, state_dict_of(params["vae"], vae_tensor)),
             ("text_encoder", "model", text_encoder_state(params["text_encoder"])),
         ):
             write_safetensors(unfinished / part / f"{stem}.safetensors", state, {"format": "pt"})

@@ -12,7 +12,7 @@ import numpy as np
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json
 from cmd_jax.interop.folders import DIFFUSERS, check_folder, find_weights
-from cmd_jax.interop.torch_layout import open_weights
+from cmd_jax.interop.weights import open_weights
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is what it was a part of before diffusers 0.29
 MARKER = "pos_embed.proj.weight"
@@ -57,7 +57,7 @@ def read_dit_folder(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
             field, problem = f"transformer/config.json:{name}", f"not supported, only {value}"
             raise UserError(field, config[name], problem, "give facebook's DiT")
     with open_weights(find_weights(folder, DIFFUSERS)) as weights:
-        state = {name: weights.read(name, (slice(None),) * len(shape)) for name, shape in weights.shapes.items()}
+        state = {name: weights.read(name) for name in weights.tensors}
     told = {ours: config[theirs] for theirs, ours in SIZES.items() if theirs in config}
     if "norm_eps" in config:
         told["mlp_epsilon"] = config["norm_eps"]

@@ -13,6 +13,7 @@ from cmd_jax.files import read_json
 # Ending of a file of weights -> the name before it. Both libraries prefer safetensors.
 DIFFUSERS = {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"}
 TRANSFORMERS = {"safetensors": "model", "bin": "pytorch_model"}
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SHARD = re.compile(r"-\d+-of-\d+\b")
 KNOWN = {"diffusers": (0, 42), "transformers": (5, 24)}  # versions whose every field of a config is known here
 FROM_FLAX = (
@@ -27,6 +28,7 @@ OTHERS = (  # what else a folder may hold, and how to come by PyTorch's weights 
 )
 FROM_FILE = "write its folder with diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
 SHOWN = 3
+LARGEST = 2**20  # of any size; arrays of more would fill the memory
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +110,7 @@ def _no_weights(folder: Path, names: list[str], plain: str) -> UserError:
     for pattern, what, remedy in OTHERS:
         if found := [name for name in names if re.fullmatch(pattern, name)]:
             return UserError("weights", folder, f"holds only {what} ({found[0]})", f"fetch {plain}{remedy}")
-    found = [name for name in names if name.endswith((".safetensors", ".bin", ".ckpt", ".pt", ".pth"))]
+    found = [name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES))]
     if any(map(SHARD.search, found)):
         return UserError("weights", folder, f"holds {found[0]}, but no index of it", "fetch the whole folder")
     only = f", only {', '.join(found[:SHOWN])}" if found else ""
@@ -150,6 +152,11 @@ def _snapshots(root: Path) -> list[Path]:
     except (OSError, ValueError):
         main = ""
     return sorted(folder.glob("*/"), key=lambda snapshot: (snapshot.name != main, snapshot.name))
+
+
+def is_size(value) -> bool:
+    """Whether a field of a config can be a size of an array, or a number of layers."""
+    return type(value) is int and 0 < value <= LARGEST
 
 
 def check_class(field: str, found, wanted: str, remedy: str):

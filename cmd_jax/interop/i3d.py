@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from cmd_jax.interop.state_dicts import Reader, Tensor, layer, shapes, to_params, to_state_dict
-from cmd_jax.interop.weights import flatten, unflatten
+from cmd_jax.errors import UserError
+from cmd_jax.interop.tensors import LAYOUTS, Mismatch, Tensor, check, layer, shapes, to_params, to_state_dict
+from cmd_jax.interop.weights import Weights
 from cmd_jax.models.i3d import BRANCHES, CLASSES, I3D, INCEPTION, STEM
 
 KERNEL = "o i t h w -> t h w i o"
@@ -14,22 +15,25 @@ COUNTER = ".num_batches_tracked"  # of BatchNorm while it was trained
 def load(state_dict: dict[str, np.ndarray], epsilon: float = 1e-5) -> tuple[I3D, dict]:
     """-> (module, params). epsilon: of BatchNorm, which the weights don't tell.
 
-    UserError that names the first tensor that is missing, left over or of another shape.
+    UserError that names tensors that are missing, left over or of another shape.
     """
-    read = Reader("i3d", {}, {name: v for name, v in state_dict.items() if not name.endswith(COUNTER)})
-    params = to_params(_tensors(), read)
-    read.refuse_rest()
-    return I3D(epsilon), unflatten(params)
+    weights = Weights.of({name: array for name, array in state_dict.items() if not name.endswith(COUNTER)})
+    check(_tensors(), weights, _refusal)
+    return I3D(epsilon), to_params(_tensors(), weights)
+
+
+def _refusal(mismatch: Mismatch) -> UserError:
+    return UserError("kind", "i3d", mismatch.problem, "give the whole weights of such a model, or the right kind")
 
 
 def state_dict(params) -> dict[str, np.ndarray]:
     """The torch weights that `load` would read as these params, in their dtypes; without BatchNorm's counters."""
-    return to_state_dict(_tensors(), flatten(params))
+    return to_state_dict(_tensors(), params)
 
 
 def model(epsilon: float = 1e-5):
     """-> (module, its parameters as a tree of ShapeDtypeStructs)."""
-    return I3D(epsilon), unflatten(shapes(_tensors()))
+    return I3D(epsilon), shapes(_tensors())
 
 
 def _tensors() -> list[Tensor]:
@@ -42,8 +46,7 @@ def _tensors() -> list[Tensor]:
         elif name.startswith("mixed"):
             tensors += _inception(name, inputs, dict(zip(BRANCHES, *sizes, strict=True)))
             inputs = sum(size for branch, size in zip(BRANCHES, *sizes, strict=True) if branch not in ("b1a", "b2a"))
-    fixed = [("kind", size) for size in (CLASSES, inputs, 1, 1, 1)]
-    return tensors + layer("logits.conv3d", ("logits",), "o i 1 1 1 -> i o", fixed)
+    return tensors + layer("logits.conv3d", "logits", "o i 1 1 1 -> i o", (CLASSES, inputs, 1, 1, 1))
 
 
 def _inception(name: str, inputs: int, channels: dict[str, int]) -> list[Tensor]:
@@ -56,6 +59,6 @@ def _inception(name: str, inputs: int, channels: dict[str, int]) -> list[Tensor]
 
 
 def _unit(name: str, path: str, side: int, inputs: int, outputs: int) -> list[Tensor]:
-    fixed = tuple(("kind", size) for size in (outputs, inputs, side, side, side))
-    norms = [Tensor(f"{name}.bn.{n}", fixed[:1], (f"{path}/norm/{ours}",), "o -> o") for n, ours in NORM.items()]
-    return [Tensor(f"{name}.conv3d.weight", fixed, (f"{path}/conv/kernel",), KERNEL), *norms]
+    kernel = Tensor(f"{path}/conv/kernel", f"{name}.conv3d.weight", (outputs, inputs, side, side, side), KERNEL)
+    norm = {ours: f"{name}.bn.{theirs}" for theirs, ours in NORM.items()}
+    return [kernel, *(Tensor(f"{path}/norm/{ours}", theirs, (outputs,), LAYOUTS[1]) for ours, theirs in norm.items())]

@@ -3,19 +3,18 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-import flax.linen as nn
-import jax
 import numpy as np
-from flax import traverse_util
 
 from cmd_jax.errors import UserError
-from cmd_jax.interop.weights import read_state_dict, unflatten
+from cmd_jax.interop.tensors import LAYOUTS, Mismatch, Tensor, check, layer, shapes, to_params, to_state_dict
+from cmd_jax.interop.weights import Weights, read_state_dict, unflatten
 from cmd_jax.models.vgg import BLOCKS, LPIPS, SCALE, SHIFT
 from cmd_jax.running.hosts import check_tree
 
 # Tensors of the lpips package's own state dicts that hold nothing of their own.
 REPEATED = ("scaling_layer.shift", "scaling_layer.scale", *(f"lins.{k}.model.1.weight" for k in range(len(BLOCKS))))
 TRUNK = "torchvision's VGG16 (vgg16-397923af.pth)"
+REMEDY = "give the state dict of LPIPS with a VGG16 trunk"
 HEADS = "the heads of LPIPS (lpips/weights/v0.1/vgg.pth of the PyPI package lpips)"
 
 
@@ -24,7 +23,7 @@ def load_lpips(path: str | Path, heads: str | Path = "") -> dict:
     state = _read("loss.vgg", path)
     if "tap1" in state:
         params = unflatten({name: array.astype(np.float32) for name, array in state.items()})
-        check_tree("lpips", params, shapes(), "convert the original again")
+        check_tree("lpips", params, model()[1], "convert the original again")
         return params
     return lpips_params(with_heads(state, _read("loss.lpips_heads", heads) if heads else {}))
 
@@ -36,10 +35,9 @@ def _read(field: str, path: str | Path) -> dict[str, np.ndarray]:
         raise UserError(field, e.value, e.problem, e.remedy) from e
 
 
-def shapes() -> dict:
-    """The parameters of `LPIPS` as a tree of ShapeDtypeStructs."""
-    image = jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
-    return nn.unbox(jax.eval_shape(LPIPS().init, jax.random.key(0), image, image)["params"])
+def model():
+    """-> (module, its parameters as a tree of ShapeDtypeStructs)."""
+    return LPIPS(), shapes(_tensors())
 
 
 def with_heads(state: dict[str, np.ndarray], heads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -58,17 +56,15 @@ def with_heads(state: dict[str, np.ndarray], heads: dict[str, np.ndarray]) -> di
     return named | heads
 
 
-def _places() -> dict[str, tuple]:
-    """{torch name: (its shape, path of our parameter)}."""
-    places, inputs = {}, 3
+def _tensors() -> list[Tensor]:
+    tensors, inputs = [], 3
     for k, (channels, indices) in enumerate(BLOCKS):
         for i, index in enumerate(indices, start=1):
-            name, conv = f"net.slice{k + 1}.{index}", f"conv{k + 1}_{i}"
-            places[f"{name}.weight"] = (channels, inputs, 3, 3), ("vgg", conv, "kernel")
-            places[f"{name}.bias"] = (channels,), ("vgg", conv, "bias")
+            names = f"net.slice{k + 1}.{index}", f"vgg/conv{k + 1}_{i}"
+            tensors += layer(*names, LAYOUTS[4], (channels, inputs, 3, 3))
             inputs = channels
-        places[f"lin{k}.model.1.weight"] = (1, channels, 1, 1), (f"tap{k + 1}",)
-    return places
+        tensors.append(Tensor(f"tap{k + 1}", f"lin{k}.model.1.weight", (1, channels, 1, 1), "1 c 1 1 -> c"))
+    return tensors
 
 
 def _copies(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -82,44 +78,30 @@ def lpips_params(state_dict: dict[str, np.ndarray]) -> dict:
     """Parameters of `LPIPS` from torch weights named `net.slice{K}.{I}.weight|bias` (OIHW) and `lin{K}.model.1.weight`.
 
     What the lpips package repeats in its state dicts, as REPEATED lists it, may be there and is compared.
-    Raises UserError that names the tensors that are missing, left over, of another shape or not what they repeat.
+    UserError that names tensors that are missing, left over, of another shape or not what they repeat.
     """
-    places = _places()
-
-    def refuse(names, problem, remedy="give the state dict of LPIPS with a VGG16 trunk"):
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        raise UserError("lpips", shown, problem, remedy)
-
-    if missing := sorted(places.keys() - state_dict.keys()):
-        heads, trunk = ([name for name in missing if name.startswith(part)] for part in ("lin", "net"))
-        if len(heads) == len(BLOCKS) and not trunk:
-            refuse(missing, "missing from the weights", f"give {HEADS} too, as --heads or loss.lpips_heads")
-        if len(trunk) == len(places) - len(BLOCKS) and not heads:
-            refuse(missing, "missing from the weights", f"give {TRUNK}, and this as --heads or loss.lpips_heads")
-        refuse(missing, "missing from the weights")
-    if extra := sorted(state_dict.keys() - places.keys() - set(REPEATED)):
-        refuse(extra, "not a tensor of LPIPS on VGG16")
-    expected = {name: shape for name, (shape, _) in places.items()}
-    if wrong := [f"{n} {state_dict[n].shape}, expected {s}" for n, s in expected.items() if state_dict[n].shape != s]:
-        refuse(wrong, "of another shape")
+    weights = Weights.of({name: array for name, array in state_dict.items() if name not in REPEATED})
+    check(_tensors(), weights, _refusal)
     copies = {name: copy for name, copy in _copies(state_dict).items() if name in state_dict}
-    # A file in half precision holds rounded constants.
-    if other := [n for n, c in copies.items() if not np.allclose(state_dict[n].astype(np.float32), c, rtol=1e-2)]:
-        refuse(other, "not what LPIPS on VGG16 repeats there")
+    for name, copy in copies.items():
+        found = np.asarray(state_dict[name], np.float32)
+        if found.shape != copy.shape or not np.allclose(found, copy, rtol=1e-2):  # half precision rounds constants
+            raise UserError("lpips", name, "not what LPIPS on VGG16 repeats there", REMEDY)
+    return to_params(_tensors(), weights)
 
-    params = {}
-    for name, (_, path) in places.items():
-        value = np.asarray(state_dict[name], np.float32)
-        ours = value.reshape(-1) if len(path) == 1 else value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
-        params[path] = ours
-    return traverse_util.unflatten_dict(params)
+
+def _refusal(mismatch: Mismatch) -> UserError:
+    missing, remedy = set(mismatch.missing), REMEDY
+    heads = {tensor.name for tensor in _tensors() if tensor.path.startswith("tap")}
+    if missing == heads:
+        remedy = f"give {HEADS} too, as --heads or loss.lpips_heads"
+    elif missing == {tensor.name for tensor in _tensors()} - heads:
+        remedy = f"give {TRUNK}, and this as --heads or loss.lpips_heads"
+    return UserError("weights", "LPIPS", mismatch.problem, remedy)
 
 
 def lpips_state(params, repeated: Iterable[str] = ()) -> dict[str, np.ndarray]:
     """The torch weights that `lpips_params` would read as these, in their dtypes, and the named ones of REPEATED."""
-    flat, state = traverse_util.flatten_dict(params), {}
-    for name, (shape, path) in _places().items():
-        value = np.asarray(flat[path])
-        state[name] = (value.transpose(3, 2, 0, 1) if value.ndim == 4 else value).reshape(shape)
+    state = to_state_dict(_tensors(), params)
     copies = _copies(state)
     return state | {name: copies[name].astype(state["lin0.model.1.weight"].dtype) for name in repeated}

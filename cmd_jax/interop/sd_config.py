@@ -7,56 +7,33 @@ fields that are not diffusers' are noted.
 import sys
 
 from cmd_jax.errors import UserError
-from cmd_jax.interop.folders import check_class, note_unknown
+from cmd_jax.interop.folders import check_class, is_size, note_unknown
 from cmd_jax.models.unet import UNet
 from cmd_jax.models.vae import VAE
 
 REMEDY = "take a Stable Diffusion 1.x or 2.x model"
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-UNET_FIXED = {  # fields that would change the function -> values with which they don't; the first is the default
-    "act_fn": ("silu", "swish"),
-    "addition_embed_type": (None,),
-    "addition_time_embed_dim": (None,),
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "class_embeddings_concat": (False,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "downsample_padding": (1,),
-    "dropout": (0,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "mid_block_only_cross_attention": (None, False),
-    "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "num_attention_heads": (None,),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "projection_class_embeddings_input_dim": (None,),
-    "quantization_config": (None,),
-    "resnet_out_scale_factor": (1,),
-    "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-}
+# Fields that would change the function -> values with which they don't; the first is the default.
+UNET_FIXED = dict.fromkeys((
+    "addition_embed_type", "addition_time_embed_dim", "class_embed_type", "cross_attention_norm", "encoder_hid_dim",
+    "encoder_hid_dim_type", "num_attention_heads", "num_class_embeds", "projection_class_embeddings_input_dim",
+    "quantization_config", "reverse_transformer_layers_per_block", "time_cond_proj_dim", "time_embedding_act_fn",
+    "time_embedding_dim", "timestep_post_act",
+), (None,)) | dict.fromkeys((
+    "center_input_sample", "class_embeddings_concat", "dual_cross_attention", "only_cross_attention",
+    "resnet_skip_time_act",
+), (False,)) | {
+    "act_fn": ("silu", "swish"), "attention_type": ("default",), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
+    "downsample_padding": (1,), "dropout": (0,), "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn",), "resnet_out_scale_factor": (1,),
+    "resnet_time_scale_shift": ("default",), "time_embedding_type": ("positional",),
+}  # fmt: skip
 # Attention's scores are float32 here in any case. Heads of an embedding that is refused don't matter.
 UNET_FREE = ("sample_size", "upcast_attention", "addition_embed_type_num_heads")
 UNET_NEEDED = (
-    "attention_head_dim",
-    "block_out_channels",
-    "cross_attention_dim",
-    "down_block_types",
-    "layers_per_block",
+    "attention_head_dim", "block_out_channels", "cross_attention_dim", "down_block_types", "layers_per_block",
     "up_block_types",
-)
+)  # fmt: skip
 UNET_DEFAULTS = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -68,15 +45,10 @@ UNET_DEFAULTS = {
     "use_linear_projection": False,
 }
 VAE_FIXED = {
-    "act_fn": ("silu", "swish"),
-    "latents_mean": (None,),
-    "latents_std": (None,),
-    "mid_block_add_attention": (True,),
-    "quantization_config": (None,),
-    "shift_factor": (None,),
-    "use_post_quant_conv": (True,),
+    "act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,), "mid_block_add_attention": (True,),
+    "quantization_config": (None,), "shift_factor": (None,), "use_post_quant_conv": (True,),
     "use_quant_conv": (True,),
-}
+}  # fmt: skip
 VAE_FREE = ("sample_size", "force_upcast")
 VAE_NEEDED = ("block_out_channels", "down_block_types", "layers_per_block", "up_block_types")
 VAE_DEFAULTS = {
@@ -86,7 +58,6 @@ VAE_DEFAULTS = {
     "out_channels": 3,
     "scaling_factor": 0.18215,
 }
-LARGEST = 2**20  # of any size here; arrays of more would fill the memory
 FIELDS = {
     "unet": (UNET_FIXED, UNET_FREE, UNET_NEEDED, UNET_DEFAULTS),
     "vae": (VAE_FIXED, VAE_FREE, VAE_NEEDED, VAE_DEFAULTS),
@@ -103,7 +74,7 @@ def unet_from_config(config: dict, dtype="float32", remat: str = "none") -> UNet
     widths = _widths("unet", config)
     heads = config["attention_head_dim"]
     heads = tuple(heads) if isinstance(heads, list | tuple) else (heads,) * len(widths)
-    if len(heads) != len(widths) or any(not _count(n) or width % n for n, width in zip(heads, widths, strict=False)):
+    if len(heads) != len(widths) or any(not is_size(n) or width % n for n, width in zip(heads, widths, strict=False)):
         problem = f"not numbers of heads that divide block_out_channels={list(widths)}"
         raise _bad("unet", "attention_head_dim", config, problem)
     if widths[0] % 2:
@@ -170,7 +141,7 @@ def fields(part: str, config: dict) -> dict:
             raise _bad(part, name, config, f"not supported, only {' or '.join(map(repr, fixed[name]))}")
     config = defaults | {name: value for name, value in config.items() if name in (*needed, *defaults)}
     for name in config.keys() & set(COUNTS):
-        if not _count(config[name]):
+        if not is_size(config[name]):
             raise _bad(part, name, config, "not a positive whole number")
     return config
 
@@ -179,13 +150,9 @@ def _bad(part: str, name: str, config: dict, problem: str) -> UserError:
     return UserError(f"{part}/config.json:{name}", config[name], problem, REMEDY)
 
 
-def _count(value) -> bool:
-    return type(value) is int and 0 < value <= LARGEST
-
-
 def _widths(part: str, config: dict) -> tuple[int, ...]:
     widths, groups = config["block_out_channels"], config["norm_num_groups"]
-    if not isinstance(widths, list | tuple) or not widths or any(not _count(n) or n % groups for n in widths):
+    if not isinstance(widths, list | tuple) or not widths or any(not is_size(n) or n % groups for n in widths):
         raise _bad(part, "block_out_channels", config, f"not a list of multiples of norm_num_groups={groups}")
     return tuple(widths)
 

@@ -3,7 +3,7 @@
 import re
 from functools import partial
 
-from cmd_jax.interop.torch_layout import ORDERS, Tensor, torch_state
+from cmd_jax.interop.tensors import LAYOUTS, POINTWISE, Mismatch, Tensor, tensor
 
 RENAMES = tuple(  # our paths -> torch names, one after the other
     (re.compile(pattern), replacement)
@@ -27,34 +27,31 @@ RENAMES = tuple(  # our paths -> torch names, one after the other
         (r"/", "."),
     )
 )
-POINTWISE = ("shortcut", "quant", "post_quant")  # dense layers that torch has as 1x1 convolutions
+DENSE = ("shortcut", "quant", "post_quant")  # dense layers that torch has as 1x1 convolutions
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _tensor(path: str, ndim: int, pointwise: tuple[str, ...] = POINTWISE) -> Tensor:
-    layer = path.split("/")[-2]
-    ones = 2 if ndim == 2 and layer in pointwise else 0
-    gate = re.match(r"(.*/)mlp/(value|gate|out)/(.*)", path)
-    if gate:
-        torch = {"out": "ff.net.2"}.get(gate[2], "ff.net.0.proj")
-        path = f"{gate[1]}{torch}/{gate[3]}"
+def _tensor(path: str, shape: tuple[int, ...], pointwise: tuple[str, ...] = DENSE) -> Tensor:
+    name, part, parts = path, 0, 1
+    if mlp := re.match(r"(.*/)mlp/(value|gate|out)/(.*)", path):
+        block, dense, role = mlp.groups()
+        name = f"{block}ff.net.2/{role}" if dense == "out" else f"{block}ff.net.0.proj/{role}"
+        part, parts = (0, 1) if dense == "out" else (("value", "gate").index(dense), 2)
     for pattern, replacement in RENAMES:
-        path = pattern.sub(replacement, path)
-    if gate and gate[2] != "out":
-        return Tensor(path, ORDERS[ndim], ones, part=("value", "gate").index(gate[2]), parts=2)
-    return Tensor(path, ORDERS[ndim], ones)
+        name = pattern.sub(replacement, name)
+    pattern = POINTWISE if len(shape) == 2 and path.split("/")[-2] in pointwise else LAYOUTS[len(shape)]
+    return tensor(path, shape, name, pattern, part, parts)
 
 
 def unet_tensor(config: dict):
+    """config: of the UNet's config.json -> function (our path, shape) -> Tensor."""
     projections = () if config.get("use_linear_projection") else ("proj_in", "proj_out")
-    return partial(_tensor, pointwise=(*POINTWISE, *projections))
+    return partial(_tensor, pointwise=(*DENSE, *projections))
 
 
-def vae_tensor(path: str, ndim: int) -> Tensor:
-    tensor = _tensor(path, ndim)
-    return tensor._replace(name=re.sub(r"(attentions\.\d+)\.norm\b", r"\1.group_norm", tensor.name))
-
-
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+def vae_tensor(path: str, shape: tuple[int, ...]) -> Tensor:
+    found = _tensor(path, shape)
+    return found._replace(name=re.sub(r"(attentions\.\d+)\.norm\b", r"\1.group_norm", found.name))
 
 
 def vae_rename(name: str) -> str:
@@ -97,19 +94,10 @@ VAE_SUSPECTS = (
 )
 
 
-def suspect(part: str, config: dict, suspects, odd: list[str], misshapen: list[str]) -> str | None:
+def suspect(part: str, config: dict, suspects, mismatch: Mismatch) -> str | None:
     by_presence, by_shape = suspects
+    odd, misshapen = (*mismatch.missing, *mismatch.extra), mismatch.misshapen
     fields = [field for pattern, field in by_presence if any(re.search(pattern, name) for name in odd)]
     if misshapen:
         fields += [field for pattern, field in by_shape if all(re.search(pattern, name) for name in misshapen)]
     return f"{part}/config.json:{fields[0]}={config.get(fields[0])}" if fields else None
-
-
-def unet_state(params, config: dict) -> dict:
-    """Host parameters of a UNet -> {diffusers' name: array}; config: its config.json."""
-    return torch_state(params, unet_tensor(config))
-
-
-def vae_state(params) -> dict:
-    """Host parameters of a VAE -> {diffusers' name: array}."""
-    return torch_state(params, vae_tensor)

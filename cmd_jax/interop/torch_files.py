@@ -136,18 +136,13 @@ def _open_legacy(file: BinaryIO, path: Path) -> tuple[object, Callable[[Storage]
     return tree, bytes_of
 
 
-# The stack machine.
+# The stack machine. Its instructions are those that torch.save's protocols 2 to 4 write for a training's state.
 
-VALUES = {
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
-    "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
-    "BINBYTES8", "BYTEARRAY8",
-}  # fmt: skip
+VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING", "BINUNICODE",
+          "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES"}  # fmt: skip
 NEW = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_TUPLE": tuple,
        "EMPTY_LIST": list, "EMPTY_SET": list, "EMPTY_DICT": Pairs}  # fmt: skip
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-IDLE = {"PROTO", "FRAME"}
-PUTS, GETS, ADDS = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}, {"APPENDS", "ADDITEMS"}
 
 
 def unpickle(file: BinaryIO, storages: dict[str, Storage] | None = None):
@@ -168,34 +163,26 @@ def unpickle(file: BinaryIO, storages: dict[str, Storage] | None = None):
             raise ValueError(f"a pickle of more than {MOST_OPCODES} instructions")
         if name in VALUES:
             stack.append(argument)
-        elif name in PUTS:
-            memo[argument] = stack[-1]
-        elif name in GETS:
-            stack.append(memo[argument])
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
         elif name in NEW:
             stack.append(NEW[name]())
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
         elif name == "MARK":
             marks.append(len(stack))
         elif name in TUPLES:
             stack.append(tuple(above(-TUPLES[name])))
         elif name == "TUPLE":
             stack.append(tuple(above(marks.pop())))
-        elif name in ("LIST", "FROZENSET"):
-            stack.append(above(marks.pop()))
-        elif name == "DICT":
-            stack.append(_paired(above(marks.pop())))
-        elif name == "APPEND":
-            _extend(stack[-2], above(-1))
-        elif name in ADDS:
+        elif name in ("APPEND", "SETITEM"):
+            items = above(-1 if name == "APPEND" else -2)
+            _extend(stack[-1], items if name == "APPEND" else _paired(items))
+        elif name in ("APPENDS", "ADDITEMS", "SETITEMS"):
             items = above(marks.pop())
-            _extend(stack[-1], items)
-        elif name == "SETITEM":
-            _extend(stack[-3], _paired(above(-2)))
-        elif name == "SETITEMS":
-            items = above(marks.pop())
-            _extend(stack[-1], _paired(items))
+            _extend(stack[-1], _paired(items) if name == "SETITEMS" else items)
         elif name == "GLOBAL":
             stack.append(Foreign(argument.replace(" ", ".")))
         elif name == "STACK_GLOBAL":
@@ -203,29 +190,16 @@ def unpickle(file: BinaryIO, storages: dict[str, Storage] | None = None):
             stack.append(Foreign(f"{_text(module)}.{_text(attribute)}"))
         elif name in ("REDUCE", "NEWOBJ"):
             stack.append(_made(*above(-2)))
-        elif name == "NEWOBJ_EX":
-            stack.append(_made(*above(-3)[:2]))
-        elif name == "OBJ":
-            maker, *arguments = above(marks.pop())
-            stack.append(_made(maker, tuple(arguments)))
-        elif name == "INST":
-            stack.append(_made(Foreign(argument.replace(" ", ".")), tuple(above(marks.pop()))))
         elif name == "BUILD":
             above(-1)  # attributes: of a state dict its versions, of no use here
         elif name == "BINPERSID":
             stack.append(storage := _storage(stack.pop()))
             if isinstance(storage, Storage):
                 storages[storage.key] = storage
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name == "POP":
-            above(-1)
-        elif name == "POP_MARK":
-            above(marks.pop())
         elif name == "STOP":
             break
-        elif name not in IDLE:
-            raise ValueError(f"a pickle with the instruction {name}")
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"a pickle with the instruction {name}, which torch.save does not write")
     return stack[-1]
 
 
@@ -254,7 +228,7 @@ def _made(maker, arguments):
         case "collections.OrderedDict", ():
             return Pairs()
         case "collections.OrderedDict", (list() as items,):
-            return _paired([x for key, value in items for x in (key, value)])
+            return Pairs((key, value) for key, value in items)
         case "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor", (storage, offset, shape, stride, *_):
             return storage if isinstance(storage, Foreign) else _tensor(storage, offset, shape, stride)
         case "torch._utils._rebuild_parameter", (Tensor() | Foreign() as data, *_):

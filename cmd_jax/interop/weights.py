@@ -1,9 +1,13 @@
 """Weights as {name: array}: safetensors both ways, torch's own files in."""
 
+import contextlib
+import hashlib
 import logging
 import os
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import flax.linen as nn
 import numpy as np
@@ -13,13 +17,13 @@ from safetensors.numpy import load_file, save_file
 
 from cmd_jax.errors import UserError
 from cmd_jax.files import atomic_path, check_content
+from cmd_jax.interop.folders import TORCH_SUFFIXES, WeightFiles
 from cmd_jax.interop.torch_files import read_torch
 
 log = logging.getLogger(__name__)
 
 DEEPEST = 32  # branches of a tree of weights
 
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # What DistributedDataParallel and torch.compile put before names, and torch.compile of a part within them.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 
@@ -53,6 +57,72 @@ def _unwrapped(tensors: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarr
         raise UserError("path", path, f"names differ by {', '.join(found)} alone", "give the weights of one model")
     log.info("%s: names without the prefix %s", path, ", ".join(found))
     return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+class Weights(NamedTuple):
+    """Tensors by name, not read yet: arrays, or slices of open safetensors files; their shapes and dtypes."""
+
+    tensors: dict
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+
+    @classmethod
+    def of(cls, tensors: dict) -> "Weights":
+        facts = {
+            name: (tensor.shape, str(tensor.dtype))
+            if isinstance(tensor, np.ndarray | np.generic)
+            else (tuple(tensor.get_shape()), tensor.get_dtype())
+            for name, tensor in tensors.items()
+        }
+        return cls(tensors, *({name: fact[i] for name, fact in facts.items()} for i in range(2)))
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """A tensor, or [index] of it, in the dtype that it has in its file."""
+        return np.asarray(self.tensors[name][(slice(None),) * len(self.shapes[name]) if index is None else index])
+
+
+@contextlib.contextmanager
+def open_weights(files: WeightFiles, rename: Callable[[str], str | None] = str) -> Iterator[Weights]:
+    """The tensors of all files. rename: name in a file -> its name here, or None for one that is left out.
+
+    UserError for what is damaged, also while reading, and for a tensor that is there twice.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            tensors, names = {}, {}
+            for part in files.parts:
+                for name, tensor in _slices(part, stack).items():
+                    if (new := rename(name)) is None:
+                        continue
+                    if new in tensors:
+                        problem = f"{names[new]} and {name} are one tensor"
+                        raise UserError("weights", part, problem, "fetch the whole folder again")
+                    tensors[new], names[new] = tensor, name
+            yield Weights.of(tensors)
+    except (SafetensorError, OSError) as e:
+        raise UserError("weights", files.name, f"damaged or incomplete ({e})", "fetch or write the file again") from e
+
+
+def _slices(path: Path, stack: contextlib.ExitStack) -> dict:
+    if path.suffix != ".safetensors":
+        return read_state_dict(path)
+    check_content(path, "weights")
+    file = stack.enter_context(safe_open(path, framework="numpy"))
+    return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+
+
+def digest_weights(files: WeightFiles, rename: Callable[[str], str | None] = str) -> str:
+    """SHA-256 over the tensors, in the order of their names: the same for the same numbers in files of other kinds.
+
+    rename: as of `open_weights`.
+    """
+    content = hashlib.sha256()
+    with open_weights(files, rename) as weights:
+        for name in sorted(weights.tensors):
+            array = weights.read(name)
+            content.update(f"{name} {array.dtype} {array.shape}\n".encode())
+            content.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return content.hexdigest()
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:

@@ -12,7 +12,8 @@ from cmd_jax import __version__, defaults
 from cmd_jax.config import check_trained
 from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.errors import UserError, divisible
-from cmd_jax.interop.cmd_release import complete, load, model, state_dict
+from cmd_jax.interop.cmd_config import complete
+from cmd_jax.interop.cmd_release import load, model, state_dict
 from cmd_jax.models.dit import DiT, sincos_table
 from cmd_jax.pretrained import VAEMetadata, stated_space
 from cmd_jax.running.hosts import check_tree, digest

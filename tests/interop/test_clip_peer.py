@@ -133,44 +133,12 @@ def nasty_texts():
     """By category of characters, and mixtures of pieces that meet the rules of splitting."""
     rng = np.random.default_rng(0)
     pieces = [
-        "a",
-        "RED",
-        "cat",
-        "'s",
-        "'",
-        "''",
-        "'LL",
-        " ",
-        "  ",
-        "\t",
-        "\n",
-        "1",
-        "٣",
-        "²",
-        ".",
-        "...",
-        "-",
-        "_",
-        "é",
-    ]
+        "a", "RED", "cat", "'s", "'", "''", "'LL", " ", "  ", "\t", "\n", "1", "٣", "²", ".", "...", "-", "_", "é",
+    ]  # fmt: skip
     pieces += [
-        "e\u0301",
-        "\0",
-        "\x85",
-        "\u2028",
-        "\u200d",
-        "\u00ad",
-        "😀",
-        "🏳️‍🌈",
-        "ß",
-        "İ",
-        "ﬁ",
-        "ǅ",
-        "قطة",
-        "שלום",
-        "猫",
+        "e\u0301", "\0", "\x85", "\u2028", "\u200d", "\u00ad", "😀", "🏳️‍🌈", "ß", "İ", "ﬁ", "ǅ", "قطة", "שלום", "猫",
         "แมว",
-    ]
+    ]  # fmt: skip
     pieces += ["<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "<|", "|>", "\ufeff", "\U0010ffff", "#", "\\", '"']
     mixed = ["".join(rng.choice(pieces, rng.integers(1, 30))) for _ in range(400)]
     planes = ["".join(map(chr, range(i, i + 16))) for i in range(0, 0x3000, 16)]
@@ -239,20 +207,9 @@ def texts_with(words, seed=0):
     """Sentences of the words in any place and case, glued to others or not."""
     rng = np.random.default_rng(seed)
     pieces = [
-        *words,
-        *map(str.upper, words),
-        *map(str.lower, words),
-        "a",
-        "cat",
-        " ",
-        "  ",
-        "\n",
-        "'s",
-        ".",
-        "1",
-        "é",
+        *words, *map(str.upper, words), *map(str.lower, words), "a", "cat", " ", "  ", "\n", "'s", ".", "1", "é",
         "猫",
-    ]
+    ]  # fmt: skip
     pieces += ["<|endoftext|>", "gru\u0308n fox", "grün  fox", "<", ">"]
     return ["".join(rng.choice(pieces, rng.integers(1, 20))) for _ in range(300)]
 

@@ -94,25 +94,6 @@ def test_what_was_written_is_read_again(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, same, params)
 
 
-def test_a_download_of_the_fp16_variant_is_read(tmp_path):
-    folder = copied("tiny-sd15/text_encoder", tmp_path / "x")
-    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, clip.load_text_encoder(folder)[1], encoder("tiny-sd15")[1])
-
-
-def test_weights_in_several_files_are_read(tmp_path):
-    folder = copied("tiny-sd15/text_encoder", tmp_path / "x")
-    tensors, files = load_file(folder / "model.safetensors"), {}
-    for i, name in enumerate(tensors):
-        files.setdefault(f"model-{i % 2}.safetensors", {})[name] = tensors[name]
-    for name, part in files.items():
-        save_file(part, folder / name)
-    weight_map = {name: file for file, part in files.items() for name in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "model.safetensors").unlink()
-    jax.tree.map(np.testing.assert_array_equal, clip.load_text_encoder(folder)[1], encoder("tiny-sd15")[1])
-
-
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float64"])
 def test_parameters_have_the_wanted_dtype_whatever_is_stored(stored, tmp_path):
     folder = copied("tiny-sd15/text_encoder", tmp_path / "x")
@@ -141,11 +122,6 @@ def change_weights(folder, changes):
 
 
 BAD_WEIGHTS = {
-    "missing": (
-        {"final_layer_norm.bias": None},
-        r"1 of 52 tensors are missing: text_model\.final_layer_norm\.bias; give weights",
-    ),
-    "extra": ({"adapter": np.ones((2, 3), np.float32)}, r"the model has no place for 1: text_model\.adapter; give"),
     "renamed": (
         {"final_layer_norm.bias": None, "final_layer_norm.beta": np.ones(32, np.float32)},
         r"missing: text_model\.final_layer_norm\.bias; .* no place for 1: text_model\.final_layer_norm\.beta; ",
@@ -155,17 +131,9 @@ BAD_WEIGHTS = {
         r"1 of another shape: text_model\.encoder\.layers\.2\.mlp\.fc1\.weight \[100, 32\], expected \[128, 32\]; .*"
         r"\(likely intermediate_size=128 is wrong\)",
     ),
-    "transposed": (
-        {"embeddings.token_embedding.weight": np.ones((32, 533), np.float32)},
-        r"token_embedding\.weight \[32, 533\], expected \[533, 32\]",
-    ),
     "twice": (
         {"text_model.final_layer_norm.bias": np.ones(32, np.float32)},
         r"final_layer_norm\.bias and (text_model\.)?final_layer_norm\.bias are one tensor; ",
-    ),
-    "whole numbers": (
-        {"final_layer_norm.bias": np.ones(32, np.int8)},
-        r"final_layer_norm\.bias is of dtype I8; give weights in one of F64",
     ),
 }
 
@@ -349,12 +317,12 @@ def check_eight_devices():
     mesh_config = defaults.stage("content").mesh.copy_and_resolve_references()
     mesh_config.update(data=2, fsdp=2, tensor=2)
     mesh = make_mesh(mesh_config)
-    place = partial(abstract, mesh=mesh, rules=defaults.RULES)
+    shardings = partial(abstract, mesh=mesh, rules=defaults.RULES)
     folder, ids = FIXTURES / "tiny-sd15" / "text_encoder", reference("tiny-sd15")["input_ids"][[0, 1, 2, 0]]
     module, one = clip.load_text_encoder(folder, dtype="bfloat16")
-    _, many = clip.load_text_encoder(folder, dtype="bfloat16", place=place)
+    _, many = clip.load_text_encoder(folder, dtype="bfloat16", shardings=shardings)
     assert not isinstance(jax.tree.leaves(one)[0], jax.Array)
-    wanted = flatten(place(lambda key: module.init(key, ids)["params"]))
+    wanted = flatten(shardings(lambda key: module.init(key, ids)["params"]))
     for name, array in flatten(many).items():
         assert array.sharding == wanted[name].sharding and array.dtype == jax.numpy.bfloat16, name
         np.testing.assert_array_equal(array, flatten(one)[name], err_msg=name)
@@ -363,14 +331,14 @@ def check_eight_devices():
     jax.tree.map(np.testing.assert_array_equal, clip.text_encoder_state(many), clip.text_encoder_state(one))
 
     module, one = clip.load_text_encoder(folder)
-    _, many = clip.load_text_encoder(folder, place=place)
+    _, many = clip.load_text_encoder(folder, shardings=shardings)
     states, pooled = jax.jit(module.apply)({"params": one}, ids)
     with partitioning(mesh, defaults.RULES):
         spread = jax.jit(module.apply)({"params": many}, ids)
     assert relative_error(spread[0], np.asarray(states)) < 1e-5 and relative_error(spread[1], np.asarray(pooled)) < 1e-5
 
     folder, wanted = FIXTURES / "tiny-clip", reference("tiny-clip")
-    (module, one, _), (_, many, _) = clip.load(folder), clip.load(folder, place=place)
+    (module, one, _), (_, many, _) = clip.load(folder), clip.load(folder, shardings=shardings)
     jax.tree.map(np.testing.assert_array_equal, one, many)
     kernel = many["vision"]["embed"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (8, 8, 3, 20)

@@ -9,10 +9,10 @@ import pytest
 from peer import diffusers, torch
 
 from cmd_jax.errors import UserError
+from cmd_jax.interop.converted import load_converted
 from cmd_jax.interop.diffusers_dit import in_facebooks_names, read_dit_folder
 from cmd_jax.interop.weights import read_state_dict
 from cmd_jax.main import main
-from cmd_jax.verbs.convert import load_converted
 
 pytestmark = peers.grouped
 SIZES = dict(num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=6, num_layers=2, sample_size=8,

@@ -13,7 +13,7 @@ from cmd_jax.interop import folders, schedulers
 from cmd_jax.interop.diffusers import load_pipeline, load_unet, load_vae, save_pipeline
 from cmd_jax.interop.folders import DIFFUSERS, TRANSFORMERS, find_weights
 from cmd_jax.interop.sd_config import unet_from_config, vae_from_config
-from cmd_jax.interop.torch_layout import open_weights
+from cmd_jax.interop.weights import open_weights
 
 pytestmark = peers.grouped
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -44,9 +44,9 @@ def test_wrong_state_dicts_are_named(reference):
     weights = reference[0]
     for changed, words in (
         ({name: value for name, value in weights.items() if name != "Mixed_4c.b1a.bn.bias"}, "Mixed_4c.b1a.bn.bias"),
-        (weights | {"Mixed_6a.b0.bn.bias": np.zeros(3)}, "no place for Mixed_6a.b0.bn.bias"),
-        (weights | {"blocks.0.bias": np.zeros(3)}, "no place for blocks.0.bias"),
-        (weights | {"logits.conv3d.bias": np.zeros(600)}, "logits.conv3d.bias has shape (600,), expected (400,)"),
+        (weights | {"Mixed_6a.b0.bn.bias": np.zeros(3)}, "no place for 1: Mixed_6a.b0.bn.bias"),
+        (weights | {"blocks.0.bias": np.zeros(3)}, "no place for 1: blocks.0.bias"),
+        (weights | {"logits.conv3d.bias": np.zeros(600)}, "logits.conv3d.bias [600], expected [400]"),
     ):
         with pytest.raises(UserError) as e:
             i3d.load(changed)

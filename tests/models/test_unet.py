@@ -133,8 +133,8 @@ def test_the_published_sizes(model, parameters):
         assert isinstance(leaf, nn.LogicallyPartitioned), path
         assert len(leaf.names) == leaf.value.ndim == len(set(leaf.names)) and set(leaf.names) <= LOGICAL_AXES.keys()
     assert sum(leaf.value.size for _, leaf in leaves) == parameters
-    paths = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.value.ndim) for path, leaf in leaves]
-    tensors = {unet_tensor(config)(path.removesuffix("/value"), ndim).name for path, ndim in paths}
+    paths = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.value.shape) for path, leaf in leaves]
+    tensors = {unet_tensor(config)(path.removesuffix("/value"), shape).name for path, shape in paths}
     assert len(tensors) == 686 and module.factor == 8
 
 

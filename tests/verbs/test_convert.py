@@ -1,5 +1,7 @@
 import argparse
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +15,14 @@ from safetensors.numpy import load_file
 
 from cmd_jax.errors import UserError
 from cmd_jax.interop.cmd_release import UNUSED
+from cmd_jax.interop.converted import MODELS, load_converted
 from cmd_jax.interop.diffusers import load_unet
 from cmd_jax.interop.weights import read_metadata, read_state_dict, write_safetensors
 from cmd_jax.models.dit import sincos_table
 from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, describe
 from cmd_jax.trained import AutoencoderMetadata, Trained, export, load_trained
-from cmd_jax.verbs.convert import KINDS, MODELS, STAGES, add_flags, convert, load_converted
+from cmd_jax.verbs.convert import add_flags, convert
+from cmd_jax.verbs.convert_kinds import KINDS, STAGES
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PIPELINE = FIXTURES / "tiny-sd15"
@@ -240,7 +244,7 @@ def test_a_stage_of_another_text_encoder_is_refused(tmp_path, stage):
     (("dit", "dit-torch", "x", "--architecture=heads=4,input_size=16,depth=3"), "--architecture: depth", "blocks.2"),
     (("i3d", "i3d-torch", "x", "--architecture=heads=4"), "--architecture", "use epsilon"),
     (("i3d", "i3d-torch", "x", "--architecture=epsilon=no"), "--architecture: epsilon", "not a positive number"),
-    (("lpips", "lpips-torch", "x", "--architecture=heads=4"), "--architecture", "lpips needs none; leave it out"),
+    (("lpips", "lpips-torch", "x", "--architecture=heads=4"), "--architecture", "only for cmd-autoencoder, "),
     (("dit", "dit-torch", "x", "--key=ema"), "--key", "no entries"),
     (("dit", "dit-torch", "x", "--dtype=int8"), "--dtype", "float32, bfloat16, float16"),
     (("dit", "dit-torch", "x", "--to=jax"), "--to", "cmd-jax, torch"),
@@ -256,7 +260,7 @@ def test_a_stage_of_another_text_encoder_is_refused(tmp_path, stage):
     (("dit", "dit-torch", "x", "--to=torch"), "INPUT", "`cmd-jax convert` did not write it"),
     (("dit", "dit", "x", "--to=torch", "--architecture=heads=4"), "--architecture", "INPUT says it already"),
     (("i3d", "dit", "x", "--to=torch"), "KIND", "holds a dit; use dit"),
-    (("dit", "motion", "x", "--to=torch"), "INPUT", "is a stage of CMD; use one of cmd-autoencoder"),
+    (("dit", "motion", "x", "--to=torch"), "INPUT", "is a trained stage; take it as a model of the CMD release, cmd-"),
     (("cmd-content", "motion", "x", "--to=torch"), "INPUT", "is a motion stage"),
     (("cmd-motion", "dit", "x", "--to=torch"), "INPUT", "holds no config of cmd_jax"),
     (("dit", "lacking", "x", "--to=torch"), "INPUT/blocks/out/kernel", "absent"),
@@ -316,8 +320,8 @@ def test_tensors_that_do_not_fit_are_named(folder, tmp_path, kind):
         (tmp_path / f"{name}.safetensors").symlink_to(folder / f"{name}.safetensors")
     name = next(name for name in state if name.endswith(("qkv.bias", "1b.bn.bias", "slice3.12.bias")))
     for changed, word in (
-        ({n: array for n, array in state.items() if n != name}, "lack missing"),
-        (state | {f"extra.{name}": state[name]}, "place not"),
+        ({n: array for n, array in state.items() if n != name}, "missing"),
+        (state | {f"extra.{name}": state[name]}, "place"),
         (state | {name: np.zeros(7, np.float32)}, "shape"),
     ):
         write_safetensors(source, changed)
@@ -326,7 +330,8 @@ def test_tensors_that_do_not_fit_are_named(folder, tmp_path, kind):
         assert name in str(error) and any(w in error.problem for w in word.split()), str(error)
 
 
-def test_help_names_every_kind():
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    assert all(kind in parser.format_help().replace("\n", "").replace(" ", "") for kind in KINDS)
+def test_help_names_every_kind_and_starts_no_jax():
+    code = "import sys; from cmd_jax.main import main\ntry: main(['convert', '--help'])\n"
+    command = [sys.executable, "-c", f"{code}finally: assert 'jax' not in sys.modules"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert all(kind in said.replace("\n", "").replace(" ", "") for kind in KINDS)
