@@ -1,7 +1,10 @@
 """The reverse half of CMD: class or text -> content frame -> motion latent -> video, one program (section 3.3)."""
 
+import copy
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,101 +12,163 @@ import numpy as np
 
 from cmd_jax.data.pipeline import local_rows, to_global
 from cmd_jax.data.prompts import check_prompt
+from cmd_jax.data.requests import Request, class_request, prompt_request
 from cmd_jax.diffusion.guidance import check_guidance
 from cmd_jax.diffusion.schedules import check_count
 from cmd_jax.errors import UserError, choose
 from cmd_jax.keys import derive
 from cmd_jax.models.autoencoder import Latents
-from cmd_jax.models.conditions import Classes
+from cmd_jax.models.conditions import Classes, Texts
 from cmd_jax.models.frames import pixels
-from cmd_jax.pretrained import check_same, identity, load_texts, open_space, stated_conditions, stated_space
-from cmd_jax.running.hosts import whole_batch
-from cmd_jax.sharding import batch_sharding, check_batch, make_mesh, partitioning, replicated
-from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
-from cmd_jax.state import abstract
-from cmd_jax.trained import Metadata, Trained, belongs, load_trained
+from cmd_jax.running.hosts import own_rows
+from cmd_jax.sharding import batch_sharding, check_batch, partitioning
+from cmd_jax.stages import DiffusionStage, FrozenAutoencoder
+
+DTYPES = ("", "float32", "bfloat16")
+SEEDS = 2**32  # jax.random.key takes a seed modulo this
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to sample, an argument of each call of a Sampler.
+
+    batch_size: samples at once, a multiple of the mesh's data x fsdp.
+    guidance: weight >= 0 of classifier-free guidance; 1 or None: none, at half the cost.
+    negative: the text that guidance leads away from; "": the empty text.
+    content_solver, motion_solver: ddim, ddpm or dpmpp, of flow matching euler or heun; "": the stage's own.
+    eta: 0 to 1, the noise that ddim adds.
+    dtype: of the matrix products of denoisers and decoder, float32 or bfloat16; "": as they were trained.
+    """
+
+    batch_size: int = 8
+    seed: int = 0
+    guidance: float | None = 4.0
+    negative: str = ""
+    content_steps: int = 50
+    content_solver: str = ""
+    motion_steps: int = 100
+    motion_solver: str = ""
+    eta: float = 0.0
+    dtype: str = ""
+
+    @property
+    def static(self) -> "SamplingSettings":
+        """What a program is compiled for, beside the shapes of its batch; the rest are its arguments."""
+        return replace(self, batch_size=1, seed=0, guidance=None, negative="")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Those samples of one batch whose rows lie on this process's devices; arrays of the host.
+
+    index: int [n], which of the samples asked for they are. video: [n, T, H, W, 3] and image: [n, H, W, 3], the content
+    frame, float32, roughly in [-1, 1]. content: [n, h, w, C] and motion: [n, T, h+w, K], the latents. original: the
+    clips that were reconstructed, like video.
+    """
+
+    index: np.ndarray
+    video: np.ndarray
+    image: np.ndarray
+    content: np.ndarray
+    motion: np.ndarray
+    original: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
 
 
 class Sampler:
     """The three trained stages, whose parameters lie on the mesh, and the jitted programs over them.
 
-    A program maps a batch to {"video": [B, T, H, W, 3] and "image": [B, H, W, 3], roughly in [-1, 1], "content":
-    [B, H, W, C], "motion": [B, T, h+w, K]}, split over the mesh like the batch; "image" is the content frame as pixels.
-    Sample i draws from keys below its own alone, so its video does not depend on the batch it is made in.
+    A call checks its arguments, UserError by the names of the `sampling` config group, and gives an iterator: Samples
+    batch after batch, of which the next is computed while the last is fetched and used. Of several processes all must
+    make the same calls and use up the same iterators, and each gets its own rows. Sample i draws from keys below its
+    own alone, so that its video does not depend on the batch it is made in. Steps, solvers, eta and dtype select a
+    program, compiled at first use.
+
+    denoisers: {"content", "motion"}, or {} where only `reconstruct` is wanted. params: {"autoencoder", "conditions",
+    "content", "motion"}. tokenizer: of Texts, else None. class_names: of Classes, () without any.
     """
 
-    def __init__(self, stages: dict[str, Trained], config, mesh):
-        self.mesh, self.rules, self.options, self.seed = mesh, config.rules, config.sampling, config.seed
-        trained, shardings = stages["autoencoder"], partial(abstract, mesh=mesh, rules=config.rules)
-        space = open_space(config.pretrained, trained.metadata.vae, shardings)
-        self.autoencoder = FrozenAutoencoder(trained.config, trained.params, space)
-        self.params = {"autoencoder": self.autoencoder.params}
-        self.statistics, self.denoisers, self.solvers, self.null_ids = {}, {}, {}, None
-        if "content" in stages:
-            self._open_conditions(stages["content"].metadata, config, shardings)
-        for name in ("content", "motion"):
-            if name not in stages:
-                continue
-            metadata = stages[name].metadata
-            if not belongs(metadata, trained):
-                problem = "this stage was trained with another autoencoder"
-                raise UserError("weights", name, problem, "give the three stages of one run")
-            if conditioned_on(metadata) != conditioned_on(stages["content"].metadata):
-                problem = "its classes or text encoder differ from the content stage's"
-                raise UserError("weights", name, problem, "use stages of one run")
-            stage = denoiser_stage(stages[name].config, metadata, trained)
-            self._check_options(name, stage)
-            self.denoisers[name], self.params[name] = stage, stages[name].params
-            self.statistics[name] = jax.device_put(stage.frozen["statistics"], replicated(mesh))
-        jit = partial(jax.jit, out_shardings=batch_sharding(mesh))
-        self._programs = {name: jit(getattr(self, f"_{name}")) for name in ("generate", "animate", "reconstruct")}
+    def __init__(
+        self, autoencoder: FrozenAutoencoder, denoisers: dict[str, DiffusionStage], statistics: dict, params: dict,
+        conditions: Classes | Texts | None, class_names: tuple[str, ...], tokenizer, mesh, rules,
+    ):  # fmt: skip
+        self.autoencoder, self.denoisers, self.statistics, self.params = autoencoder, denoisers, statistics, params
+        self.conditions, self.class_names, self.tokenizer = conditions, class_names, tokenizer
+        self.mesh, self.rules, self._programs = mesh, rules, {}
+        self._take = jax.jit(operator.getitem, out_shardings=batch_sharding(mesh))
 
-    def _open_conditions(self, metadata, config, shardings):
-        """Classes or a text encoder, guidance, and what it leads away from."""
-        self.class_names, self.tokenizer = metadata.class_names, None
-        guidance = check_guidance(self.options.guidance)
-        if metadata.text_encoder:
-            for part in filter(None, (metadata.image_model, metadata.text_encoder)):
-                check_same(config.pretrained.path, part, "the content stage was trained with")
-            self.conditions, self.tokenizer = load_texts(config.pretrained, shardings)
-            self.null_ids = null_prompt(self.options, self.tokenizer)
-            if self.null_ids is None:
-                self.null_ids = self.conditions.null_ids
-            if self.options.classes:
-                problem = "the model was trained on texts"
-                raise UserError("sampling.classes", self.options.classes, problem, "give sampling.prompt instead")
-        else:
-            check_wordless(self.options)
-            self.conditions = Classes(len(self.class_names))
-        unguided = guidance == 1.0 or not (self.class_names or self.tokenizer)
-        self.guidance = None if unguided else jnp.float32(guidance)
-        self.params["conditions"] = self.conditions.params
+    # What is asked for.
 
-    def _check_options(self, name, stage):
-        """Before anything is compiled, and by the names the user knows."""
-        if wanted := self.options[f"{name}_solver"]:
-            choose(f"sampling.{name}_solver", wanted, stage.solvers)
-        process, options = stage.solver(wanted)
-        solver = self.solvers[name] = options["solver"]
-        if self.options.eta and solver != "ddim":
-            problem = f"the {name} solver is {solver}, not ddim"
-            raise UserError("sampling.eta", self.options.eta, problem, "set it to 0.0")
-        check_count(f"sampling.{name}_steps", self.options[f"{name}_steps"], process.most_steps(**options))
+    def request(self, classes=(), prompts=(), count: int | None = None) -> Request:
+        """A sample of each class, by name or number, or of each prompt; or `count`, of these or of all classes in turn.
 
-    # Programs, pure functions of their arguments.
+        UserError: sampling.classes, sampling.prompt, sampling.num.
+        """
+        classes, prompts = ([x] if isinstance(x, str | int) else [*x] for x in (classes, prompts))
+        if self.tokenizer is None:
+            self.check_wordless(prompt=", ".join(prompts))
+            return class_request(classes, self.class_names, count)
+        if classes:
+            raise UserError("sampling.classes", classes[0], "the model was trained on texts", "give prompts instead")
+        return prompt_request(prompts, self.tokenizer, count)
 
-    def _draw(self, name, params, keys, condition, content, guidance, null):
+    def check_wordless(self, **texts: str):
+        """UserError for a text, by its name in the `sampling` group, that a model of classes cannot heed."""
+        for field, text in texts.items():
+            if text and self.tokenizer is None:
+                problem = "the model was trained on classes, not on texts"
+                raise UserError(f"sampling.{field}", text, problem, "name sampling.classes, or leave it out")
+
+    def resolve(self, settings: SamplingSettings) -> SamplingSettings:
+        """The settings, solvers by their names; UserError for what these stages cannot do. Nothing is compiled."""
+        check_count("sampling.batch_size", settings.batch_size)
+        check_batch("sampling.batch_size", settings.batch_size, self.mesh)
+        choose("sampling.dtype", settings.dtype, DTYPES)
+        if not 0 <= operator.index(settings.seed) < SEEDS:
+            raise UserError("seed", settings.seed, "none that random keys have", f"use 0 to {SEEDS - 1}")
+        if not 0 <= settings.eta <= 1:
+            raise UserError("sampling.eta", settings.eta, "outside 0 to 1", "use 0 for deterministic sampling")
+        if self.denoisers:
+            self._guidance(settings)
+        for name, stage in self.denoisers.items():
+            if wanted := getattr(settings, f"{name}_solver"):
+                choose(f"sampling.{name}_solver", wanted, stage.solvers)
+            process, options = stage.solver(wanted)
+            solver, steps = options["solver"], getattr(settings, f"{name}_steps")
+            if settings.eta and solver != "ddim":
+                problem = f"the {name} solver is {solver}, not ddim"
+                raise UserError("sampling.eta", settings.eta, problem, "set it to 0.0")
+            check_count(f"sampling.{name}_steps", steps, process.most_steps(**options))
+            settings = replace(settings, **{f"{name}_solver": solver})
+        return settings
+
+    def _guidance(self, settings) -> tuple:
+        """-> (weight, None for no guidance; token ids [L] of what it leads away from, None where that is no text)."""
+        weight = 1.0 if settings.guidance is None else check_guidance(settings.guidance)
+        self.check_wordless(negative=settings.negative)
+        null_ids = getattr(self.conditions, "null_ids", None)
+        if settings.negative:
+            if weight == 1:
+                problem = "has no effect without guidance"
+                raise UserError("sampling.negative", settings.negative, problem, "set sampling.guidance above 1")
+            null_ids = self.tokenizer([check_prompt(settings.negative, "sampling.negative")])[0]
+        return None if weight == 1 or not (self.class_names or self.tokenizer) else jnp.float32(weight), null_ids
+
+    # Programs: pure functions of their arguments; `settings` are static.
+
+    def _draw(self, name, params, keys, condition, content, guidance, null, settings):
         """Content frames (content=None) or motion latents [B, ...], one key a sample."""
-        stage, options = self.denoisers[name], self.options
-        eta = {"eta": options.eta} if options.eta else {}
-        return stage.sample(
-            params[name], self.statistics[name], condition, content, keys,
-            guidance=guidance, null=null, steps=options[f"{name}_steps"], solver=self.solvers[name], **eta,
+        return computing_in(settings.dtype, self.denoisers[name]).sample(
+            params[name], self.statistics[name], condition, content, keys, guidance=guidance, null=null,
+            steps=getattr(settings, f"{name}_steps"), solver=getattr(settings, f"{name}_solver"),
+            **({"eta": settings.eta} if settings.eta else {}),
         )  # fmt: skip
 
-    def _finish(self, params, content, motion):
-        frozen = params["autoencoder"]
-        video, image = self.autoencoder.decode(frozen, Latents(content, motion)), self.autoencoder.show(frozen, content)
+    def _decode(self, params, content, motion, settings):
+        autoencoder, frozen = computing_in(settings.dtype, self.autoencoder), params["autoencoder"]
+        video, image = autoencoder.decode(frozen, Latents(content, motion)), autoencoder.show(frozen, content)
         return {"video": video, "image": image, "content": content, "motion": motion}
 
     def _conditions(self, params, batch, guidance, null_ids):
@@ -113,121 +178,152 @@ class Sampler:
             return condition, None
         return condition, self.conditions.null(params["conditions"], len(batch["index"]), null_ids)
 
-    def _keys(self, key, batch):
-        """-> (content keys [B], motion keys [B]). Samples of one "index" share the content key, not the motion key."""
-
-        def of(index, variant):
-            sample = derive(key, "sample", index)
-            return derive(sample, "content"), derive(sample, "motion", variant)
-
-        return jax.vmap(of)(batch["index"], batch["variant"])
-
-    def _generate(self, params, batch, key, guidance, null_ids=None):
+    def _generate(self, params, batch, key, guidance, null_ids=None, *, settings):
         """Classes or texts -> content -> motion -> video."""
-        content_keys, motion_keys = self._keys(key, batch)
+        content_keys, motion_keys = sample_keys(key, batch)
         condition, null = self._conditions(params, batch, guidance, null_ids)
-        content = self._draw("content", params, content_keys, condition, None, guidance, null)
-        motion = self._draw("motion", params, motion_keys, condition, content, guidance, null)
-        return self._finish(params, content, motion)
+        content = self._draw("content", params, content_keys, condition, None, guidance, null, settings)
+        motion = self._draw("motion", params, motion_keys, condition, content, guidance, null, settings)
+        return self._decode(params, content, motion, settings)
 
-    def _animate(self, params, batch, key, guidance, null_ids=None):
-        """Given content frames, or images -> motion -> video."""
-        _, motion_keys = self._keys(key, batch)
+    def _draw_content(self, params, batch, key, guidance, null_ids=None, *, settings):
+        """Classes or texts -> content."""
         condition, null = self._conditions(params, batch, guidance, null_ids)
+        return self._draw("content", params, sample_keys(key, batch)[0], condition, None, guidance, null, settings)
+
+    def _animate(self, params, batch, key, guidance, null_ids=None, *, settings):
+        """Given content frames, or those of images or of clips -> motion -> video."""
+        _, motion_keys = sample_keys(key, batch)
+        condition, null = self._conditions(params, batch, guidance, null_ids)
+        autoencoder, frozen = computing_in(settings.dtype, self.autoencoder), params["autoencoder"]
         if "image" in batch:
-            content = self.autoencoder.content_of(params["autoencoder"], batch["image"])
+            content = autoencoder.content_of(frozen, batch["image"])
+        elif "video" in batch:
+            content = autoencoder.encode(frozen, batch).content
         else:
             content = batch["content"]
-        motion = self._draw("motion", params, motion_keys, condition, content, guidance, null)
-        return self._finish(params, content, motion)
+        motion = self._draw("motion", params, motion_keys, condition, content, guidance, null, settings)
+        return self._decode(params, content, motion, settings)
 
-    def _reconstruct(self, params, batch):
-        latents = self.autoencoder.encode(params["autoencoder"], batch)
-        return {**self._finish(params, *latents), "original": pixels(batch["video"])}
+    def _reconstruct(self, params, batch, *, settings):
+        latents = computing_in(settings.dtype, self.autoencoder).encode(params["autoencoder"], batch)
+        return {**self._decode(params, *latents, settings), "original": pixels(batch["video"])}
 
-    # Calls, which cut any number of samples into batches of one compiled size.
+    def program(self, name: str, settings: SamplingSettings):
+        """The jitted program `name` ("generate", ...) of resolved settings: (params, batch, *arguments) -> batch."""
+        key = name, settings.static
+        if key not in self._programs:
+            function = partial(getattr(self, f"_{name}"), settings=settings.static)
+            self._programs[key] = jax.jit(function, out_shardings=batch_sharding(self.mesh))
+        return self._programs[key]
 
-    def generate(self, batch: dict) -> dict:
-        """{"label" or "ids", "index", "variant"} int [N, ...] -> host arrays of N samples."""
-        return self._in_batches("generate", batch, jax.random.key(self.seed), self.guidance, self.null_ids)
+    # Calls.
 
-    def animate(self, batch: dict) -> dict:
-        """As generate, with "content" float32 [N, H, W, C] given, or "image" [N, H, W, 3] in [-1, 1]."""
-        return self._in_batches("animate", batch, jax.random.key(self.seed), self.guidance, self.null_ids)
+    def generate(self, request: Request, settings: SamplingSettings = SamplingSettings()) -> Iterator[Samples]:
+        """Videos of what is asked for."""
+        return self._run("generate", drawn(request), len(request), *self._arguments(settings))
 
-    def reconstruct(self, batch: dict) -> dict:
-        """{"video": uint8 [N, T, H, W, C]} -> reconstructions, and the clips themselves as "original"."""
-        return self._in_batches("reconstruct", batch)
+    def animate(self, request: Request, given: dict, settings: SamplingSettings = SamplingSettings()):
+        """Videos of given content frames, in arrays, or in sequences that read them as they are asked.
 
-    def _in_batches(self, name: str, batch: dict, *arguments) -> dict:
-        program, size, parts = self._programs[name], self.options.batch_size, []
-        count = len(next(iter(batch.values())))
+        given: {"content": N of [h, w, C]}, {"image": N of float [H, W, 3] in [-1, 1]}, or {"video": N of uint8
+        [T, H, W, 3]}, clips whose content frames are taken.
+        """
+        return self._run("animate", drawn(request) | given, len(request), *self._arguments(settings))
+
+    def reconstruct(self, videos, settings: SamplingSettings = SamplingSettings()) -> Iterator[Samples]:
+        """Clips encoded and decoded: N of uint8 [T, H, W, 3], an array, or a sequence that reads as it is asked."""
+        return self._run("reconstruct", {"video": videos}, len(videos), self.resolve(settings))
+
+    def vary_motion(self, request: Request, motions: int, settings: SamplingSettings = SamplingSettings()):
+        """`motions` videos of each content frame: sample i * motions + v is motion v of what is asked for i-th.
+
+        Each content frame is drawn once: drawn again in another row of a batch, its last bits could differ.
+        """
+        check_count("sampling.motions", motions)
+        settings, *arguments = self._arguments(settings)
+        size, columns = settings.batch_size, drawn(request)
+
+        def launched():
+            for first, batch in self._batches(columns, len(request), size):
+                frames = self._launch("draw_content", batch, settings, *arguments)
+                many = motions * min(size, len(request) - first)
+                which = first + np.arange(many) // motions
+                each = {name: values[which] for name, values in columns.items()}
+                each["variant"] = np.arange(many, dtype=np.int32) % motions
+                for start, batch in self._batches(each, many, size):
+                    rows = np.minimum(start + np.arange(size), many - 1) // motions
+                    given = {"content": self._take(frames, rows)}
+                    out = self._launch("animate", batch | given, settings, *arguments)
+                    yield motions * first + start, min(size, many - start), out
+
+        return fetched(launched())
+
+    def _arguments(self, settings) -> tuple:
+        """-> (resolved settings, and the arguments of the programs that draw: key, guidance, ids of the null text)."""
+        return self.resolve(settings), jax.random.key(settings.seed), *self._guidance(settings)
+
+    def _run(self, name: str, columns: dict, count: int, settings, *arguments) -> Iterator[Samples]:
+        def launched():
+            for start, batch in self._batches(columns, count, settings.batch_size):
+                out = self._launch(name, batch, settings, *arguments)
+                yield start, min(settings.batch_size, count - start), out
+
+        return fetched(launched())
+
+    def _launch(self, name: str, batch, settings, *arguments):
+        with partitioning(self.mesh, self.rules):
+            return self.program(name, settings)(self.params, batch, *arguments)
+
+    def _batches(self, columns: dict, count: int, size: int) -> Iterator[tuple[int, dict]]:
+        """(first row, batch [size, ...] on the mesh) of {name: values of `count` samples}; each process reads its own.
+
+        The last batch is filled up by repeating its last sample.
+        """
         rows = local_rows(size, self.mesh)
         for start in range(0, count, size):
-            # The last batch is filled up by repeating its last sample; what that gives is dropped.
             picks = {row: min(start + row, count - 1) for row in rows}
-            examples = {row: {k: values[i] for k, values in batch.items()} for row, i in picks.items()}
-            with partitioning(self.mesh, self.rules):
-                out = program(self.params, to_global(examples, size, self.mesh), *arguments)
-            parts.append(whole_batch(out, self.mesh))
-        return {k: np.concatenate([part[k] for part in parts])[:count] for k in parts[0]}
+            read = {i: {name: values[i] for name, values in columns.items()} for i in {*picks.values()}}
+            yield start, to_global({row: read[i] for row, i in picks.items()}, size, self.mesh)
 
 
-def conditioned_on(metadata: Metadata) -> dict | tuple[str, ...]:
-    """What must be the same in two diffusion stages that sample together."""
-    return identity(metadata.text_encoder) if metadata.text_encoder else metadata.class_names
+def fetched(launched: Iterable[tuple[int, int, dict]]) -> Iterator[Samples]:
+    """(first sample, how many count, batch on the mesh) -> this process's Samples, each when the next is launched."""
+    before = None
+    for now in launched:
+        if before is not None:
+            yield _fetch(*before)
+        before = now
+    if before is not None:
+        yield _fetch(*before)
 
 
-def denoiser_stage(config, metadata: Metadata, autoencoder: Trained):
-    """The content or motion stage of a trained one's config and metadata, without parameters."""
-    frozen = FrozenAutoencoder(autoencoder.config, None, stated_space(autoencoder.metadata.vae))
-    conditions = stated_conditions(len(metadata.class_names), metadata.text_encoder)
-    return diffusion_stage(config, frozen, conditions, metadata.statistics, metadata.image_model)
+def _fetch(first: int, count: int, out: dict) -> Samples:
+    rows, arrays = own_rows(out)
+    kept = rows < count
+    return Samples(index=first + rows[kept], **{name: values[kept] for name, values in arrays.items()})
 
 
-def load_stages(config, workdir: Path, mesh) -> dict[str, Trained]:
-    """What a sample config names, shipped weights or the stages of the workdir, read straight into its shards."""
-    names = ("autoencoder",) if config.sampling.mode == "reconstruct" else ("autoencoder", "content", "motion")
-    root, suffix = (Path(config.weights), ".safetensors") if config.weights else (workdir, "")
-    stages = {}
-
-    def shardings(trained_config, metadata):
-        if trained_config.stage == "autoencoder":
-            stage = AutoencoderStage(trained_config, space=stated_space(metadata.vae))
-        else:
-            stage = denoiser_stage(trained_config, metadata, stages["autoencoder"])
-        return abstract(stage.init, mesh, config.rules)
-
-    for name in names:
-        stages[name] = load_trained(root / f"{name}{suffix}", name, shardings)
-    return stages
+def drawn(request: Request) -> dict:
+    """The columns of a request's samples, each with the number that its keys are of."""
+    index = np.arange(len(request), dtype=np.int32)
+    return {"index": index, "variant": np.zeros_like(index), **request.conditions}
 
 
-def load_sampler(config, workdir: Path) -> Sampler:
-    """The sampler of a sample config: shipped weights, or the stages of the workdir."""
-    mesh = make_mesh(config.mesh)
-    check_batch("sampling.batch_size", config.sampling.batch_size, mesh)
-    stages = load_stages(config, workdir, mesh)
-    shape = stages["autoencoder"].config.data
-    for side in ("frames", "height", "width"):
-        if config.data[side] != shape[side]:
-            raise UserError(f"data.{side}", config.data[side], f"the weights are for {shape[side]}", "use that")
-    return Sampler(stages, config, mesh)
+def sample_keys(key, batch) -> tuple:
+    """-> (content keys [B], motion keys [B]). Samples of one "index" share the content key, not the motion key."""
+
+    def of(index, variant):
+        sample = derive(key, "sample", index)
+        return derive(sample, "content"), derive(sample, "motion", variant)
+
+    return jax.vmap(of)(batch["index"], batch["variant"])
 
 
-def check_wordless(options):
-    """A model of classes takes no texts."""
-    for field in ("prompt", "prompts_file", "negative"):
-        if options[field]:
-            problem = "the model was trained on classes, not on texts"
-            raise UserError(f"sampling.{field}", options[field], problem, "name sampling.classes, or leave it out")
-
-
-def null_prompt(options, tokenizer) -> np.ndarray | None:
-    """Token ids [L] of the negative prompt, or None without one, which stands for the empty text."""
-    if not options.negative:
-        return None
-    if options.guidance == 1:
-        problem = "has no effect without guidance"
-        raise UserError("sampling.negative", options.negative, problem, "set sampling.guidance above 1")
-    return tokenizer([check_prompt(options.negative, "sampling.negative")])[0]
+def computing_in(dtype: str, stage):
+    """The stage or autoencoder, its matrix products in `dtype`; "": as it is."""
+    if not dtype:
+        return stage
+    stage = copy.copy(stage)
+    stage.module = stage.module.clone(dtype=jnp.dtype(dtype))
+    return stage

@@ -31,6 +31,7 @@ from cmd_jax.interop.folders import TRANSFORMERS, find_weights
 from cmd_jax.interop.schedulers import from_scheduler_config
 from cmd_jax.interop.sd_config import unet_from_config, vae_from_config
 from cmd_jax.interop.weights import open_weights, write_safetensors
+from cmd_jax.loading import denoiser_stage
 from cmd_jax.prepare import check_same_run
 from cmd_jax.pretrained import compare, stated_space
 from cmd_jax.report.collect import read_section
@@ -38,7 +39,6 @@ from cmd_jax.report.training import Metrics
 from cmd_jax.running.checkpoint import ITEMS, RUN, RUN_LIKE
 from cmd_jax.running.manifest import CutOff, Damaged, verify, write_manifest
 from cmd_jax.running.peers import Peers
-from cmd_jax.sample import denoiser_stage
 from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import AutoencoderStage
 from cmd_jax.state import abstract

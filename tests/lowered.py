@@ -1,5 +1,6 @@
 """The programs of toy-sized stages and samplers, lowered but not compiled, on any number of fake devices."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -10,14 +11,15 @@ import tiny
 from cmd_jax import defaults
 from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.interop.diffusers import load_pipeline
+from cmd_jax.loading import assemble, denoiser_stage
 from cmd_jax.models.conditions import Classes, Texts
 from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, VAEMetadata, describe, stated_space
-from cmd_jax.sample import Sampler, denoiser_stage
 from cmd_jax.sharding import batch_sharding, make_mesh, partitioning, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import TrainState, abstract, make_optimizer, train_step
 from cmd_jax.trained import AutoencoderMetadata, Metadata, Trained
+from cmd_jax.verbs.requests import settings_of
 
 CACHED = {"content": (8, 16, 4), "motion": (4, 12, 4), "states": (77, 8)}
 
@@ -111,12 +113,13 @@ def sample_program(program, kind, ways: int, rows: int, class_names=(), **option
             stage = denoiser_stage(trained, said, stages["autoencoder"])
         stages[name] = Trained(trained, params_of(stage, mesh), said)
     with partitioning(mesh, config.rules):
-        sampler = Sampler(stages, config, mesh)
+        sampler = assemble(stages, config.pretrained, mesh, config.rules)
+        settings, *arguments = sampler._arguments(replace(settings_of(config), batch_size=rows * ways))
         row = {"index": np.int32(0), "variant": np.int32(0)}
         row |= {"ids": np.zeros(77, np.int32)} if kind == "text" else {"label": np.int32(0)}
-        arguments = jax.random.key(0), sampler.guidance, sampler.null_ids
         if program == "animate":
             row["content"] = np.zeros(sampler.autoencoder.content_shape, np.float32)
         if program == "reconstruct":
             row, arguments = {"video": np.zeros(sampler.autoencoder.clip_shape, np.uint8)}, ()
-        return sampler._programs[program].lower(sampler.params, batch_of(row, mesh, rows * ways), *arguments)
+        batch = batch_of(row, mesh, rows * ways)
+        return sampler.program(program, settings).lower(sampler.params, batch, *arguments)

@@ -14,7 +14,7 @@ from cmd_jax import defaults
 from cmd_jax.keys import FIRST, NAMES, derive
 from cmd_jax.models.autoencoder import Latents
 from cmd_jax.models.conditions import Classes
-from cmd_jax.sample import Sampler
+from cmd_jax.sample import sample_keys
 from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import TrainState, init_state, train_step
@@ -101,7 +101,7 @@ def test_no_two_draws_share_a_key(drawn):
     expected += B * STEPS
 
     index, variant = (x.ravel().astype(np.int32) for x in np.mgrid[:B, :VARIANTS])
-    keys = Sampler._keys(None, root, {"index": index, "variant": variant})
+    keys = sample_keys(root, {"index": index, "variant": variant})
     draw = partial(content.sample, params, content.frozen["statistics"], latents["label"], None)
     draw(keys[0][::VARIANTS], steps=SOLVER_STEPS, solver="ddpm")  # variants of a sample share its content frame
     draw = partial(motion.sample, params, motion.frozen["statistics"], np.zeros_like(index))

@@ -150,17 +150,70 @@ def test_only_one_of_two_processes_starts(tmp_path):
             assert line.startswith(("processes.start_timeout=4: not all", "--coordinator=127.0.0.1:"))
 
 
+# Each process says which samples it has on its host, as they are fetched.
+TOLD = """
+import cmd_jax.sample
+whole = cmd_jax.sample._fetch
+def fetch(*arguments):
+    samples = whole(*arguments)
+    assert all(len(x) == len(samples) for x in vars(samples).values() if x is not None)
+    print("here:", *samples.index)
+    return samples
+cmd_jax.sample._fetch = fetch
+"""
+
+
+def here(job, process) -> list[list[int]]:
+    """The samples that a process had, batch by batch."""
+    lines = [line.split()[1:] for line in job.out(process).splitlines() if line.startswith("here:")]
+    return [[int(word) for word in words] for words in lines]
+
+
 @pytest.mark.xdist_group("tiny")  # where the run it samples from is made anyway
-def test_sampling_with_two_processes_gives_the_same_videos(tmp_path):
+def test_two_processes_make_the_same_videos_each_its_own(tmp_path):
+    """Five content frames of two motions each, in batches of eight."""
     run = tiny.trained()
-    arguments = ["sample", f"--config={tiny.CONFIG_FILE}:sample", "--config.sampling.batch_size=8"]
-    arguments += ["--config.sampling.num=3", f"--workdir={run}", *MESH]
-    names = {}
+    arguments = ["sample", f"--config={tiny.CONFIG_FILE}:sample", "--config.sampling.batch_size=8", *MESH]
+    arguments += ["--config.sampling.mode=vary-motion", "--config.sampling.num=5", f"--workdir={run}"]
+    names, told = {}, {}
     for count, devices in ((2, 4), (1, 8)):
         name = f"from-{count}-{free_port()}"
-        with Job(tmp_path / name, *arguments, f"--config.sampling.output={name}", count=count, devices=devices) as job:
-            assert set(job.wait()) == {0}, job.out()
+        more = {"count": count, "devices": devices, "before": dict.fromkeys(range(count), TOLD)}
+        with Job(tmp_path / name, *arguments, f"--config.sampling.output={name}", **more) as job:
+            assert set(job.wait()) == {0}, job.out() + job.out(count - 1)
+            told[count] = [here(job, process) for process in range(count)]
         names[count] = run / name
-    for file in ("0000.gif", "0002.gif", "0001_content.png"):
-        assert (names[1] / file).read_bytes() == (names[2] / file).read_bytes()
+    assert told == {1: [[[*range(8)], [8, 9]]], 2: [[[0, 1, 2, 3], [8, 9]], [[4, 5, 6, 7], []]]}
+    files = [{path.name: path.read_bytes() for path in names[count].glob("*.*")} for count in (1, 2)]
+    assert len(files[0]) == 10 * 3 + 7 and files[0].keys() == files[1].keys()
+    different = {name for name, content in files[0].items() if files[1][name] != content}
+    assert not {name for name in different if not name.endswith((".mp4", "summary.json", "config.json"))}
     assert read_json(names[2] / "summary.json")["processes"] == 2
+
+
+@pytest.mark.xdist_group("tiny")
+def test_two_processes_score_each_its_own_videos(tmp_path):
+    run, name = tiny.trained(), f"scores-{free_port()}"
+    arguments = ["evaluate", f"--config={tiny.CONFIG_FILE}:sample", "--config.sampling.batch_size=8", *MESH]
+    arguments += [f"--config.evaluation.{key}=10" for key in ("videos", "clips")]
+    arguments += [f"--workdir={run}", f"--config.sampling.output={name}"]
+    with Job(tmp_path, *arguments, before=dict.fromkeys(range(2), TOLD)) as job:
+        assert job.wait() == [0, 0], job.out(0) + job.out(1)
+        assert [here(job, i) for i in (0, 1)] == [2 * [[0, 1, 2, 3], [8, 9]], 2 * [[4, 5, 6, 7], []]]
+    scores = read_json(run / name / "summary.json")["scores"]
+    assert scores["reconstruction_psnr"]["clips"] == scores["attributes"]["count"] == 10
+
+
+@pytest.mark.xdist_group("tiny")
+def test_an_error_of_one_process_ends_the_sampling_of_both_with_its_line(tmp_path):
+    """Process 1 cannot read its clips; process 0 would wait for it in the first batch for ever."""
+    run, name = tiny.trained(), f"broken-{free_port()}"
+    arguments = ["sample", f"--config={tiny.CONFIG_FILE}:sample", "--config.sampling.batch_size=8", *MESH]
+    arguments += ["--config.sampling.mode=reconstruct", "--config.sampling.num=8", f"--workdir={run}"]
+    unreadable = UNREADABLE.replace("> 40", "> 0")
+    with Job(tmp_path, *arguments, f"--config.sampling.output={name}", before={1: unreadable}) as job:
+        assert job.wait() == [2, 2], job.out(0) + job.out(1)
+        for i in (0, 1):
+            (told,) = [line for line in job.out(i).splitlines() if line.startswith("clip=")]
+            assert told.endswith(": cannot be read any more; look at the disk")
+    assert not list(run.glob(f"*{name}*"))

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from flax.traverse_util import flatten_dict
 from PIL import Image
+from samplers import together
 
 from cmd_jax import prepare as preparing
 from cmd_jax.data.latents import PROVENANCE
@@ -24,6 +25,7 @@ from cmd_jax.files import read_json
 from cmd_jax.interop.diffusers import load_pipeline
 from cmd_jax.interop.schedulers import from_scheduler_config
 from cmd_jax.keys import derive
+from cmd_jax.loading import open_sampler
 from cmd_jax.main import main
 from cmd_jax.models.clip import mean_pool
 from cmd_jax.models.conditions import Text, Texts, drop
@@ -33,13 +35,15 @@ from cmd_jax.prepare import prepare
 from cmd_jax.pretrained import ImageModelMetadata
 from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.running.runtime import StopRequest
+from cmd_jax.sample import SamplingSettings
+from cmd_jax.sample import drawn as columns_of
 from cmd_jax.sharding import make_mesh, partitioning
 from cmd_jax.stages import FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import abstract, init_state, make_optimizer
 from cmd_jax.train import train
 from cmd_jax.trained import Trained, export, load_trained
-from cmd_jax.verbs import evaluate as evaluating
 from cmd_jax.verbs import sample as sampling
+from cmd_jax.verbs.requests import settings_of
 
 pytestmark = pytest.mark.xdist_group("text")
 PROMPTS = ["a red circle", "blue square, moving"]
@@ -218,7 +222,7 @@ def test_cached_features_give_the_loss_of_videos_and_texts(name):
 @pytest.fixture(scope="module")
 def sampler():
     """The tiny run's, with the pretrained UNet itself as its content stage: what fine-tuning starts from."""
-    sampler = sampling.load_sampler(settings(), trained())
+    sampler = open_sampler(settings(), trained())
     sampler.params["content"] = jax.tree.map(jnp.asarray, pipeline().unet[1])
     return sampler
 
@@ -228,14 +232,13 @@ def settings(**changes):
     return config_of("sample", **changes)
 
 
-def batch_of(sampler, prompts=PROMPTS):
-    index = np.arange(len(prompts), dtype=np.int32)
-    return {"index": index, "variant": np.zeros_like(index), "ids": sampler.tokenizer(prompts)}
+def generate(sampler, prompts=PROMPTS, **changes):
+    return together(sampler.generate(sampler.request(prompts=prompts), settings_of(settings(**changes))))
 
 
 def test_step_zero_samples_are_those_of_the_pretrained_pipeline(sampler):
     """Noise, text encoder, guidance with a negative prompt, DDIM, VAE decoder: as the folder itself says."""
-    out = sampler.generate(batch_of(sampler))
+    out = generate(sampler)
     unet, params = pipeline().unet
 
     def encode(prompts):
@@ -258,25 +261,24 @@ def test_step_zero_samples_are_those_of_the_pretrained_pipeline(sampler):
 
 
 def test_a_sample_does_not_depend_on_its_batch(sampler):
-    out, one = sampler.generate(batch_of(sampler, [*PROMPTS, "a cat"])), batch_of(sampler, ["a cat"])
-    one["index"] = np.array([2], np.int32)
-    alone = sampler.generate(one)
+    out, other = generate(sampler, [*PROMPTS, "a cat"]), generate(sampler, [PROMPTS[0], "a dog"])
     for name in out:
-        assert relative(alone[name][0], out[name][2]) <= 1e-4, name
+        assert relative(other[name][0], out[name][0]) <= 1e-4, name
     assert relative(out["content"][0], out["content"][1]) > 1e-2
+    assert relative(out["content"][1], other["content"][1]) > 1e-2
 
 
-def test_texts_and_content_frames_are_read_once_a_call():
+def test_texts_and_content_frames_are_read_once_a_call(sampler):
     """What another step adds to the program's work is both denoisers twice, and nothing else."""
 
     def work(content_steps, motion_steps):
         changes = {"sampling__content_steps": content_steps, "sampling__motion_steps": motion_steps}
-        sampler = sampling.load_sampler(settings(**changes), trained())
-        arguments = sampler.params, batch_of(sampler), jax.random.key(0), jnp.float32(2), sampler.null_ids
+        how, *arguments = sampler._arguments(settings_of(settings(**changes)))
         with partitioning(sampler.mesh, sampler.rules):
-            return count(sampler._generate, *arguments), sampler
+            program = sampler.program("generate", how).__wrapped__
+            return count(program, sampler.params, columns_of(sampler.request(prompts=PROMPTS)), *arguments)
 
-    (base, sampler), (content, _), (motion, _) = work(1, 1), work(2, 1), work(1, 2)
+    base, content, motion = work(1, 1), work(2, 1), work(1, 2)
     x, t = jnp.zeros((2, 8, 16, 4)), jnp.zeros(2)
     text = Text(jnp.zeros((2, 77, 8)), jnp.zeros((2, 8)))
     unet, dit = sampler.denoisers["content"], sampler.denoisers["motion"]
@@ -292,7 +294,8 @@ def test_texts_and_content_frames_are_read_once_a_call():
 def test_my_own_image_as_content_frame(sampler, tmp_path):
     Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(tmp_path / "image.png")
     changes = {"sampling__mode": "animate", "sampling__image": tmp_path / "image.png", "sampling__prompt": "a sea"}
-    out, captions = sampling.make_samples(sampler, settings(**changes, sampling__num=2), trained())
+    captions, stream = sampling.make_samples(sampler, settings(**changes, sampling__num=2), trained())
+    out = together(stream)
     module, params = pipeline().vae
     image = jnp.full((1, 16, 32, 3), 200 / 127.5 - 1)
     latents = module.apply({"params": params}, image, method="latents")
@@ -302,9 +305,12 @@ def test_my_own_image_as_content_frame(sampler, tmp_path):
 
 def test_same_content_new_motion_and_reconstruction(sampler):
     changes = {"sampling__mode": "vary-motion", "sampling__prompt": "a sea", "sampling__num": 1}
-    out, captions = sampling.make_samples(sampler, settings(**changes), trained())
+    captions, stream = sampling.make_samples(sampler, settings(**changes), trained())
+    out = together(stream)
     assert captions == ["a sea, motion 1", "a sea, motion 2"] and np.array_equal(out["content"][0], out["content"][1])
-    out, captions = sampling.make_samples(sampler, settings(sampling__mode="reconstruct", sampling__num=2), trained())
+    changes = {"sampling__mode": "reconstruct", "sampling__num": 2}
+    captions, stream = sampling.make_samples(sampler, settings(**changes), trained())
+    out = together(stream)
     assert out["original"].shape == out["video"].shape == (2, 4, 16, 32, 3)
     assert captions == [CLASS_NAMES[0], CLASS_NAMES[24]]
 
@@ -318,8 +324,7 @@ def command(workdir, *flags):
 
 @pytest.fixture
 def workdir(tmp_path, sampler, monkeypatch):
-    for verb in (sampling, evaluating):
-        monkeypatch.setattr(verb, "load_sampler", lambda *_: sampler)
+    monkeypatch.setattr(sampling, "open_sampler", lambda *_: sampler)
     return tmp_path
 
 
@@ -438,11 +443,11 @@ def test_parts_of_another_model_are_refused(tmp_path):
     with pytest.raises(UserError, match="scheduler_config.json: prediction_type is sample, this run was started with"):
         train(config_of("content", latents__cache_clips=48, pretrained__path=folder), trained())
     with pytest.raises(UserError, match="prediction_type is sample, the content stage was trained with "):
-        sampling.load_sampler(settings(pretrained__path=folder), trained())
+        open_sampler(settings(pretrained__path=folder), trained())
     text_encoder = load_trained(trained() / "motion", "motion").metadata.text_encoder
     config = exported(tmp_path, "motion", text_encoder=replace(text_encoder, weights="other"))
     with pytest.raises(UserError, match="^weights=motion: its classes or text encoder differ from the content stage's"):
-        sampling.load_sampler(config, tmp_path)
+        open_sampler(config, tmp_path)
 
 
 def with_scheduler(folder, **changes):
@@ -470,11 +475,10 @@ def test_eta_and_steps_are_checked_for_the_solver_that_the_scheduler_is_for(tmp_
     scheduler = model.scheduler | {"_class_name": "DPMSolverMultistepScheduler"}
     config = exported(tmp_path, "content", image_model=replace(model, scheduler=scheduler))
     config.pretrained.path = str(with_scheduler(tmp_path / "sd", **scheduler))
-    config.sampling.content_steps = 999
-    assert sampling.load_sampler(config, tmp_path).solvers == {"content": "dpmpp", "motion": "ddim"}
-    config.sampling.content_steps = 1000
+    sampler = open_sampler(config, tmp_path)
+    resolved = sampler.resolve(SamplingSettings(content_steps=999, motion_steps=4))
+    assert (resolved.content_solver, resolved.motion_solver) == ("dpmpp", "ddim")
     with pytest.raises(UserError, match="^sampling.content_steps=1000: more than the 999 training steps; use 1 to 999"):
-        sampling.load_sampler(config, tmp_path)
-    config.sampling.update(content_steps=3, eta=0.5)
+        sampler.resolve(SamplingSettings(content_steps=1000, motion_steps=4))
     with pytest.raises(UserError, match="^sampling.eta=0.5: the content solver is dpmpp, not ddim; set it to 0.0"):
-        sampling.load_sampler(config, tmp_path)
+        sampler.resolve(SamplingSettings(content_steps=3, motion_steps=4, eta=0.5))

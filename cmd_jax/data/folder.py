@@ -123,8 +123,12 @@ class FolderSource:
         """The file's name relative to the root."""
         return self._entries[index].name
 
+    def label(self, index: int) -> int:
+        """Its class; len(class_names), the null class, where the file has none."""
+        return self._labels[index]
+
     def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        """-> (video uint8 RGB [T,H,W,3], label); label is len(class_names), the null class, where the file has none.
+        """-> (video uint8 RGB [T,H,W,3], its `label`).
 
         T = frames, `stride` apart, from a start that `rng` draws (0 where random_start is off); centre crop of what a
         player shows, then antialiased resize. Raises UserError if the file has changed since its test.

@@ -78,11 +78,14 @@ class ShapesSource:
     def text(self, index: int, rng=None) -> str:
         return self.texts[index]
 
+    def label(self, index: int) -> int:
+        return int(index) % len(CLASS_NAMES)
+
     def clip(self, index: int, rng=None) -> tuple[np.ndarray, int]:
         """Clip `index` -> (uint8 [T,H,W,3], label); `rng` is not used: a clip is the same whenever it is asked for."""
         if not 0 <= index < self.clips:
             raise IndexError(f"clip {index} of {self.clips}")
-        label = int(index) % len(CLASS_NAMES)
+        label = self.label(index)
         color, shape, _, way = CLASS_NAMES[label].split()
         # The seed comes last, where its length (it may exceed 32 bits) cannot be confused with another entry.
         stream = np.random.default_rng([SPLITS.index(self.split), int(index), self.seed])

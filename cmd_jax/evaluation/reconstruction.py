@@ -12,6 +12,6 @@ def psnr(a: np.ndarray, b: np.ndarray, range: float = 2.0) -> np.ndarray:
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
         raise ValueError(f"clips of shape {a.shape} and {b.shape} cannot be compared")
-    error = np.square(a.astype(np.float64) - b.astype(np.float64)).reshape(len(a), -1).mean(-1)
+    error = np.square(a.astype(np.float64) - b.astype(np.float64)).mean(axis=(1, 2, 3, 4))
     with np.errstate(divide="ignore"):
         return 10.0 * np.log10(range**2 / error)

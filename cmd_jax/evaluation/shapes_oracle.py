@@ -6,6 +6,7 @@ like, not how the clips were drawn, so that it can judge generated video as well
 
 import colorsys
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -165,18 +166,24 @@ def read_clip(video: np.ndarray) -> Reading:
     return Reading(read_shape(part, frames, x, y), read_color(rgb), read_direction(frames, x, y))
 
 
-def score(videos: np.ndarray, labels: np.ndarray, class_names: list[str]) -> dict:
-    """Reads each clip and compares with its class: uint8 [N,T,H,W,3], int [N] -> counts, accuracies and chance levels.
+def score(videos: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> dict:
+    """Reads each clip and compares with its class, see `tally`: uint8 [N,T,H,W,3], int [N]."""
+    return tally([read_clip(video) for video in videos], labels, class_names)
+
+
+def tally(readings: Sequence[Reading], labels: np.ndarray, class_names: Sequence[str]) -> dict:
+    """What was read of N videos against their classes, int [N] -> counts, accuracies and chance levels.
 
     The entries "shape", "color" and "direction" hold `correct`, `accuracy`, `chance` and counts
     `confusion[truth][read]`; "all" counts the clips with all three right; "count" is N. UserError for no videos, or for
     class names of another vocabulary.
     """
-    if len(videos) == 0 or len(videos) != len(labels):
-        raise UserError("videos", len(videos), f"cannot be scored with {len(labels)} labels", "give one label a video")
+    if len(readings) == 0 or len(readings) != len(labels):
+        raise UserError(
+            "videos", len(readings), f"cannot be scored with {len(labels)} labels", "give one label a video"
+        )
     vocabulary = {"shape": SHAPES, "color": COLORS, "direction": DIRECTIONS}
     truths = [parse(class_names[int(label)]) for label in labels]
-    readings = [read_clip(video) for video in videos]
     count = len(truths)
     result: dict = {"count": count}
     for field, words in vocabulary.items():

@@ -8,20 +8,25 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from PIL import Image
 
 from cmd_jax.config import STAGES, to_json
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, of_file
 from cmd_jax.files import versions, write_json, write_text
 from cmd_jax.report.gallery import Item, Section, write_gallery
 from cmd_jax.report.video import film_strip, image_grid, to_uint8, video_grid, write_gif, write_mp4, write_png
-from cmd_jax.running.distributed import is_leader
+from cmd_jax.running.distributed import gather, is_leader, leader_alone, linger, several
 from cmd_jax.running.runtime import StopRequest, peak_memory_gib
+from cmd_jax.running.watch import watched
+
+GRID, GRID_BYTES = 64, 2**28  # the most samples in the overview pictures, and the most bytes of videos
 
 
 class OutputFolder:
     """A folder that appears under its name only when everything in it is written; a taken name gets a number.
 
-    final: that folder, known when all is written.
+    All processes of a job enter it, write into it and leave it together. final: that folder, known when all is written.
+    beats: where they tell each other that they live.
     """
 
     def __init__(self, workdir: Path, name: str):
@@ -31,64 +36,148 @@ class OutputFolder:
         self.workdir, self.name, self.final = workdir, name, None
         self.path = workdir / f".tmp-{os.getpid()}-{name}"
 
+    @property
+    def beats(self) -> Path:
+        return self.path.with_name(f"{self.path.name}-processes")
+
     def remove(self):
         """What is written so far."""
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def abandon(self):
+        """The same, when all others have heard why."""
+        self.remove()
+        if is_leader():
+            shutil.rmtree(self.beats, ignore_errors=True)
+
     def __enter__(self) -> Path:
+        self.path = Path(leader_alone(self._make))
+        seen = gather("yes" if self.path.is_dir() else "")
+        if "" in seen:
+            self.remove()
+            problem = f"process {seen.index('')} does not see what process 0 writes there"
+            raise UserError("workdir", self.workdir, problem, "give a folder of a file system that all share")
+        return self.path
+
+    def _make(self) -> str:
         try:
             self.remove()
             self.path.mkdir(parents=True)
         except (OSError, ValueError) as e:
             reason = getattr(e, "strerror", e)
             raise UserError("workdir", self.workdir, f"cannot be written ({reason})", "give another folder") from e
-        return self.path
+        return str(self.path)
 
     def __exit__(self, kind, error, trace):
-        if kind is not None:
-            self.remove()
+        if kind is None:
+            gather("all that is written is written")
+            self.final = Path(leader_alone(self._name))
             return
-        number, self.final = 2, self.workdir / self.name
-        while self.final.exists():
-            number, self.final = number + 1, self.workdir / f"{self.name}-{number}"
-        self.path.rename(self.final)
+        self.remove()
+        if several():
+            linger()
+            self.abandon()
 
-
-def write_samples(folder: Path, out: dict, captions: list[str], title: str, options, table=None, note: str = ""):
-    """mp4, gif and content frame of every sample, overview grids, samples.json and index.html."""
-    items, records = [], []
-    for i, caption in enumerate(captions):
-        video, content = to_uint8(out["video"][i]), to_uint8(out["image"][i])
-        if "original" in out:
-            video = np.concatenate([to_uint8(out["original"][i]), video], axis=2)
-        write_mp4(folder / f"{i:04d}.mp4", video, fps=options.fps)
-        write_gif(folder / f"{i:04d}.gif", video, fps=options.fps)
-        write_png(folder / f"{i:04d}_content.png", content)
-        items.append(Item(caption, video=f"{i:04d}.mp4", image=f"{i:04d}_content.png"))
-        records.append({"index": i, "caption": caption, "video": f"{i:04d}.mp4", "content": f"{i:04d}_content.png"})
-    columns = max(1, round(len(captions) ** 0.5))
-    videos = to_uint8(out["video"])
-    write_gif(folder / "grid.gif", video_grid(videos, columns), fps=options.fps)
-    write_png(folder / "content_grid.png", image_grid(to_uint8(out["image"]), columns))
-    write_png(folder / "grid.png", image_grid(np.stack([film_strip(v) for v in videos]), columns=1))
-    section = {"title": title, "note": note, "table": table, "items": records}
-    write_json(folder / "samples.json", section)
-    write_gallery(folder / "index.html", title, [Section(title, items, note=note, table=table)])
+    def _name(self) -> str:
+        number, final = 2, self.workdir / self.name
+        while final.exists():
+            number, final = number + 1, self.workdir / f"{self.name}-{number}"
+        self.path.rename(final)
+        self.abandon()
+        return str(final)
 
 
 @contextlib.contextmanager
-def writing(output: OutputFolder, end_process=None):
-    """The output's folder on the process that writes it, None on the others; a signal to stop removes it."""
-    with StopRequest("stopped by a signal; nothing was written", end_process) as stop:
-        if not is_leader():
-            yield None
-            return
+def writing(output: OutputFolder, options, end_process=None):
+    """The output's folder. The end of one process, by an error or a signal, is the end of all, and removes it.
+
+    options: the config's `processes` group. end_process: as for `train`.
+    """
+
+    def end(code: int):
+        output.abandon()
+        end_process(code)
+
+    with contextlib.ExitStack() as held:
+        stop = held.enter_context(StopRequest("stopped by a signal; nothing was written", end_process))
         stop.first(output.remove)
-        with output as folder:
+        folder = held.enter_context(output)
+        if several():
+            held.enter_context(watched(output.beats, options, None, stop, end_process and end))
+            stop.first(linger)
+            stop.first(output.abandon)
+        try:
             yield folder
+        except OSError as e:  # as a line, for the others too
+            raise of_file(e) from e
+
+
+class SampleWriter:
+    """The files of a gallery: mp4, gif and content frame of each sample as it comes, then overviews and the page.
+
+    captions: one a sample; samples beyond them are not written. Each process writes those it is given.
+    """
+
+    def __init__(self, folder: Path, captions: list[str], fps: float):
+        self.folder, self.captions, self.fps = folder, captions, fps
+
+    def write(self, samples):
+        """Of a sample.Samples. Reconstructions stand beside their originals."""
+        for at, i in enumerate(samples.index):
+            if i >= len(self.captions):
+                continue
+            video = to_uint8(samples.video[at])
+            if i < min(GRID, max(1, GRID_BYTES // video.nbytes)):
+                write_png(self._strip(i), film_strip(video))
+            if samples.original is not None:
+                video = np.concatenate([to_uint8(samples.original[at]), video], axis=2)
+            write_mp4(self.folder / f"{i:04d}.mp4", video, fps=self.fps)
+            write_gif(self.folder / f"{i:04d}.gif", video, fps=self.fps)
+            write_png(self.folder / f"{i:04d}_content.png", to_uint8(samples.image[at]))
+
+    def finish(self, title: str, note: str = "", table=None):
+        """By process 0, when all have written theirs: overviews of the first samples, samples.json and index.html."""
+        gather("written")
+        leader_alone(lambda: self._finish(title, note, table))
+
+    def _finish(self, title, note, table):
+        names = [f"{i:04d}" for i in range(len(self.captions))]
+        rows = list(zip(self.captions, names, strict=True))
+        items = [Item(caption, video=f"{i}.mp4", image=f"{i}_content.png") for caption, i in rows]
+        records = [{"index": int(i), "caption": caption, "video": f"{i}.mp4", "content": f"{i}_content.png"}
+                   for caption, i in rows]  # fmt: skip
+        self._write_grids()
+        section = {"title": title, "note": note, "table": table, "items": records}
+        write_json(self.folder / "samples.json", section)
+        write_gallery(self.folder / "index.html", title, [Section(title, items, note=note, table=table)])
+
+    def _write_grids(self):
+        """Of the strips, which then go."""
+        strips = [self._strip(i) for i in range(len(self.captions)) if self._strip(i).exists()]
+        pictures = np.stack([_read(path) for path in strips])
+        images = np.stack([_read(self.folder / f"{i:04d}_content.png") for i in range(len(strips))])
+        count, height, width = images.shape[:3]
+        videos = pictures.reshape(count, height, -1, width, 3).swapaxes(1, 2)
+        columns = max(1, round(count**0.5))
+        write_gif(self.folder / "grid.gif", video_grid(videos, columns), fps=self.fps)
+        write_png(self.folder / "content_grid.png", image_grid(images, columns))
+        write_png(self.folder / "grid.png", image_grid(pictures, columns=1))
+        for path in strips:
+            path.unlink()
+
+    def _strip(self, i: int) -> Path:
+        return self.folder / f".strip-{i:04d}.png"
+
+
+def _read(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
 def write_summary(folder: Path, config, started: float, **values):
+    """By process 0: config.json and summary.json."""
+    if not is_leader():
+        return
     write_text(folder / "config.json", to_json(config) + "\n")
     write_json(
         folder / "summary.json",

@@ -199,6 +199,12 @@ def gather(text: str) -> list[str]:
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
+def gather_items(items: dict[int, object]) -> list:
+    """What all processes have by number, in the order of the numbers; made of what JSON knows."""
+    parts = [json.loads(text) for text in gather(json.dumps([*items.items()]))]
+    return [value for _, value in sorted((item for part in parts for item in part), key=lambda item: item[0])]
+
+
 def broadcast_from_leader(value):
     """Process 0's `value`, made of what JSON knows."""
     return json.loads(gather(json.dumps(value))[0])

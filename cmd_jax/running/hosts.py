@@ -7,9 +7,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cmd_jax.errors import UserError
-from cmd_jax.sharding import batch_ways, rows_of_all
-
-_rows = jax.jit(rows_of_all, static_argnums=(1, 2))
 
 
 def whole(leaf) -> np.ndarray:
@@ -19,19 +16,20 @@ def whole(leaf) -> np.ndarray:
     return np.asarray(leaf)
 
 
-def whole_batch(batch, mesh):
-    """A batch [B, ...] split over the mesh on every host. Every process must call it.
+def own_rows(batch: dict) -> tuple[np.ndarray, dict]:
+    """Of a batch of arrays [B, ...] laid out alike: the numbers of the rows whose first copy lies on this process's
+    devices, int [n], and those rows, [n, ...] on the host. Each row is one process's."""
 
-    As much of it at a time as one device has: all of it at once would be a batch of videos on each device.
-    """
+    def rows_of(x):
+        shards = {s.index[0].indices(len(x))[0]: s.data for s in x.addressable_shards if s.replica_id == 0}
+        parts = [np.asarray(data) for _, data in sorted(shards.items())]
+        numbers = [start + np.arange(len(data)) for start, data in sorted(shards.items())]
+        if not parts:
+            return np.zeros(0, int), np.zeros((0, *x.shape[1:]), x.dtype)
+        return np.concatenate(numbers), parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def one(x):
-        if x.is_fully_addressable:
-            return np.asarray(x)
-        share = len(x) // batch_ways(mesh)
-        return np.concatenate([np.asarray(_rows(x, mesh, share, start)) for start in range(0, len(x), share)])
-
-    return jax.tree.map(one, batch)
+    found = {name: rows_of(x) for name, x in batch.items()}
+    return next(iter(found.values()))[0], {name: rows for name, (_, rows) in found.items()}
 
 
 def to_host(tree):

@@ -16,10 +16,10 @@ STOPPED_EARLY = "stopped by a signal before the first step; nothing to save"
 
 @contextlib.contextmanager
 def watched(folder: Path, options, flight, stop, end_process: Callable | None = None):
-    """Peers of this run in its stage folder; the end of one is the end of all, with a line that says which and why.
+    """Peers of this run in its folder; the end of one is the end of all, with a line that says which and why.
 
-    options: the config's `processes` group. flight: writes what was known at a fault. stop: the StopRequest of this
-    process, of which the others hear.
+    options: the config's `processes` group. flight: writes what was known at a fault, or None. stop: the StopRequest of
+    this process, of which the others hear.
     end_process(exit code): called by the thread that watches, whatever the main thread is stuck in, with 3 where a
     restart may mend it. Without it the line is told; and where a collective breaks off over a lost peer, it is raised
     as a RuntimeError. A library whose main thread hangs in a collective hangs on: with several processes give one.
@@ -28,20 +28,20 @@ def watched(folder: Path, options, flight, stop, end_process: Callable | None = 
 
     def on_fault(kind: str, line: str, facts: dict):
         try:
-            if kind != "peer-failed":
+            if flight and kind != "peer-failed":
                 flight.write(kind, message=line, **facts)
         finally:
             tell(line)
             if end_process:
                 linger()
-                end_process(0 if line == STOPPED_EARLY else 2 if kind == "peer-failed" else 3)
+                end_process(0 if line == stop.farewell else 2 if kind == "peer-failed" else 3)
             found.put(line)
 
     with Peers(
         folder, jax.process_index(), count, run_id(),
         peer_timeout=options.peer_timeout, stall_timeout=options.stall_timeout, on_fault=on_fault,
     ) as peers:  # fmt: skip
-        stop.first(lambda: peers.fail(STOPPED_EARLY))
+        stop.first(lambda: peers.fail(stop.farewell))
         try:
             yield peers
         except UserError:

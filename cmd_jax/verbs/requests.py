@@ -1,5 +1,7 @@
 """What the user asks to be drawn: classes or prompts, images, clips; as batches for the sampler."""
 
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,28 +10,31 @@ from PIL import Image, ImageOps
 
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.prompts import check_prompt, read_prompts
+from cmd_jax.data.requests import Request, class_request, label_request, prompt_request
 from cmd_jax.data.sources import open_source
 from cmd_jax.data.video import fit
-from cmd_jax.errors import UserError, nearest
+from cmd_jax.errors import UserError
 from cmd_jax.running.distributed import leader_first
+from cmd_jax.sample import Sampler, SamplingSettings
 
 
-class Request(NamedTuple):
-    """conditions: what the batch says of them, {"label" int32 [N]} or {"ids" int32 [N, L]}. captions: N texts."""
+class Videos(Sequence):
+    """Clips of a source, uint8 [T, H, W, 3] each, read when they are asked for."""
 
-    conditions: dict
-    captions: list[str]
+    def __init__(self, source, picks: Sequence[int], seed: int):
+        self.read, self.picks, self.seed = video_reader(source), picks, seed
 
-    def times(self, count: int) -> "Request":
-        """Each one `count` times in a row."""
-        conditions = {name: np.repeat(values, count, axis=0) for name, values in self.conditions.items()}
-        return Request(conditions, [caption for caption in self.captions for _ in range(count)])
+    def __len__(self) -> int:
+        return len(self.picks)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.read(self.picks[i], np.random.default_rng((self.seed, self.picks[i])))["video"]
 
 
 class Clips(NamedTuple):
-    """videos uint8 [N, T, H, W, 3], labels int [N], texts of each or None, and the names of the classes."""
+    """videos of uint8 [T, H, W, 3], labels int [N], texts of each or None, and the names of the classes."""
 
-    videos: np.ndarray
+    videos: Sequence[np.ndarray]
     labels: np.ndarray
     texts: list[str] | None
     class_names: tuple[str, ...]
@@ -43,13 +48,32 @@ class Clips(NamedTuple):
         return [names[min(label, len(names) - 1)] for label in self.labels]
 
 
-def of_labels(labels, class_names: tuple[str, ...]) -> Request:
-    names = (*class_names, "unlabelled")
-    return Request({"label": np.asarray(labels, np.int32)}, [names[min(i, len(names) - 1)] for i in labels])
+def settings_of(config) -> SamplingSettings:
+    """How a sample config says to sample."""
+    names = {field.name for field in fields(SamplingSettings)} & {*config.sampling}
+    return SamplingSettings(seed=config.seed, **{name: config.sampling[name] for name in names})
 
 
-def of_prompts(prompts: list[str], tokenizer) -> Request:
-    return Request({"ids": tokenizer(prompts)}, prompts)
+def make_request(sampler: Sampler, config, count: int, clips: Clips | None = None) -> Request:
+    """`count` samples of classes, or `count` of each prompt; for clips, `count` samples of what the user names, or else
+    of the clips' own classes or texts, in turn."""
+    options, where = config.sampling, config.data.root or config.data.source
+    sampler.check_wordless(prompt=options.prompt, prompts_file=options.prompts_file)
+    if sampler.tokenizer is None:
+        if clips is None or options.classes:
+            words = [word.strip() for word in options.classes.split(",") if word.strip()]
+            return class_request(words, sampler.class_names, count)
+        return label_request(labels_of(clips, sampler.class_names, where), sampler.class_names)
+    if options.classes:
+        problem = "the model was trained on texts"
+        raise UserError("sampling.classes", options.classes, problem, "give sampling.prompt instead")
+    prompts = given_prompts(options, config.seed)
+    if clips is None:
+        return prompt_request(prompts, sampler.tokenizer, each=count)
+    if not prompts and clips.texts is None:
+        problem = "missing, and the clips have no captions"
+        raise UserError("sampling.prompt", "", problem, "give it, or sampling.prompts_file")
+    return prompt_request(prompts or clips.texts, sampler.tokenizer, count)
 
 
 def given_prompts(options, seed: int) -> list[str]:
@@ -76,28 +100,6 @@ def labels_of(clips: Clips, class_names: tuple[str, ...], where: str) -> np.ndar
     return np.array([number.get(name, len(class_names)) for name in names], np.int32)
 
 
-def choose_labels(wanted: str, class_names: tuple[str, ...], count: int) -> np.ndarray:
-    """`count` labels from names or numbers separated by commas, or from all classes in turn -> int32 [count]."""
-    words = [w.strip() for w in wanted.split(",") if w.strip()]
-    if not class_names:
-        if words:
-            raise UserError("sampling.classes", wanted, "the model was trained without classes", "leave it empty")
-        return np.zeros(count, np.int32)
-    labels = []
-    for word in words:
-        if word in class_names:
-            labels.append(class_names.index(word))
-        elif word in (numbers := [str(i) for i in range(len(class_names))]):
-            labels.append(numbers.index(word))
-        else:
-            near = ", ".join(nearest(word, class_names, 3))
-            raise UserError("sampling.classes", word, "no such class", f"did you mean one of: {near}")
-    if len(labels) > count:
-        problem = f"{len(labels)} classes, but only {count} videos"
-        raise UserError("sampling.classes", wanted, problem, f"set sampling.num={len(labels)}")
-    return np.resize(np.array(labels or range(len(class_names)), np.int32), count)
-
-
 def read_image(path: str, height: int, width: int) -> np.ndarray:
     """An image file, centre-cropped and resized -> float32 [H, W, 3] in [-1, 1]."""
     try:
@@ -111,12 +113,10 @@ def read_image(path: str, height: int, width: int) -> np.ndarray:
     return fit(array[None], height, width)[0].astype(np.float32) / 127.5 - 1
 
 
-def read_clips(config, workdir: Path, count: int) -> Clips:
+def open_clips(config, workdir: Path, count: int) -> Clips:
     """`count` clips from all over the data, or all there are."""
     source = leader_first(lambda: open_source(config.data, cache=workdir / "probe.jsonl"))
-    read = video_reader(source)
     picks = [int(i) for i in np.linspace(0, len(source), min(count, len(source)), endpoint=False)]
-    clips = [read(i, np.random.default_rng((config.seed, i))) for i in picks]
     texts = [source.texts[i] for i in picks] if source.texts else None
-    videos, labels = np.stack([c["video"] for c in clips]), np.array([c["label"] for c in clips])
-    return Clips(videos, labels, texts, tuple(source.class_names))
+    labels = np.array([source.label(i) for i in picks])
+    return Clips(Videos(source, picks, config.seed), labels, texts, tuple(source.class_names))

@@ -20,6 +20,7 @@ def test_psnr_averages_within_a_clip_before_the_logarithm():
     a, b = rng.uniform(-1, 1, (2, 4, 8, 6, 7, 3))
     each = [10 * np.log10(4 / np.mean((x - y) ** 2)) for x, y in zip(a, b, strict=True)]
     assert np.allclose(psnr(a, b), each) and psnr(a, b).shape == (4,)
+    assert psnr(a[:0], b[:0]).shape == (0,)  # a process without rows in the last batch
 
 
 def test_uint8_does_not_wrap_and_shapes_must_agree():

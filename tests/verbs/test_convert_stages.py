@@ -8,14 +8,13 @@ import pytest
 import tiny
 from fixtures.formula import draw, state_dict
 
-from cmd_jax import defaults
-from cmd_jax.config import check
 from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.errors import UserError
 from cmd_jax.interop.cmd_release import UNUSED, load
+from cmd_jax.loading import denoiser_stage as stage_of
+from cmd_jax.loading import load_sampler
 from cmd_jax.pretrained import VAEMetadata, describe, stated_space
-from cmd_jax.sample import denoiser_stage as stage_of
-from cmd_jax.sample import load_sampler
+from cmd_jax.sample import SamplingSettings
 from cmd_jax.stages import AutoencoderStage
 from cmd_jax.trained import AutoencoderMetadata, Metadata, Trained, export, load_trained
 from cmd_jax.verbs.convert_stages import autoencoder_stage, denoiser_stage, release_weights
@@ -89,16 +88,12 @@ def test_stages_compute_the_recorded_numbers(released):
 
 
 def test_sampling_takes_them(folder):
-    config = defaults.stage("sample")
-    config.weights = str(folder)
-    config.data.update(frames=4, height=16, width=16)
-    config.sampling.update(batch_size=2, content_steps=2, motion_steps=2)
-    sampler = load_sampler(check(config), folder)
+    sampler = load_sampler(folder)
     assert sampler.class_names == tuple(NAMES)
-    index = np.arange(2)
-    out = sampler.generate({"label": np.array([0, 6]), "index": index, "variant": 0 * index})
-    assert out["video"].shape == (2, 4, 16, 16, 3) and np.isfinite(out["video"]).all()
-    assert not np.allclose(out["content"][0], out["content"][1])
+    settings = SamplingSettings(batch_size=2, content_steps=2, motion_steps=2)
+    (samples,) = sampler.generate(sampler.request([0, 6]), settings)
+    assert samples.video.shape == (2, 4, 16, 16, 3) and np.isfinite(samples.video).all()
+    assert not np.allclose(samples.content[0], samples.content[1])
 
 
 def test_what_is_converted_comes_back_bit_for_bit(folder):

@@ -1,0 +1,109 @@
+"""From trained stages on disk to a Sampler: which files they are, and that they belong together."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from cmd_jax import defaults
+from cmd_jax.config import STAGES
+from cmd_jax.errors import UserError
+from cmd_jax.models.conditions import Classes
+from cmd_jax.pretrained import check_same, identity, load_texts, open_space, stated_conditions, stated_space
+from cmd_jax.sample import Sampler
+from cmd_jax.sharding import make_mesh, replicated
+from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
+from cmd_jax.state import abstract
+from cmd_jax.trained import Metadata, Trained, belongs, load_trained
+
+
+def load_sampler(
+    folder: str | Path, pretrained: str = "", *, mesh=None, rules=defaults.RULES, stages=STAGES
+) -> Sampler:
+    """The sampler of the three stages in a folder: exported weights, autoencoder.safetensors and so on, or a workdir.
+
+    pretrained: the folder of the Stable Diffusion whose VAE and text encoder they were trained with. mesh: by default
+    all devices, which share a batch. stages: ("autoencoder",) to reconstruct only.
+    UserError where a stage is missing or damaged, and where they are not of one run.
+    """
+    config = defaults.stage("sample")
+    config.pretrained.path = str(pretrained)
+    folder = Path(folder)
+    suffix = ".safetensors" if (folder / "autoencoder.safetensors").exists() else ""
+    paths = {name: folder / f"{name}{suffix}" for name in stages}
+    return _load(paths, config.pretrained, make_mesh(config.mesh) if mesh is None else mesh, rules)
+
+
+def open_sampler(config, workdir: Path) -> Sampler:
+    """The sampler of a sample config: its weights, or the stages of the workdir."""
+    root, suffix = (Path(config.weights), ".safetensors") if config.weights else (workdir, "")
+    stages = ("autoencoder",) if config.sampling.mode == "reconstruct" else STAGES
+    paths = {name: root / f"{name}{suffix}" for name in stages}
+    sampler = _load(paths, config.pretrained, make_mesh(config.mesh), config.rules)
+    for side, size in zip(("frames", "height", "width"), sampler.autoencoder.clip_shape, strict=False):
+        if config.data[side] != size:
+            raise UserError(f"data.{side}", config.data[side], f"the weights are for {size}", "use that")
+    return sampler
+
+
+def _load(paths: dict[str, Path], pretrained, mesh, rules) -> Sampler:
+    """Read the stages, autoencoder first, straight into their shards."""
+    stages = {}
+
+    def shardings(config, metadata):
+        if config.stage == "autoencoder":
+            stage = AutoencoderStage(config, space=stated_space(metadata.vae))
+        else:
+            stage = denoiser_stage(config, metadata, stages["autoencoder"])
+        return abstract(stage.init, mesh, rules)
+
+    for name, path in paths.items():
+        stages[name] = load_trained(path, name, shardings)
+    return assemble(stages, pretrained, mesh, rules)
+
+
+def assemble(stages: dict[str, Trained], pretrained, mesh, rules) -> Sampler:
+    """The sampler of trained stages that lie on the mesh, and of the parts of a config's `pretrained` group."""
+    shardings, trained = partial(abstract, mesh=mesh, rules=rules), stages["autoencoder"]
+    space = open_space(pretrained, trained.metadata.vae, shardings)
+    autoencoder = FrozenAutoencoder(trained.config, trained.params, space)
+    params = {"autoencoder": autoencoder.params}
+    denoisers, statistics, conditions, class_names, tokenizer = {}, {}, None, (), None
+    for name in ("content", "motion"):
+        if name not in stages:
+            continue
+        metadata = stages[name].metadata
+        if not belongs(metadata, trained):
+            problem = "this stage was trained with another autoencoder"
+            raise UserError("weights", name, problem, "give the three stages of one run")
+        if conditioned_on(metadata) != conditioned_on(stages["content"].metadata):
+            problem = "its classes or text encoder differ from the content stage's"
+            raise UserError("weights", name, problem, "use stages of one run")
+        denoisers[name], params[name] = denoiser_stage(stages[name].config, metadata, trained), stages[name].params
+        statistics[name] = jax.device_put(denoisers[name].frozen["statistics"], replicated(mesh))
+    if denoisers:
+        class_names = stages["content"].metadata.class_names
+        conditions, tokenizer = _open_conditions(stages["content"].metadata, pretrained, shardings)
+        params["conditions"] = conditions.params
+    return Sampler(autoencoder, denoisers, statistics, params, conditions, class_names, tokenizer, mesh, rules)
+
+
+def _open_conditions(metadata: Metadata, pretrained, shardings) -> tuple:
+    """-> (Classes or Texts, the tokenizer of the latter)."""
+    if metadata.text_encoder is None:
+        return Classes(len(metadata.class_names)), None
+    for part in filter(None, (metadata.image_model, metadata.text_encoder)):
+        check_same(pretrained.path, part, "the content stage was trained with")
+    return load_texts(pretrained, shardings)
+
+
+def conditioned_on(metadata: Metadata) -> dict | tuple[str, ...]:
+    """What must be the same in two diffusion stages that sample together."""
+    return identity(metadata.text_encoder) if metadata.text_encoder else metadata.class_names
+
+
+def denoiser_stage(config, metadata: Metadata, autoencoder: Trained):
+    """The content or motion stage of a trained one's config and metadata, without parameters."""
+    frozen = FrozenAutoencoder(autoencoder.config, None, stated_space(autoencoder.metadata.vae))
+    conditions = stated_conditions(len(metadata.class_names), metadata.text_encoder)
+    return diffusion_stage(config, frozen, conditions, metadata.statistics, metadata.image_model)
