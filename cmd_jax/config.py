@@ -5,7 +5,9 @@ import json
 import math
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from ml_collections import ConfigDict
 
@@ -40,15 +42,17 @@ def coerce(field: str, text: str, like):
         raise UserError(field, text, f"not of type {type(like).__name__}", f"write it like {like!r}") from e
 
 
-def load(specification: str, overrides: dict[str, str]) -> ConfigDict:
-    """Run get_config of `FILE[:ARG]` and apply `key=value` overrides; unknown keys and wrong types are UserErrors.
+def load(specification: str, overrides: Mapping[str, object] = MappingProxyType({})) -> ConfigDict:
+    """The checked config of `FILE[:ARG]` with some values replaced: {"train.steps": 100}, or texts like "100".
+
+    UserError for unknown keys and for what a key cannot have.
 
     FILE: a Python file, or the bare name of one that comes with cmd_jax, like quickstart:sample.
     """
     file, _, argument = specification.partition(":")
     config = _run(find(file), argument)
     for key, text in overrides.items():
-        override(config, key, text)
+        override(config, key, str(text))
     return check(config.copy_and_resolve_references())
 
 

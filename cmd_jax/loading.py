@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from cmd_jax import defaults
-from cmd_jax.config import STAGES
+from cmd_jax.config import STAGES, shipped
 from cmd_jax.errors import UserError
 from cmd_jax.models.conditions import Classes
 from cmd_jax.pretrained import check_same, identity, load_texts, open_space, stated_conditions, stated_space
@@ -20,7 +20,8 @@ from cmd_jax.trained import Metadata, Trained, belongs, load_trained
 def load_sampler(
     folder: str | Path, pretrained: str = "", *, mesh=None, rules=defaults.RULES, stages=STAGES
 ) -> Sampler:
-    """The sampler of the three stages in a folder: exported weights, autoencoder.safetensors and so on, or a workdir.
+    """The sampler of the three stages in a folder: exported weights, autoencoder.safetensors and so on, or a workdir;
+    or of the shipped weights of that name ("quickstart").
 
     pretrained: the folder of the Stable Diffusion whose VAE and text encoder they were trained with. mesh: by default
     all devices, which share a batch. stages: ("autoencoder",) to reconstruct only.
@@ -28,7 +29,8 @@ def load_sampler(
     """
     config = defaults.stage("sample")
     config.pretrained.path = str(pretrained)
-    folder = Path(folder)
+    folder, named = Path(folder), shipped() / "weights" / folder
+    folder = named if named.is_dir() and not folder.exists() else folder
     suffix = ".safetensors" if (folder / "autoencoder.safetensors").exists() else ""
     paths = {name: folder / f"{name}{suffix}" for name in stages}
     return _load(paths, config.pretrained, make_mesh(config.mesh) if mesh is None else mesh, rules)

@@ -98,6 +98,7 @@ class Sampler:
         self.conditions, self.class_names, self.tokenizer = conditions, class_names, tokenizer
         self.mesh, self.rules, self._programs = mesh, rules, {}
         self._take = jax.jit(operator.getitem, out_shardings=batch_sharding(mesh))
+        self._encode, self._from_latents = jax.jit(autoencoder.encode), jax.jit(autoencoder.decode)
 
     # What is asked for.
 
@@ -258,6 +259,17 @@ class Sampler:
                     yield motions * first + start, min(size, many - start), out
 
         return fetched(launched())
+
+    def encode(self, videos) -> Latents:
+        """Clips uint8 [N, T, H, W, 3] -> content frames [N, h, w, C] and motion latents [N, T, h+w, K]; arrays of
+        the host, all at once."""
+        with partitioning(self.mesh, self.rules):
+            return jax.device_get(self._encode(self.params["autoencoder"], {"video": videos}))
+
+    def decode(self, latents: Latents) -> np.ndarray:
+        """Content frames and motion latents, of one clip or of several -> videos float [N, T, H, W, 3] in [-1, 1]."""
+        with partitioning(self.mesh, self.rules):
+            return jax.device_get(self._from_latents(self.params["autoencoder"], latents))
 
     def _arguments(self, settings) -> tuple:
         """-> (resolved settings, and the arguments of the programs that draw: key, guidance, ids of the null text)."""

@@ -1,13 +1,16 @@
 """Videos that a notebook shows where they stand."""
 
 import base64
+import csv
 import html
+import io
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from cmd_jax.files import write_text
 from cmd_jax.report.video import to_uint8, write_mp4
 
 
@@ -30,6 +33,18 @@ class Videos:
     def of(cls, batches: Iterable, captions: Sequence[str] = (), fps: float = 8) -> "Videos":
         """Of the batches that a Sampler gives, fetched one after the other."""
         return cls(np.concatenate([to_uint8(batch.video) for batch in batches]), captions, fps)
+
+    def save(self, folder) -> Path:
+        """Write them as mp4 files with metadata.csv, which names their captions: a folder that training reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [f"{i:04d}.mp4" for i in range(len(self))]
+        for name, video in zip(names, self.videos, strict=True):
+            write_mp4(folder / name, video, self.fps, scale=1)
+        table = io.StringIO()
+        csv.writer(table).writerows([("file_name", "text"), *zip(names, self.captions, strict=True)])
+        write_text(folder / "metadata.csv", table.getvalue())
+        return folder
 
     def __len__(self) -> int:
         return len(self.videos)
