@@ -9,7 +9,7 @@ from cmd_jax import defaults
 from cmd_jax.config import STAGES, shipped
 from cmd_jax.errors import UserError
 from cmd_jax.models.conditions import Classes
-from cmd_jax.pretrained import check_same, identity, load_texts, open_space, stated_conditions, stated_space
+from cmd_jax.pretrained import check_same, load_texts, open_space, stated_conditions, stated_space
 from cmd_jax.sample import Sampler
 from cmd_jax.sharding import make_mesh, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
@@ -101,7 +101,7 @@ def _open_conditions(metadata: Metadata, pretrained, shardings) -> tuple:
 
 def conditioned_on(metadata: Metadata) -> dict | tuple[str, ...]:
     """What must be the same in two diffusion stages that sample together."""
-    return identity(metadata.text_encoder) if metadata.text_encoder else metadata.class_names
+    return metadata.text_encoder.identity() if metadata.text_encoder else metadata.class_names
 
 
 def denoiser_stage(config, metadata: Metadata, autoencoder: Trained):
