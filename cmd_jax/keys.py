@@ -7,6 +7,9 @@ derived from, never both, since a draw takes the same blocks.
 
 import jax
 
+# Of what a seed gives: where a key comes from, who draws from it, and the order of the clips. Raise it with a change.
+VERSION = 1
+
 # Append only: the place of a name is its number, and decides what a seed gives.
 NAMES = (
     "parameters",  # their initial values; then by module

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from cmd_jax.keys import derive
-from cmd_jax.sharding import shardings_of
+from cmd_jax.sharding import replicated, shardings_of
 
 
 @flax.struct.dataclass
@@ -52,24 +52,31 @@ def make_optimizer(config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam) if config.clip_norm else adam
 
 
+def _boxed(stage, optimizer, key) -> TrainState:
+    """A fresh state of random parameters, with their logical axes."""
+    params = stage.init(key)
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+def abstract_state(stage, optimizer, mesh, rules) -> TrainState:
+    """What `init_state` would make, as ShapeDtypeStructs laid out on the mesh."""
+    return abstract(partial(_boxed, stage, optimizer), mesh, rules)
+
+
 def init_state(stage, optimizer, seed: int, mesh, rules, pretrained=None) -> TrainState:
     """A fresh state, born sharded: no device ever holds more than its part of a split parameter.
 
     pretrained: parameters to start from, laid out by the rules; None: random ones.
     """
 
-    def boxed(key):
-        params = stage.init(key)
-        return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
-
     def make(key, pretrained):
-        state = nn.unbox(boxed(key))
+        state = nn.unbox(_boxed(stage, optimizer, key))
         if pretrained is None:
             return state
         return state.replace(params=pretrained, ema=jax.tree.map(jnp.copy, pretrained))
 
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, optimizer, mesh, rules))
     key = derive(jax.random.key(seed), "parameters")
-    shardings = shardings_of(jax.eval_shape(boxed, key), mesh, rules)
     return jax.jit(make, out_shardings=shardings)(key, pretrained)
 
 
@@ -114,3 +121,23 @@ def train_step(state: TrainState, frozen, batch, step, key, *, loss_fn, optimize
     new = TrainState(state.step + 1, params, ema, opt_state)
     state = jax.tree.map(partial(jnp.where, applied), new, state)
     return state, {"loss": loss, "gradient_norm": norm, "applied": applied, **metrics}
+
+
+def make_step(stage, optimizer, options, mesh, state: TrainState):
+    """The jitted program of a training step: (state, frozen, batch, step, key, asked) -> (state, metrics).
+
+    As `train_step`, with the state donated. asked int32 [devices], split over the mesh: 1 where a process was asked to
+    stop; metrics["stop"] says to all whether any was. options: the config's `train` group. Of `state` only the
+    shardings are read: shapes will do, for this and for the program's `lower`.
+    """
+    update = partial(
+        train_step, loss_fn=stage.loss, optimizer=optimizer,
+        ema_decay=options.ema_decay, accumulate=options.accumulate,
+    )  # fmt: skip
+
+    def step(state, frozen, batch, index, key, asked):
+        state, metrics = update(state, frozen, batch, index, key)
+        return state, metrics | {"stop": jnp.max(asked)}
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cmd_jax.config import to_json
 from cmd_jax.data.pipeline import BatchPlan, batches
 from cmd_jax.errors import Stopped, UserError
-from cmd_jax.files import COUNT, check_like, read_json, versions, write_json, write_text
+from cmd_jax.files import read_json, versions, write_json, write_text
 from cmd_jax.keys import derive
 from cmd_jax.models.frames import to_uint8
 from cmd_jax.prepare import check_same_run, prepare
@@ -26,6 +26,7 @@ from cmd_jax.running.distributed import broadcast_from_leader, is_leader, leader
 from cmd_jax.running.flight import FlightRecord, explain
 from cmd_jax.running.hosts import digest, to_host
 from cmd_jax.running.lock import locked_run
+from cmd_jax.running.resume import check_continues, position
 from cmd_jax.running.runtime import StopRequest, peak_memory_gib
 from cmd_jax.running.watch import STOPPED_EARLY, watched
 from cmd_jax.sharding import (
@@ -39,16 +40,8 @@ from cmd_jax.sharding import (
     replicated_report,
     rows_of_all,
 )
-from cmd_jax.state import abstract, init_state, make_optimizer, train_step
-from cmd_jax.trained import Metadata, Trained, export
-
-# What a checkpoint says of its run, for `check_like`: see `position`.
-RUN = {
-    "step": COUNT, "examples": COUNT, "order": dict, "key": list,
-    "devices": COUNT, "processes": COUNT, "versions": dict,
-    "config": {"model": {"remat": str, ...: object}, "train": {"accumulate": COUNT, ...: object}, ...: object},
-    ...: object,
-}  # fmt: skip
+from cmd_jax.state import TrainState, abstract, abstract_state, init_state, make_optimizer, make_step
+from cmd_jax.trained import Trained, export
 
 
 def train(config, workdir: Path | str, end_process: Callable | None = None) -> dict:
@@ -63,9 +56,8 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
     ends the process: see StopRequest and `watched` for what is done instead.
     """
     begun = time.perf_counter()
-    workdir = Path(workdir).expanduser().absolute()
-    console, folder = make_console(quiet=not is_leader()), workdir / config.stage
-    mesh = make_mesh(config.mesh)
+    workdir, console = Path(workdir).expanduser().absolute(), make_console(quiet=not is_leader())
+    folder, mesh = workdir / config.stage, make_mesh(config.mesh)
     check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulate)
     flight = FlightRecord(folder, jax.process_index())
     # The stop request is outermost, so that a signal never cuts off the end of a save.
@@ -74,86 +66,55 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
         locked_run(folder) as resuming,
         watched(folder, config.processes, flight, stop, end_process) as peers,
         partitioning(mesh, config.rules),
+        contextlib.ExitStack() as opened,
     ):
         if resuming:
             leader_alone(lambda: check_same_run(folder, config))
         prepared = prepare(config, workdir, mesh, console, resuming)
-        stage, read, clips, metadata = prepared.stage, prepared.read, prepared.clips, prepared.metadata
-        plan = BatchPlan(clips, config.train.batch_size, config.seed)
-        optimizer = make_optimizer(config.optimizer)
-        boxed = jax.eval_shape(stage.init, jax.random.key(0))
-        for line in replicated_report(layout(boxed, mesh, config.rules), config.mesh.report_above):
+        plan = BatchPlan(prepared.clips, config.train.batch_size, config.seed)
+        program = Program(prepared.stage, make_optimizer(config.optimizer), config.train, mesh, config.seed)
+        for line in replicated_report(layout(program.params, mesh, config.rules), config.mesh.report_above):
             console.print(line)
-        with contextlib.closing(Checkpoints(folder, config.train.keep)) as checkpoints:
-            fresh = checkpoints.latest() is None
-            given = stage.pretrained(partial(abstract, mesh=mesh, rules=config.rules)) if fresh else None
-            state = init_state(stage, optimizer, config.seed, mesh, config.rules, given)
-            del given
-            if not fresh:
-                state, earlier = checkpoints.restore(state)
-                check_continues(earlier, position(config, int(state.step), metadata), console)
-                console.print(f"resuming {config.stage} at step {int(state.step)} of {config.train.steps}")
-            start = int(state.step)
-            if start >= config.train.steps and broadcast_from_leader(is_finished(folder, start)):
-                console.print(f"{config.stage} is trained already")
-                return read_json(folder / "summary.json")
-            if is_leader():
-                write_text(folder / "config.json", to_json(config) + "\n")
-            data = batches(
-                read, plan, mesh, start=start, stop=config.train.steps,
-                threads=config.data.threads, prefetch=config.data.prefetch,
-            )  # fmt: skip
-            with contextlib.closing(Metrics(folder, start, writes=is_leader())) as metrics:
-                report = StepLog(config, start, prepared.name_of, metrics, flight, console)
-                loop = Loop(
-                    config, stage, optimizer, mesh, boxed, plan, metadata, checkpoints, report, peers, stop, begun
-                )
-                state = loop.run(state, data)
-                with peers.busy():
-                    loop.save(state)
-                    checkpoints.wait()
-        if int(state.step) == config.train.steps:
+        where = partial(position, config, fingerprint=prepared.metadata.data.fingerprint)
+        checkpoints = opened.enter_context(contextlib.closing(Checkpoints(folder, config.train.keep)))
+        state = first_state(program, config, checkpoints, where, console)
+        start = int(state.step)
+        if start >= config.train.steps and broadcast_from_leader(is_finished(folder, start)):
+            console.print(f"{config.stage} is trained already")
+            return read_json(folder / "summary.json")
+        if is_leader():
+            write_text(folder / "config.json", to_json(config) + "\n")
+        metrics = opened.enter_context(contextlib.closing(Metrics(folder, start, writes=is_leader())))
+        log = StepLog(config.stage, config.train, start, prepared.name_of, metrics, flight, console)
+        data = batches(
+            prepared.read, plan, mesh, start=start, stop=config.train.steps,
+            threads=config.data.threads, prefetch=config.data.prefetch,
+        )  # fmt: skip
+        loop = Loop(program, plan, Saves(checkpoints, where, start), log, stop, peers)
+        state = loop.run(state, data)
+        if int(state.step) >= config.train.steps:
             with peers.busy():
-                metadata = replace(metadata, digest=checkpoints.digest("ema"))
-                return finish(config, folder, state, report, loop, metadata, console)
-    stopped = f"stopped by {loop.stopped_by()} after step {int(state.step)}; saved; run the same command to resume"
+                trained = replace(prepared.metadata, digest=checkpoints.digest("ema"))
+                return finish(config, folder, state, trained, mesh, loop.timings(begun), console)
+    who = f"signal {stop.signal}" if stop.signal else "a signal to another process"
+    stopped = f"stopped by {who} after step {int(state.step)}; saved; run the same command to resume"
     console.print(stopped)
     raise Stopped(stopped)
 
 
-def position(config, step: int, metadata: Metadata) -> dict:
-    """What a checkpoint says of the run beside its arrays: where it is in the data, the key, the config, versions."""
-    return {
-        "step": step,
-        "examples": step * config.train.batch_size,  # position in the global order of clips
-        "order": {"seed": config.seed, "batch_size": config.train.batch_size, "data": metadata.data.fingerprint},
-        "key": np.asarray(jax.random.key_data(jax.random.key(config.seed))).tolist(),
-        "config": config.to_dict(),
-        "versions": versions(),
-        "devices": jax.device_count(),
-        "processes": jax.process_count(),
-    }
+def first_state(program: "Program", config, checkpoints: Checkpoints, where, console) -> TrainState:
+    """That of the newest checkpoint, which must be of this run; else a fresh one, pretrained where the stage says so.
 
-
-def check_continues(earlier: dict, now: dict, console):
-    """The checkpoint must be of the same key and order of clips; what else may change bits is told."""
-    if problem := check_like(earlier, RUN):
-        raise UserError("checkpoint", now["step"], f"its run.json is damaged: {problem}", "bring back a copy of it")
-    for name in ("key", "order", "examples"):
-        if earlier[name] != now[name]:
-            raise UserError(
-                f"checkpoint.{name}", earlier[name], f"this run has {now[name]}",
-                "resume with the seed, batch size and data it was started with, or start anew in another --workdir",
-            )  # fmt: skip
-    earlier, now = (
-        {name: run[name] for name in ("devices", "processes", "versions")}
-        | {"model.remat": run["config"]["model"]["remat"], "train.accumulate": run["config"]["train"]["accumulate"]}
-        for run in (earlier, now)
-    )
-    for name, value in earlier.items():
-        if value != now[name]:
-            what = "microbatches draw other noise" if name == "train.accumulate" else "the last bits may differ"
-            console.print(f"saved with {name} {value}, resumed with {now[name]}: {what} from now on")
+    where(step): the position of this run.
+    """
+    stage, optimizer, mesh, rules = program.stage, program.optimizer, program.mesh, config.rules
+    if checkpoints.latest() is None:
+        given = stage.pretrained(partial(abstract, mesh=mesh, rules=rules))
+        return init_state(stage, optimizer, config.seed, mesh, rules, given)
+    state, earlier = checkpoints.restore(abstract_state(stage, optimizer, mesh, rules))
+    check_continues(earlier, where(int(state.step)), console)
+    console.print(f"resuming {config.stage} at step {int(state.step)} of {config.train.steps}")
+    return state
 
 
 def preview(params, frozen, batch, key, *, stage, mesh) -> dict:
@@ -165,33 +126,21 @@ def preview(params, frozen, batch, key, *, stage, mesh) -> dict:
     return rows_of_all(jax.tree.map(to_uint8, pictures), mesh, PREVIEW_CLIPS)
 
 
-class Loop:
-    """The steps from a state to train.steps, or to a request to stop.
+class Program:
+    """What the devices compute for the loop: steps, previews, and where a refused step was not finite.
 
-    compile_seconds, first_step_seconds (from the start of train to the end of the first step) and save_seconds (time
-    that saves kept the loop waiting) are known afterwards.
+    options: the config's `train` group. params: their shapes with logical axes. compile_seconds is known afterwards.
     """
 
-    def __init__(self, config, stage, optimizer, mesh, boxed, plan, metadata, checkpoints, report, peers, stop, begun):
-        self.config, self.stage, self.mesh, self.boxed = config, stage, mesh, boxed
-        self.plan, self.metadata = plan, metadata
-        self.checkpoints, self.report, self.peers, self.stop, self.begun = checkpoints, report, peers, stop, begun
-        self.compile_seconds, self.first_step_seconds, self.save_seconds, self.saved = 0.0, None, 0.0, None
-        self.key = jax.random.key(config.seed)
+    def __init__(self, stage, optimizer, options, mesh, seed: int):
+        self.stage, self.optimizer, self.options, self.mesh = stage, optimizer, options, mesh
+        self.key, self.params = jax.random.key(seed), jax.eval_shape(stage.init, jax.random.key(0))
+        self.compile_seconds = 0.0
         # Constants of every step, put where they are needed once; the autoencoder was read into its shards.
         whole = replicated(mesh)
         self.frozen = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, whole), stage.frozen)
-        step = partial(
-            train_step, loss_fn=stage.loss, optimizer=optimizer,
-            ema_decay=config.train.ema_decay, accumulate=config.train.accumulate,
-        )  # fmt: skip
-
-        def update(state, frozen, batch, index, key, asked):
-            state, metrics = step(state, frozen, batch, index, key)
-            return state, metrics | {"stop": jnp.max(asked)}
-
-        self._update = update
-        self._preview = jax.jit(partial(preview, stage=stage, mesh=mesh))
+        self._asked = {value: self._flag(value) for value in (False, True)}
+        self._step, self._preview = None, jax.jit(partial(preview, stage=stage, mesh=mesh))
 
     def _flag(self, value: bool):
         """This process's word on whether to stop; the step itself takes all of them together: int32 [devices]."""
@@ -200,28 +149,59 @@ class Loop:
             (self.mesh.size,), sharding, lambda i: np.full(self.mesh.size, value, np.int32)[i]
         )
 
-    def _compile(self, *arguments):
-        begun = time.perf_counter()
-        shardings = jax.tree.map(lambda x: x.sharding, arguments[0])
-        compiled = jax.jit(self._update, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
-        compiled = compiled.lower(*arguments).compile()
-        self.compile_seconds = time.perf_counter() - begun
-        return compiled
+    def step(self, state: TrainState, batch, number: int, asked: bool):
+        """state, donated -> (state, metrics), as `make_step` has them; the first time it compiles."""
+        arguments = (state, self.frozen, batch, jnp.int32(number), self.key, self._asked[asked])
+        if self._step is None:
+            jax.block_until_ready(batch)
+            begun = time.perf_counter()
+            step = make_step(self.stage, self.optimizer, self.options, self.mesh, state)
+            self._step = step.lower(*arguments).compile()
+            self.compile_seconds = time.perf_counter() - begun
+        return self._step(*arguments)
 
-    def run(self, state, data):
-        """state, donated -> the last one. The metrics of a step are looked at when the next one is under way."""
-        options, start, pending, update = self.config.train, int(state.step), None, None
-        quiet, asked, stopping = self._flag(False), self._flag(True), False
-        self.saved = start  # it was restored, or can be made again from the seed
+    def preview(self, state: TrainState, batch, done: int) -> dict:
+        """Pictures by the EMA parameters after `done` steps, on the host."""
+        return jax.tree.map(np.asarray, self._preview(state.ema, self.frozen, batch, derive(self.key, "preview", done)))
+
+    def explain(self, state: TrainState, batch) -> dict:
+        """What was not finite in a refused step, and where; the refusal itself must not get lost over it."""
+        try:
+            accumulate = self.options.accumulate
+            return explain(self.stage.loss, state, self.frozen, batch, self.key, self.params, accumulate)
+        except Exception as e:
+            return {"not_explained": f"{type(e).__name__}: {e}"}
+
+
+class Saves:
+    """Checkpoints of states with their positions; `step` has one. seconds: how long they kept the loop waiting."""
+
+    def __init__(self, checkpoints: Checkpoints, where: Callable[[int], dict], step: int):
+        self.checkpoints, self.where, self.step, self.seconds = checkpoints, where, step, 0.0
+
+    def save(self, state: TrainState):
+        begun, step = time.perf_counter(), int(state.step)
+        if step != self.step:
+            self.checkpoints.save(state, self.where(step))
+        self.step = step
+        self.seconds += time.perf_counter() - begun
+
+
+class Loop:
+    """The steps from a state to train.steps, or to a request to stop."""
+
+    def __init__(self, program: Program, plan: BatchPlan, saves: Saves, log: StepLog, stop, peers):
+        self.program, self.plan, self.saves, self.log = program, plan, saves, log
+        self.stop, self.peers, self.first_step = stop, peers, None
+
+    def run(self, state: TrainState, data: Iterator[dict]) -> TrainState:
+        """state, donated -> the last one, saved. A step's metrics are looked at when the next one is under way."""
+        options, pending, stopping = self.program.options, None, False
+        start = int(state.step)
         self.stop.running = True
-        with self.report.progress:
+        with self.log.progress:
             for step, batch in zip(range(start, options.steps), data, strict=False):
-                flag = asked if self.stop.signal else quiet
-                arguments = (self.frozen, batch, jnp.int32(step), self.key, flag)
-                if update is None:
-                    batch = jax.block_until_ready(batch)
-                    update = self._compile(state, *arguments)
-                state, values = update(state, *arguments)
+                state, values = self.program.step(state, batch, step, asked=self.stop.signal is not None)
                 jax.tree.map(lambda x: x.copy_to_host_async(), values)
                 if pending:
                     stopping = self._look(state, *pending)
@@ -230,57 +210,41 @@ class Loop:
                     stopping |= self._look(state, *pending)
                     pending = None
                 if done % options.checkpoint_every == 0 and not stopping:
-                    self.save(state)
+                    self.saves.save(state)
                 if options.preview_every and (done % options.preview_every == 0 or done == options.steps):
                     with self.peers.busy():
-                        key = derive(self.key, "preview", done)
-                        pictures = self._preview(state.ema, self.frozen, batch, key)
-                        self.report.metrics.preview(done, jax.tree.map(np.asarray, pictures))
+                        self.log.metrics.preview(done, self.program.preview(state, batch, done))
                 if stopping:
                     break
             if pending:
                 self._look(state, *pending)
+        with self.peers.busy():
+            self.saves.save(state)
+            self.saves.checkpoints.wait()
         return state
 
-    def _look(self, state, step: int, values: dict, batch) -> bool:
+    def _look(self, state: TrainState, step: int, values: dict, batch) -> bool:
         """Log a finished step, or raise for a refused one -> whether any process was asked to stop."""
-        values = jax.device_get(values) | {"ids": self._ids(step, batch)}
+        values = jax.device_get(values) | {"ids": self.plan.ids(step)}
         self.peers.progress(step)
-        if self.first_step_seconds is None:
-            self.first_step_seconds = time.perf_counter() - self.begun
+        self.first_step = self.first_step or time.perf_counter()
         try:
-            self.report(step, values)
+            self.log(step, values)
         except UserError:
             with self.peers.busy():
-                self.report.flight.write("nan", **self._explain(state, batch))
+                self.log.flight.write("nan", **self.program.explain(state, batch))
             raise
         return bool(values["stop"])
 
-    def _ids(self, step: int, batch) -> np.ndarray:
-        """The clips [B] of a step, once it is sure that the rows of this process are those of the plan."""
-        ids = self.plan.ids(step)
-        for shard in batch["id"].addressable_shards:
-            if not np.array_equal(shard.data, ids[shard.index]):
-                raise RuntimeError(f"step {step} was fed clips {shard.data}, not {ids[shard.index]}")
-        return ids
-
-    def _explain(self, state, batch) -> dict:
-        """What was not finite in a refused step, and where; the refusal itself must not get lost over it."""
-        try:
-            accumulate = self.config.train.accumulate
-            return explain(self.stage.loss, state, self.frozen, batch, self.key, self.boxed, accumulate)
-        except Exception as e:
-            return {"not_explained": f"{type(e).__name__}: {e}"}
-
-    def save(self, state):
-        begun, step = time.perf_counter(), int(state.step)
-        if step != self.saved:
-            self.checkpoints.save(state, position(self.config, step, self.metadata))
-        self.saved = step
-        self.save_seconds += time.perf_counter() - begun
-
-    def stopped_by(self) -> str:
-        return f"signal {self.stop.signal}" if self.stop.signal else "a signal to another process"
+    def timings(self, begun: float) -> dict:
+        """What it took; first_step_seconds: from `begun`, the start of train, to the end of the first step."""
+        return {
+            "wall_seconds": round(self.log.wall_seconds(), 1),
+            "steps_per_second": self.log.steps_per_second(),
+            "compile_seconds": round(self.program.compile_seconds, 1),
+            "first_step_seconds": round(self.first_step - begun, 1) if self.first_step else 0.0,
+            "save_seconds": round(self.saves.seconds, 2),  # that the loop waited for
+        }
 
 
 def is_finished(folder: Path, step: int) -> bool:
@@ -289,7 +253,7 @@ def is_finished(folder: Path, step: int) -> bool:
     return path.exists() and read_json(path)["step"] == step and (folder / "ema.safetensors").exists()
 
 
-def finish(config, folder: Path, state, report: StepLog, loop: Loop, metadata, console) -> dict:
+def finish(config, folder: Path, state: TrainState, metadata, mesh, timings: dict, console) -> dict:
     """Write summary.json, and the EMA weights under the digest that the last checkpoint has."""
     digests = {name: digest(getattr(state, name)) for name in ("params", "ema", "opt_state")}
     ema = to_host(state.ema)
@@ -298,16 +262,12 @@ def finish(config, folder: Path, state, report: StepLog, loop: Loop, metadata, c
         "step": int(state.step),
         "examples": int(state.step) * config.train.batch_size,
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-        "wall_seconds": round(report.wall_seconds(), 1),
-        "steps_per_second": report.steps_per_second(),
-        "compile_seconds": round(loop.compile_seconds, 1),
-        "first_step_seconds": round(loop.first_step_seconds or 0.0, 1),
-        "save_seconds": round(loop.save_seconds, 2),
+        **timings,
         "peak_memory_gib": peak_memory_gib(),
         "digests": digests,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
-        "mesh": dict(loop.mesh.shape),
+        "mesh": dict(mesh.shape),
         "platform": jax.default_backend(),
         "seed": config.seed,
         "versions": versions(),

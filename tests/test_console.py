@@ -30,7 +30,7 @@ def test_cells_are_printed_as_they_are(capsys):
 
 def test_progress_shows_what_it_is_given(tmp_path):
     metrics, console = Metrics(tmp_path, 0, writes=False), make_console(quiet=True)
-    report = StepLog(tiny.config_of("content"), 0, str, metrics, FlightRecord(tmp_path), console)
+    report = StepLog("content", tiny.config_of("content").train, 0, str, metrics, FlightRecord(tmp_path), console)
     report.progress.update(report.task, description=TRICKY, shown=TRICKY)
     (task,) = report.progress.tasks
     shown = [str(column.render(task)) for column in report.progress.columns]

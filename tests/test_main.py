@@ -16,10 +16,11 @@ from cmd_jax import main as command
 from cmd_jax.config import PATHS, load
 from cmd_jax.errors import UserError
 from cmd_jax.files import write_json
-from cmd_jax.main import EXAMPLES, main
+from cmd_jax.main import TOGETHER, main
 from cmd_jax.running import runtime
 from cmd_jax.stages import AutoencoderStage
 from cmd_jax.trained import Metadata, Trained, export
+from cmd_jax.verbs import flags as flags_of
 from cmd_jax.verbs.resume_trainings import ask
 
 ROOT = Path(__file__).parents[1]
@@ -212,23 +213,23 @@ def test_debug_shows_where_and_still_ends_with_2(capsys):
     assert error.startswith("Traceback") and error.splitlines()[-1].startswith("config=absent.py: no such file; ")
 
 
-@pytest.mark.parametrize("verb", EXAMPLES)
+@pytest.mark.parametrize("verb", [verb for verb in flags_of.VERBS if verb != "convert"])
 def test_help_shows_an_example_that_is_a_command(verb, capsys):
     with pytest.raises(SystemExit) as end:
         main([verb, "--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
     example = next(line for line in shown.splitlines() if line.startswith(f"example: cmd-jax {verb} "))
-    flags, overrides = command.parse(example.split()[2:])
+    flags, overrides = flags_of.parse(example.split()[2:])
     assert flags.verb == verb and "--config.KEY=VALUE" in shown
-    assert bool(overrides) == (verb == "verify-resume") and ("--distributed" in shown) == (verb in command.DISTRIBUTED)
+    assert bool(overrides) == (verb == "verify-resume") and ("--distributed" in shown) == (verb in TOGETHER)
     specification = flags.config
     assert (load(specification, {}).stage == "sample") == (verb in ("sample", "evaluate"))
 
 
 def test_the_verb_gets_the_config_and_an_absolute_workdir(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr("cmd_jax.train.train", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("cmd_jax.verbs.train.train", lambda *arguments: calls.append(arguments))
     monkeypatch.chdir(tmp_path)
     assert main(["train", f"--config={QUICKSTART}:motion", "--workdir=here", "--config.seed=3"]) == 0
     [(config, workdir, end_process)] = calls

@@ -11,7 +11,7 @@ import pytest
 from cmd_jax import defaults
 from cmd_jax.keys import derive
 from cmd_jax.sharding import make_mesh
-from cmd_jax.state import _split, init_state, make_optimizer, train_step
+from cmd_jax.state import _split, abstract_state, init_state, make_optimizer, make_step, train_step
 
 KEY = jax.random.key(5)
 RNG = np.random.default_rng(0)
@@ -212,3 +212,24 @@ def test_adam_as_configured():
         m, v = 0.5 * m + 0.5 * g, 0.75 * v + 0.25 * g * g
         expected = -0.1 * (m / (1 - 0.5**n)) / (np.sqrt(v / (1 - 0.75**n)) + 0.01)
         np.testing.assert_allclose(updates[0], expected, rtol=1e-5)
+
+
+def test_the_program_of_a_step_is_that_of_shapes():
+    """What is planned without an array is what the loop compiles."""
+    config = defaults.stage("content")
+    mesh, stage = make_mesh(config.mesh), LinearStage()
+    given, shapes = fresh(), abstract_state(stage, ADAM, mesh, config.rules)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), given) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), shapes
+    )
+    asked = jnp.ones(mesh.size, jnp.int32)
+    lowered = [
+        make_step(stage, ADAM, config.train, mesh, state).lower(state, {}, batch(), jnp.int32(0), KEY, asked)
+        for state in (given, shapes)
+    ]
+    assert lowered[0].as_text() == lowered[1].as_text()
+    update = make_step(stage, ADAM, config.train, mesh, shapes)
+    for flag in (0, 1):
+        state, metrics = update(fresh(), {}, batch(), jnp.int32(0), KEY, flag * asked)
+        assert metrics["stop"] == flag and state.step == 1
+    assert given.params["w"].sharding == state.params["w"].sharding

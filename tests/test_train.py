@@ -12,12 +12,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
+from cmd_jax import keys
 from cmd_jax import prepare as preparing
 from cmd_jax import train as training
 from cmd_jax.config import from_dict, to_json
@@ -27,6 +29,7 @@ from cmd_jax.errors import Stopped, UserError
 from cmd_jax.files import read_json, write_json
 from cmd_jax.main import main
 from cmd_jax.report.console import make_console
+from cmd_jax.running import resume
 from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.running.lock import locked_run
 from cmd_jax.running.runtime import StopRequest
@@ -159,6 +162,7 @@ def test_stopped_in_an_event_loop_and_resumed_in_a_thread_bit_for_bit(run, tmp_p
         file.write('{"step": 6, "loss": 9.0, "wall_seconds": 1e6}\n{"step": 7, "lo')
 
     monkeypatch.undo()
+    monkeypatch.setattr(training, "init_state", None)  # of which a resumed run would have no use
     with ThreadPoolExecutor(1) as pool:
         summary = pool.submit(training.train, tiny.config_of("autoencoder"), tmp_path).result()
     assert summary == read_json(folder / "summary.json")
@@ -386,6 +390,26 @@ def test_dataset_that_changed_is_refused(run, monkeypatch):
     monkeypatch.setattr(shapes, "VERSION", shapes.VERSION + 1)
     with pytest.raises(UserError, match="data=shapes: the dataset changed since this run was started"):
         training.train(tiny.config_of("autoencoder"), run)
+
+
+def test_other_random_keys_are_refused(run, monkeypatch):
+    """The checkpoint is of a run whose draws this cmd_jax would go on with in another way."""
+    before = read_json(run / "autoencoder" / "summary.json")
+    monkeypatch.setattr(keys, "VERSION", keys.VERSION + 1)
+    with pytest.raises(UserError) as error:
+        training.train(tiny.config_of("autoencoder"), run)
+    assert (error.value.field, error.value.value) == ("checkpoint.keys", keys.VERSION - 1)
+    assert read_json(run / "autoencoder" / "summary.json") == before
+
+
+def test_a_checkpoint_that_is_silent_about_its_keys_is_told_of():
+    told, now = [], resume.position(tiny.config_of("content"), 3, "data")
+    console = SimpleNamespace(print=told.append)
+    resume.check_continues(now, now, console)
+    assert not told
+    resume.check_continues({name: value for name, value in now.items() if name != "keys"}, now, console)
+    (line,) = told
+    assert "random keys" in line
 
 
 def test_another_autoencoder_is_refused(run, tmp_path):

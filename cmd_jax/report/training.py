@@ -112,12 +112,15 @@ class Metrics:
 
 
 class StepLog:
-    """Takes the metrics of each step, one step late: stops on a refused update, logs when it is time."""
+    """Takes the metrics of each step, one step late: stops on a refused update, logs when it is time.
+
+    stage: its name. options: the config's `train` group.
+    """
 
     QUIET = ("gradient_norm", "motion_saturated", "wall_seconds")  # not shown on the console
 
-    def __init__(self, config, start: int, name_of, metrics: Metrics, flight, console):
-        self.stage, self.options, self.name_of = config.stage, config.train, name_of
+    def __init__(self, stage: str, options, start: int, name_of, metrics: Metrics, flight, console):
+        self.stage, self.options, self.name_of = stage, options, name_of
         self.metrics, self.flight, self.console = metrics, flight, console
         self.begun = time.perf_counter()
         self.first = self.last = None  # (step, time) of the first and last line of this run
