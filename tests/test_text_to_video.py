@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from cmd_jax import prepare as preparing
-from cmd_jax.data.latents import MADE_OF
+from cmd_jax.data.latents import PROVENANCE
 from cmd_jax.data.shapes import CLASS_NAMES, ShapesSource
 from cmd_jax.defaults import CLIP_BY_SPACE
 from cmd_jax.diffusion.guidance import guide
@@ -164,7 +164,7 @@ def test_latents_and_texts_are_made_once():
     files = {}
     for path in trained().glob("latents-*.npz"):
         with np.load(path) as latents:
-            files |= {name: latents[name] for name in latents.files if name != MADE_OF}
+            files |= {name: latents[name] for name in latents.files if name != PROVENANCE}
     assert len(list(trained().glob("latents-*.npz"))) == 2  # the autoencoder's, and one for both denoisers
     assert {k: v.shape for k, v in files.items()} == {
         "frames": (48, 4, 8, 16, 4), "content": (48, 8, 16, 4), "motion": (48, 4, 12, 4), "label": (48,),
