@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cmd_jax.defaults import MODES
 from cmd_jax.errors import choose
 from cmd_jax.loading import open_sampler
 from cmd_jax.report.console import make_console
@@ -13,8 +14,6 @@ from cmd_jax.report.samples import OutputFolder, SampleWriter, write_summary, wr
 from cmd_jax.running.distributed import is_leader
 from cmd_jax.sample import Sampler, Samples
 from cmd_jax.verbs.requests import make_request, open_clips, read_image, settings_of
-
-MODES = ("generate", "reconstruct", "vary-motion", "animate")
 
 
 def sample(config, workdir: Path, end_process=None) -> Path:
