@@ -36,6 +36,10 @@ VISION = TOWER | {
     "intermediate_size": 3072,
     "num_attention_heads": 12,
 }
+# Fields of a tower -> those of our modules.
+FIELDS = {"hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "heads",
+          "intermediate_size": "mlp_width", "hidden_act": "activation", "layer_norm_eps": "epsilon"}  # fmt: skip
+TEXT_FIELDS = FIELDS | {"vocab_size": "vocabulary", "max_position_embeddings": "length"}
 # Fields that don't change what a trained tower computes: how it was made, or what a text generator would do with it.
 INERT = {
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dropout",
@@ -155,16 +159,9 @@ def text_encoder_config(module: CLIPText) -> dict:
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
-        "vocab_size": module.vocabulary,
-        "hidden_size": module.width,
-        "intermediate_size": module.mlp_width,
         "projection_dim": module.width,
-        "num_hidden_layers": module.depth,
-        "num_attention_heads": module.heads,
-        "max_position_embeddings": module.length,
-        "hidden_act": module.activation,
-        "layer_norm_eps": module.epsilon,
         "eos_token_id": LEGACY_END if module.end_token is None else module.end_token,
+        **{field: getattr(module, ours) for field, ours in TEXT_FIELDS.items()},
     }
 
 
@@ -219,14 +216,9 @@ def _tower(where: str, config: dict, defaults: dict) -> tuple[dict, dict]:
     epsilon = config["layer_norm_eps"]
     if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
         raise UserError(f"{where}layer_norm_eps", epsilon, "not a small positive number", "1e-05 is CLIP's")
-    return sizes, dict(
-        width=sizes["hidden_size"],
-        depth=sizes["num_hidden_layers"],
-        heads=sizes["num_attention_heads"],
-        mlp_width=sizes["intermediate_size"],
-        activation=choose(f"{where}hidden_act", config["hidden_act"], ACTIVATIONS),
-        epsilon=float(epsilon),
-    )
+    activation = choose(f"{where}hidden_act", config["hidden_act"], ACTIVATIONS)
+    values = sizes | {"hidden_act": activation, "layer_norm_eps": float(epsilon)}
+    return sizes, {ours: values[field] for field, ours in FIELDS.items()}
 
 
 def _text(where: str, config: dict, dtype) -> CLIPText:

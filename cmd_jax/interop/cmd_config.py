@@ -12,8 +12,11 @@ from cmd_jax.models.dit import NORM_EPSILON, SIZES
 
 MOTION_ORDERS = ("as_stored", "rows_first")
 IGNORED_KEYS = ("model", "std", "seed", "frames", "image_size")  # no weight depends on them
-AUTOENCODER_KEYS = ("hidden_dim", "patch_size", "channels", "motion_channels", "depth", "heads", "head_dim", "mode")
-DIT_KEYS = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "heads")
+# Fields of our modules -> keys.
+AUTOENCODER = {"channels": "channels", "patch": "patch_size", "width": "hidden_dim", "depth": "depth", "heads": "heads",
+               "head_dim": "head_dim", "motion_channels": "motion_channels", "mode": "mode"}  # fmt: skip
+DENOISER = {"patch": "patch_size", "width": "hidden_size", "depth": "depth", "heads": "heads"}
+DIT_KEYS = ("input_size", "in_channels", *DENOISER.values())
 CONTENT_KEYS = ("content_size", "content_channels", "content_patch_size")
 OPTIONAL_KEYS = {"learn_sigma": True, "num_classes": None, "frequency_shift": 0, "mlp_epsilon": NORM_EPSILON}
 DIT_SIZES = {key: ("x_embedder.proj.weight", i) for i, key in enumerate(("hidden_size", "in_channels", "patch_size"))}

@@ -12,8 +12,9 @@ import numpy as np
 
 from cmd_jax.errors import UserError, choose
 from cmd_jax.interop.cmd_config import (
-    AUTOENCODER_KEYS,
+    AUTOENCODER,
     CONTENT_KEYS,
+    DENOISER,
     DIT_KEYS,
     MOTION_ORDERS,
     OPTIONAL_KEYS,
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 TABLES = {"pos_embed": "positions", "keyframe_pos_embed": "content_positions"}  # torch name -> ours
 ALSO_CALLED = {"content_pos_embed": "keyframe_pos_embed"}
+GRID = ("input_size", "patch_size")
 LARGEST_TABLE = 2**28  # numbers
 # Rotary tables that the release's autoencoder holds and never uses, whatever the width of its heads.
 UNUSED = {
@@ -163,7 +165,7 @@ def _layer(name: str, paths, pattern: str, *dims: tuple[str, int], **more) -> li
 
 
 def _autoencoder(config: dict):
-    check_keys(config, AUTOENCODER_KEYS)
+    check_keys(config, tuple(AUTOENCODER.values()))
     width, channels, patch, motion = (
         (key, config[key]) for key in ("hidden_dim", "channels", "patch_size", "motion_channels")
     )
@@ -198,17 +200,7 @@ def _autoencoder(config: dict):
         *_layer("post_xt", "embed_columns", POINTWISE, width, motion, one, one),
         *blocks("decoder"),
     ]
-    module = Autoencoder(
-        channels=channels[1],
-        patch=patch[1],
-        width=width[1],
-        depth=depth,
-        heads=config["heads"],
-        head_dim=config["head_dim"],
-        motion_channels=motion[1],
-        mode=config["mode"],
-        position="none",
-    )
+    module = Autoencoder(**{ours: config[theirs] for ours, theirs in AUTOENCODER.items()}, position="none")
     return module, tensors, []
 
 
@@ -242,7 +234,7 @@ def _table(name: str, config: dict, size: str, grid: tuple[int, int], make, halv
 
 def _content_dit(config: dict):
     check_keys(config, DIT_KEYS, tuple(OPTIONAL_KEYS))
-    grid = grid_of(config, "input_size", "patch_size")
+    grid = grid_of(config, *GRID)
     table = _table("pos_embed", config, "input_size", grid, partial(sincos_table, *grid, config["hidden_size"]))
     module, tensors = _dit(config)
     return module, [table.tensor, *tensors], [table]
@@ -251,7 +243,7 @@ def _content_dit(config: dict):
 def _motion_dit(config: dict):
     check_keys(config, (*DIT_KEYS, *CONTENT_KEYS), (*OPTIONAL_KEYS, "motion_order"))
     order = choose("config.motion_order", config.get("motion_order", "as_stored"), MOTION_ORDERS)
-    grid, content_grid = (grid_of(config, *keys) for keys in (DIT_KEYS[:2], CONTENT_KEYS[::2]))
+    grid, content_grid = (grid_of(config, *keys) for keys in (GRID, CONTENT_KEYS[::2]))
     halves = _halves(grid, content_grid, config) if order == "rows_first" else None
     tables = [
         _table(name, config, size, cells, partial(_square_table, config, name, size, cells), turned)
@@ -333,11 +325,8 @@ def _dit(config: dict, content_patch: int = 0):
             Tensor("label/embedding", "y_embedder.embedding_table.weight", shape, "n d -> n d", fields=fields)
         )
     module = DiT(
+        **{ours: config[theirs] for ours, theirs in DENOISER.items()},
         out_channels=out_channels,
-        patch=patch[1],
-        width=width[1],
-        depth=config["depth"],
-        heads=config["heads"],
         classes=classes,
         content_patch=content_patch,
         position="table",

@@ -12,7 +12,7 @@ from cmd_jax import __version__, defaults
 from cmd_jax.config import check_trained
 from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.errors import UserError, divisible
-from cmd_jax.interop.cmd_config import complete
+from cmd_jax.interop.cmd_config import AUTOENCODER, DENOISER, complete
 from cmd_jax.interop.cmd_release import load, model, state_dict
 from cmd_jax.models.dit import DiT, sincos_table
 from cmd_jax.pretrained import VAEMetadata, stated_space
@@ -21,17 +21,6 @@ from cmd_jax.stages import FrozenAutoencoder
 from cmd_jax.trained import AutoencoderMetadata, ConvertedMetadata, Metadata, Trained, belongs
 
 RELEASED = {"autoencoder": "autoencoder", "content": "content_dit", "motion": "motion_dit"}  # stage -> kind of `load`
-MODEL = {  # our config's model -> theirs
-    "channels": "channels",
-    "patch": "patch_size",
-    "width": "hidden_dim",
-    "depth": "depth",
-    "heads": "heads",
-    "head_dim": "head_dim",
-    "motion_channels": "motion_channels",
-    "mode": "mode",
-}
-DENOISER = {"patch": "patch_size", "width": "hidden_size", "depth": "depth", "heads": "heads"}
 
 
 def autoencoder_stage(config: dict, weights: dict[str, np.ndarray], vae: VAEMetadata | None = None) -> Trained:
@@ -52,7 +41,7 @@ def autoencoder_stage(config: dict, weights: dict[str, np.ndarray], vae: VAEMeta
     if config["channels"] != space.channels:
         problem = f"{config['mode']} frames have {space.channels}"
         raise UserError("config.channels", config["channels"], problem, "give weights and VAE of one model")
-    ours.model.update({**{key: config[theirs] for key, theirs in MODEL.items()}, "position": "none"})
+    ours.model.update({**{key: config[theirs] for key, theirs in AUTOENCODER.items()}, "position": "none"})
     ours.data.update(frames=frames, height=sides[0] * space.factor, width=sides[1] * space.factor)
     if vae is not None:
         ours.loss.update(l1=0.0, l2=1.0, lpips=0.0)
@@ -189,7 +178,7 @@ def _config(trained: Trained, autoencoder: Trained | None) -> dict:
     """What `load` would need to know of a stage trained here."""
     config, name = trained.config, trained.config.stage
     if name == "autoencoder":
-        return {theirs: config.model[key] for key, theirs in MODEL.items()}
+        return {theirs: config.model[key] for key, theirs in AUTOENCODER.items()}
     if autoencoder is None:
         raise UserError("autoencoder", None, f"the {name} stage does not tell its grid", "give its autoencoder too")
     if not belongs(trained.metadata, autoencoder):
