@@ -1,15 +1,23 @@
 """README and docs/: links lead somewhere, functions exist, commands are those that cmd-jax takes."""
 
 import ast
+import contextlib
+import operator
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tiny
+from data.clip_files import quarters, write_clip
+from PIL import Image
 
-from cmd_jax.config import load
-from cmd_jax.main import check_stage, parse
+from cmd_jax.config import STAGES, keys, load
+from cmd_jax.data.shapes import CLASS_NAMES
+from cmd_jax.main import check_stage, parse, run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {page.stem: page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -155,3 +163,128 @@ def test_a_command_is_one_that_cmd_jax_takes(arguments):
         config = load(flags.config, overrides)
         if flags.verb in ("train", "sample", "evaluate"):
             check_stage(flags.verb, config.stage)
+
+
+# Running what the pages say at tiny settings, in the order in which they say it.
+
+NOT_RUN = {  # how a command begins -> why it is not run here
+    "git clone": "what it fetches is this repository",
+    "cd cmd_jax": "goes with it",
+    ". .venv/bin/activate": "the environment of the tests is active",
+    "export TPU_NAME": "goes with the pod's commands",
+    "./launch/tpu_pod.sh": "needs a TPU pod; tests/test_launch_scripts.py has a stand-in",
+    "sbatch launch/slurm.sbatch": "needs a SLURM cluster; tests/test_launch_scripts.py has a stand-in",
+    "kubectl apply": "needs a Kubernetes cluster; tests/test_launch_scripts.py reads the file",
+    "./launch/quickstart.sh": "trains for minutes; its stages and scores are run here on their own",
+    "./launch/test.sh": "runs this very test",
+    "python launch/local.py": "starts processes; tests/test_launch.py",
+    "python launch/make_pipeline.py": "trains a VAE for minutes, or writes 3 GB; tests/test_make_pipeline.py",
+    "python launch/random_stages.py": "writes 3 GB",
+    "cmd-jax sample --config=webvid:sample --workdir=runs/full-size": "takes what that writes",
+    "XLA_FLAGS=": "starts JAX anew, with more devices; tests/verbs/test_doctor.py",
+    "cmd-jax verify-resume": "kills trainings for minutes; tests/verbs/test_verify_resume.py",
+    "cmd-jax convert": "needs published weights; tests/verbs/test_convert.py takes small ones of every kind",
+}
+# What the settings of tests/tiny.py replace, so that commands run the programs that other tests have compiled.
+TINY = (
+    "data.frames", "data.height", "data.width", "data.clips", "train", "optimizer", "model", "loss", "diffusion",
+    "latents.normalize", "latents.cache_clips", "sampling.batch_size", "sampling.content_steps",
+    "sampling.motion_steps", "sampling.motions", "evaluation", "pretrained.path",
+)  # fmt: skip
+GIVEN = {"folder": {"data.root": "DIR"}, "webvid": {"data.root": "WEBVID", "pretrained.path": "SD"}}
+
+
+class Sandbox:
+    """A folder to work in. A stage is trained once for classes, once for texts; other commands get that one."""
+
+    def __init__(self):
+        self.trained, self.done = {}, set()
+        for name in CLASS_NAMES:  # those of the generated shapes, so that one model serves both
+            write_clip(Path("DIR", name, "0.avi"), quarters())
+        lines = ["videoid,contentUrl,duration,page_dir,name"]
+        for number, name in enumerate(("walking", "waving")):
+            write_clip(Path("WEBVID", "page", f"{number}.mp4"))
+            lines.append(f"{number},url,1,page,someone is {name}")
+        Path("WEBVID", "results_train.csv").write_text("\n".join(lines) + "\n")
+        Image.new("RGB", (40, 30), "teal").save("frame.png")
+
+    def run(self, command: Command):
+        if command.words in self.done:
+            return
+        self.done.add(command.words)
+        if command.words[0] == "python":
+            script, *flags = command.words[1:]
+            less = {"--distinct": "2", "--frames": "4", "--size": "32"}
+            flags = [less.get(before, flag) for before, flag in zip(("", *flags), flags, strict=False)]
+            subprocess.run([sys.executable, ROOT / script, *flags, "--step", "40"], check=True, timeout=120)
+            return
+        flags, overrides = parse(list(command.cmd_jax))
+        if flags.verb == "train":
+            self.train(flags.config, overrides, Path(flags.workdir))
+        elif flags.verb == "doctor":  # at full size: it allocates nothing
+            assert run(flags, overrides) == 0
+        else:
+            self.sample(flags, overrides)
+
+    def train(self, specification: str, overrides: dict, workdir: Path):
+        file, _, argument = specification.partition(":")
+        stage = argument.split(",")[0]
+        kind = kind_of(file)
+        if (kind, stage) not in self.trained:
+            flags, _ = parse(["train", f"--config={specification}", f"--workdir={workdir}"])
+            assert run(flags, overrides | shrunk(load(specification, overrides), file)) == 0
+            self.trained[kind, stage] = (workdir / stage).absolute()
+        elif not (workdir / stage).exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / stage).symlink_to(self.trained[kind, stage])
+        assert (workdir / stage / "ema.safetensors").is_file()
+
+    def sample(self, flags, overrides: dict):
+        config, workdir, file = load(flags.config, overrides), Path(flags.workdir), flags.config.partition(":")[0]
+        overrides = overrides | shrunk(config, file) | {"sampling.num": str(min(config.sampling.num, 8))}
+        if Path(config.weights).exists() and config.weights:
+            overrides = {key: value for key, value in overrides.items() if not key.startswith("data.")}
+        else:
+            overrides["weights"] = ""
+            for stage in STAGES:
+                self.train(f"{file}:{stage}", GIVEN.get(file, {}), workdir)
+        before = set(workdir.glob("samples*/index.html"))
+        assert run(flags, overrides) == 0
+        assert len(set(workdir.glob("samples*/index.html")) - before) == 1
+
+
+def kind_of(file: str) -> str:
+    """The kind of tests/tiny.py that a config file's models are."""
+    return "text" if file == "webvid" else "flow"
+
+
+def shrunk(config, file: str) -> dict[str, str]:
+    """Overrides that bring a config to the size of tests/tiny.py."""
+    small = tiny.config_of(f"{config.stage},kind={kind_of(file)}")
+    values = {key: operator.attrgetter(key)(small) for key in keys(small)}
+    if file == "webvid" and config.stage != "sample":
+        values["latents.cache_clips"] = small.data.clips  # as in tests/test_text_to_video.py
+    wanted = [key for key in keys(config) & values.keys() if key.startswith(TINY) and key != "optimizer.steps"]
+    return {key: str(values[key]) for key in wanted}
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory):
+    with contextlib.chdir(tmp_path_factory.mktemp("docs")):
+        yield Sandbox()
+
+
+def not_run(command: Command) -> list[str]:
+    words = " ".join([*(f"{name}={value}" for name, value in command.environment.items()), *command.words])
+    return [start for start in NOT_RUN if words.startswith(start) or " ".join(command.words).startswith(start)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_run(page, sandbox):
+    for command in COMMANDS:
+        if command.page == page and not not_run(command):
+            sandbox.run(command)
+
+
+def test_what_is_not_run_is_there():
+    assert {start for command in COMMANDS for start in not_run(command)} == NOT_RUN.keys()

@@ -5,21 +5,18 @@ import json
 import os
 import shutil
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from interop.clip_folders import FIXTURES, change_json, copied, message
 from safetensors.numpy import load_file, save_file
 
-from cmd_jax.errors import UserError
 from cmd_jax.interop import folders, sd_config
 from cmd_jax.interop.diffusers import STEM, load_pipeline, load_unet, load_vae, save_pipeline
 from cmd_jax.interop.sd_config import unet_from_config, vae_from_config
 from cmd_jax.interop.weights import flatten
 
-ROOT = Path(__file__).parents[2]
-FIXTURES = ROOT / "tests" / "fixtures"
 FOLDERS = ["tiny-sd15", "tiny-sd21"]
 WEIGHTS = f"{STEM}.safetensors"
 
@@ -29,18 +26,8 @@ def pipeline(folder):
     return load_pipeline(FIXTURES / folder)
 
 
-def config_of(part, folder="tiny-sd15"):
-    return json.loads((FIXTURES / folder / part / "config.json").read_text())
-
-
-def copy(tmp_path, part, folder="tiny-sd15"):
-    return Path(shutil.copytree(FIXTURES / folder / part, tmp_path / part, copy_function=shutil.copyfile))
-
-
-def refusal(function, *args, **kwargs):
-    with pytest.raises(UserError) as error:
-        function(*args, **kwargs)
-    return str(error.value)
+def config_of(part):
+    return json.loads((FIXTURES / "tiny-sd15" / part / "config.json").read_text())
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -72,11 +59,11 @@ def test_what_was_read_is_written_back_with_the_same_names_and_bytes(folder, tmp
 
 
 def test_nothing_is_written_over_and_nothing_stays_of_what_failed(tmp_path):
-    assert refusal(save_pipeline, tmp_path, pipeline("tiny-sd15")) == (
+    assert message(save_pipeline, tmp_path, pipeline("tiny-sd15")) == (
         f"pipeline={tmp_path}: exists already; give the path of a new folder"
     )
     (tmp_path / "file").touch()
-    assert refusal(save_pipeline, tmp_path / "file" / "x", pipeline("tiny-sd15")).startswith(
+    assert message(save_pipeline, tmp_path / "file" / "x", pipeline("tiny-sd15")).startswith(
         f"pipeline={tmp_path}/file/x: could not be written ("
     )
     broken = pipeline("tiny-sd15")._replace(scheduler={"steps": object()})
@@ -137,7 +124,7 @@ def same_as_original(params, part="vae", tolerance=0.0):
 
 
 def test_half_precision_weights_are_read_as_float32_under_their_own_name(tmp_path):
-    folder = copy(tmp_path, "vae")
+    folder = copied("tiny-sd15/vae", tmp_path / "vae")
     rewrite(folder, lambda tensors: {name: a.astype(np.float16) for name, a in tensors.items()})
     (folder / WEIGHTS).rename(folder / f"{STEM}.fp16.safetensors")
     assert same_as_original(load_vae(folder)[1], tolerance=1e-3)
@@ -157,23 +144,23 @@ def split(folder):
 
 
 def test_weights_in_several_files(tmp_path):
-    folder = copy(tmp_path, "unet")
+    folder = copied("tiny-sd15/unet", tmp_path / "unet")
     index, parts = split(folder)
     assert same_as_original(load_unet(folder)[1], "unet")
     parts[1].unlink()
-    line = refusal(load_unet, folder)  # a long path is shown shortened
+    line = message(load_unet, folder)  # a long path is shown shortened
     assert line.startswith(f"weights={str(parts[1])[:100]}")
     assert line.endswith(f": missing, {index.name} names it; fetch the whole folder")
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../x.safetensors"}}))
-    assert "names ../x.safetensors, outside its folder" in refusal(load_unet, folder)
+    assert "names ../x.safetensors, outside its folder" in message(load_unet, folder)
     for text in ("{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
         index.write_text(text)
-        line = refusal(load_unet, folder)
+        line = message(load_unet, folder)
         assert line.startswith(f"weights={str(index)[:100]}"), text
 
 
 def test_names_of_attention_as_in_the_published_vaes(tmp_path):
-    folder = copy(tmp_path, "vae")
+    folder = copied("tiny-sd15/vae", tmp_path / "vae")
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def rename(tensors):
@@ -234,24 +221,24 @@ WRONG_UNETS = {
 }
 
 
-@pytest.mark.parametrize("change, config, message", WRONG_UNETS.values(), ids=WRONG_UNETS)
-def test_tensors_that_do_not_fit_are_named_with_the_likely_field(change, config, message, tmp_path):
-    folder = copy(tmp_path, "unet")
+@pytest.mark.parametrize("change, config, said", WRONG_UNETS.values(), ids=WRONG_UNETS)
+def test_tensors_that_do_not_fit_are_named_with_the_likely_field(change, config, said, tmp_path):
+    folder = copied("tiny-sd15/unet", tmp_path / "unet")
     if change:
         rewrite(folder, change)
-    (folder / "config.json").write_text(json.dumps(config_of("unet") | config))
-    told = refusal(load_unet, folder)
-    assert told.startswith(f"weights={folder / WEIGHTS}: ") and message in told and "\n" not in told
+    change_json(folder / "config.json", **config)
+    told = message(load_unet, folder)
+    assert told.startswith(f"weights={folder / WEIGHTS}: ") and said in told and "\n" not in told
 
 
 @pytest.mark.parametrize(
     "change", [{"latent_channels": 8}, {"layers_per_block": 2}, {"block_out_channels": [8, 8, 16]}]
 )
 def test_a_vae_that_does_not_fit_its_config(change, tmp_path):
-    folder = copy(tmp_path, "vae")
-    (folder / "config.json").write_text(json.dumps(config_of("vae") | change))
+    folder = copied("tiny-sd15/vae", tmp_path / "vae")
+    change_json(folder / "config.json", **change)
     ((field, value),) = change.items()
-    assert f"(likely vae/config.json:{field}={value} is wrong)" in refusal(load_vae, folder)
+    assert f"(likely vae/config.json:{field}={value} is wrong)" in message(load_vae, folder)
 
 
 @pytest.mark.parametrize("damage, problem", [
@@ -262,9 +249,9 @@ def test_a_vae_that_does_not_fit_its_config(change, tmp_path):
      "not of dtype F64, F32, F16, BF16: conv_in.bias of I32; "),
 ])  # fmt: skip
 def test_damaged_weights(damage, problem, tmp_path):
-    folder = copy(tmp_path, "unet")
+    folder = copied("tiny-sd15/unet", tmp_path / "unet")
     damage(folder / WEIGHTS)
-    assert refusal(load_unet, folder).startswith(f"weights={folder / WEIGHTS}: {problem}")
+    assert message(load_unet, folder).startswith(f"weights={folder / WEIGHTS}: {problem}")
 
 
 # Configs.
@@ -289,7 +276,7 @@ REMEDY = "take a Stable Diffusion 1.x or 2.x model"
     ("_class_name", "UNet3DConditionModel", "not a UNet2DConditionModel"),
 ])  # fmt: skip
 def test_a_unet_that_we_do_not_have_is_refused_by_field(field, value, problem):
-    told = refusal(unet_from_config, config_of("unet") | {field: value})
+    told = message(unet_from_config, config_of("unet") | {field: value})
     assert told.startswith(f"unet/config.json:{field}=") and told.endswith(f": {problem}; {REMEDY}"), told
 
 
@@ -305,7 +292,7 @@ def test_a_unet_that_we_do_not_have_is_refused_by_field(field, value, problem):
     ("_class_name", "VQModel", "not a AutoencoderKL"),
 ])  # fmt: skip
 def test_a_vae_that_we_do_not_have_is_refused_by_field(field, value, problem):
-    told = refusal(vae_from_config, config_of("vae") | {field: value})
+    told = message(vae_from_config, config_of("vae") | {field: value})
     assert told.startswith(f"vae/config.json:{field}=") and told.endswith(f"; {REMEDY}"), told
     assert problem in told
 
@@ -315,7 +302,7 @@ def test_no_field_that_would_change_the_function_is_passed_over(part, from_confi
     for field, values in sd_config.FIELDS[part][0].items():
         for value in values:
             from_config(config_of(part) | {field: value})
-        assert refusal(from_config, config_of(part) | {field: "other"}).startswith(
+        assert message(from_config, config_of(part) | {field: "other"}).startswith(
             f"{part}/config.json:{field}=other: "
         )
 
@@ -327,8 +314,8 @@ EMA = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step":
 @pytest.mark.parametrize("part, load", [("unet", load_unet), ("vae", load_vae)])
 def test_fields_that_are_not_diffusers_own_are_noted_once(part, load, tmp_path, caplog):
     folders.note.cache_clear()
-    folder = copy(tmp_path, part)
-    (folder / "config.json").write_text(json.dumps(config_of(part) | EMA))
+    folder = copied(f"tiny-sd15/{part}", tmp_path / part)
+    change_json(folder / "config.json", **EMA)
     module, params = load(folder)
     load(folder)
     assert module == load(FIXTURES / "tiny-sd15" / part)[0] and same_as_original(params, part)
@@ -352,7 +339,7 @@ def test_configs_from_before_a_field_was_made_have_its_default():
     full = config_of("unet")
     assert unet_from_config({name: full[name] for name in needed}) == unet_from_config(full)
     assert unet_from_config(full | {"upcast_attention": True, "sample_size": 96}) == unet_from_config(full)
-    assert refusal(unet_from_config, {}) == "unet/config.json=attention_head_dim: missing; fetch the file again"
+    assert message(unet_from_config, {}) == "unet/config.json=attention_head_dim: missing; fetch the file again"
     full = config_of("vae")
     needed = ("block_out_channels", "down_block_types", "layers_per_block", "norm_num_groups", "up_block_types")
     assert vae_from_config({name: full[name] for name in needed}) == vae_from_config(full)
@@ -375,11 +362,11 @@ def test_configs_from_before_a_field_was_made_have_its_default():
 def test_what_a_folder_lacks_is_named(path, change, problem, tmp_path):
     folder = tmp_path / "model"
     if path:
-        shutil.copytree(FIXTURES / "tiny-sd21", folder, copy_function=shutil.copyfile)
+        copied("tiny-sd21", folder)
         (folder / path).unlink()
         if change is not None:
             (folder / path).write_text(change)
-    assert refusal(load_pipeline, folder).startswith(problem.format(folder=folder))
+    assert message(load_pipeline, folder).startswith(problem.format(folder=folder))
 
 
 @pytest.mark.parametrize("part, problem", [
@@ -387,11 +374,11 @@ def test_what_a_folder_lacks_is_named(path, change, problem, tmp_path):
     ("inpainting", "unet/config.json:in_channels=9 -> 4: the VAE's latents have 4 channels; take"),
 ])  # fmt: skip
 def test_parts_of_different_models_are_refused(part, problem, tmp_path):
-    folder = Path(shutil.copytree(FIXTURES / "tiny-sd21", tmp_path / "model", copy_function=shutil.copyfile))
+    folder = copied("tiny-sd21", tmp_path / "model")
     if part == "text_encoder":
         for file in ("config.json", "model.safetensors"):
             shutil.copyfile(FIXTURES / "tiny-sd15" / part / file, folder / part / file)
     else:
-        (folder / "unet" / "config.json").write_text(json.dumps(config_of("unet", "tiny-sd21") | {"in_channels": 9}))
+        change_json(folder / "unet" / "config.json", in_channels=9)
         rewrite(folder / "unet", shrink("conv_in.weight", 16, 9, 3, 3))
-    assert refusal(load_pipeline, folder).startswith(problem)
+    assert message(load_pipeline, folder).startswith(problem)

@@ -247,16 +247,9 @@ def test_code_is_refused_in_every_protocol(path, protocol):
         read_state_dict(TorchFile().save_pickle(path, pickle.dumps({"w": Attack()}, protocol)))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "argparse.Namespace",
-        "torch.load",
-        "torch.nn.Linear",
-        "torch._utils._rebuild_sparse_tensor",
-        "collections.Counter",
-    ],
-)
+@pytest.mark.parametrize("name", [
+    "argparse.Namespace", "torch.load", "torch.nn.Linear", "torch._utils._rebuild_sparse_tensor", "collections.Counter",
+])  # fmt: skip
 def test_other_globals_are_named(path, name):
     with pytest.raises(UserError, match=f"asks for {name}, "):
         read_state_dict(TorchFile().save(path, {"w": Call(Global(*name.rsplit(".", 1)), ())}))
