@@ -30,7 +30,6 @@ from cmd_jax.pretrained import (
     VAEMetadata,
     check_same,
     describe,
-    identity,
     load_space,
     load_texts,
     open_space,
@@ -235,7 +234,7 @@ def provenance_of(config, metadata: Metadata, mesh) -> dict:
 
     Of the metadata data, autoencoder, VAE and text encoder count. mesh: on which clips are encoded.
     """
-    models = {part.part: identity(part) for part in (metadata.vae, metadata.text_encoder) if part}
+    models = {part.part: part.identity() for part in (metadata.vae, metadata.text_encoder) if part}
     if autoencoder := metadata.autoencoder:
         models |= {"autoencoder_params": autoencoder.params, "autoencoder_config": autoencoder.config}
     what = {

@@ -23,53 +23,63 @@ TOKENIZER = {"vocabulary": str, "merges": str, "added_tokens": [list], "start": 
              "max_length": COUNT}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class VAEMetadata:
-    """Which VAE an autoencoder was trained with. config: its config.json. weights: digest, "" if they were not read."""
+class Part:
+    """Metadata of a part of a Stable Diffusion folder, by which it is known again wherever the folder lies."""
 
-    config: dict
-    weights: str
+    part: ClassVar[str]
+
+    def files(self) -> dict[str, dict]:
+        """{file: the fields on which outputs depend}, with the defaults of fields that a config leaves out."""
+        raise NotImplementedError
+
+    def identity(self) -> dict:
+        """All that the outputs depend on, {"file: field": value}; equal for parts that compute the same."""
+        return {f"{file}: {name}": value for file, fields in self.files().items() for name, value in fields.items()}
+
+
+@dataclass(frozen=True)
+class VAEMetadata(Part):
+    """The VAE in whose latents an autoencoder was trained."""
+
+    config: dict  # vae/config.json
+    weights: str  # digest of the tensors; "" where they were not read
 
     part: ClassVar[str] = "vae"
-    layout: ClassVar[tuple] = DIFFUSERS, vae_rename  # how its files and tensors may be called
+    layout: ClassVar[tuple] = DIFFUSERS, vae_rename  # how files and tensors may be called
 
-    def depends_on(self) -> dict[str, dict]:
-        """What its outputs depend on, {file: {field: value}}; of the config the fields that matter, with defaults."""
+    def files(self):
         fields = sd_config.fields("vae", self.config)
         return {"vae/config.json": fields, "vae": {"digest of its weights": self.weights}}
 
 
 @dataclass(frozen=True)
-class TextEncoderMetadata:
-    """Which text encoder a denoiser was trained with, as VAEMetadata. tokenizer: what ids depend on."""
+class TextEncoderMetadata(Part):
+    """The text encoder whose outputs a denoiser was conditioned on."""
 
-    config: dict
-    weights: str
-    tokenizer: Annotated[dict, TOKENIZER]
+    config: dict  # text_encoder/config.json
+    weights: str  # as of VAEMetadata
+    tokenizer: Annotated[dict, TOKENIZER]  # `Tokenizer.identity`
 
     part: ClassVar[str] = "text_encoder"
     layout: ClassVar[tuple] = TRANSFORMERS, text_rename
 
-    def depends_on(self) -> dict[str, dict]:
+    def files(self):
         files = {"text_encoder/config.json": text_fields(self.config), "tokenizer": self.tokenizer}
         return files | {"text_encoder": {"digest of its weights": self.weights}}
 
 
 @dataclass(frozen=True)
-class ImageModelMetadata:
-    """Which image model a content stage was fine-tuned from: unet/config.json and scheduler/scheduler_config.json."""
+class ImageModelMetadata(Part):
+    """The image model that a content stage was fine-tuned from."""
 
-    unet: dict
-    scheduler: dict
+    unet: dict  # unet/config.json
+    scheduler: dict  # scheduler/scheduler_config.json
 
     part: ClassVar[str] = "image_model"
 
-    def depends_on(self) -> dict[str, dict]:
+    def files(self):
         files = {"unet/config.json": sd_config.fields("unet", self.unet)}
         return files | {"scheduler/scheduler_config.json": schedulers.fields(self.scheduler)}
-
-
-Part = VAEMetadata | TextEncoderMetadata | ImageModelMetadata
 
 
 def read_config(folder: Path | str, name: str) -> dict:
@@ -111,11 +121,6 @@ def describe(folder: Path | str, kind: type[Part]) -> Part:
     return part
 
 
-def identity(part: Part) -> dict:
-    """What the outputs of a part depend on, {"file: field": value}; two are the same if these are equal."""
-    return {f"{file}: {name}": value for file, fields in part.depends_on().items() for name, value in fields.items()}
-
-
 def check_same(folder: Path | str, theirs: Part, origin: str) -> Part:
     """The part of a folder that must be the same as `theirs`.
 
@@ -126,7 +131,7 @@ def check_same(folder: Path | str, theirs: Part, origin: str) -> Part:
 
 def compare(folder: Path | str, theirs: Part, ours: Part, origin: str) -> Part:
     """`ours`; UserError for the first field in which this part of a folder is not the same as `theirs`."""
-    before, now = identity(theirs), identity(ours)
+    before, now = theirs.identity(), ours.identity()
     # What both have comes first, and a digest, which tells least, last.
     one_has, digests = before.keys() ^ now.keys(), f"{ours.part}: "
     for name in sorted(before | now, key=lambda name: (name in one_has, name.startswith(digests), name)):

@@ -16,7 +16,7 @@ from cmd_jax.keys import derive
 from cmd_jax.models.autoencoder import Latents
 from cmd_jax.models.conditions import Classes
 from cmd_jax.models.frames import pixels
-from cmd_jax.pretrained import check_same, identity, load_texts, open_space, stated_conditions, stated_space
+from cmd_jax.pretrained import check_same, load_texts, open_space, stated_conditions, stated_space
 from cmd_jax.running.hosts import whole_batch
 from cmd_jax.sharding import batch_sharding, check_batch, make_mesh, partitioning, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
@@ -175,7 +175,7 @@ class Sampler:
 
 def conditioned_on(metadata: Metadata) -> dict | tuple[str, ...]:
     """What must be the same in two diffusion stages that sample together."""
-    return identity(metadata.text_encoder) if metadata.text_encoder else metadata.class_names
+    return metadata.text_encoder.identity() if metadata.text_encoder else metadata.class_names
 
 
 def denoiser_stage(config, metadata: Metadata, autoencoder: Trained):

@@ -17,7 +17,6 @@ from cmd_jax.pretrained import (
     VAEMetadata,
     check_same,
     describe,
-    identity,
 )
 from cmd_jax.running.distributed import leader_alone
 
@@ -151,7 +150,7 @@ def test_the_same_parts_in_other_files_are_the_same(what, parts, tmp_path):
     SAME[what](folder)
     assert refusal(folder, parts) is None
     for part in PARTS:
-        assert identity(describe(folder, part)) == identity(describe(FIXTURES / "tiny-sd15", part))
+        assert describe(folder, part).identity() == describe(FIXTURES / "tiny-sd15", part).identity()
 
 
 def test_weights_are_read_by_process_0_alone(monkeypatch):
