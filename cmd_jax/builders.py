@@ -3,37 +3,33 @@
 import jax.numpy as jnp
 
 from cmd_jax import defaults
+from cmd_jax.declare import check_values
 from cmd_jax.diffusion.flow import Flow
-from cmd_jax.diffusion.gaussian import PREDICTIONS, Gaussian
-from cmd_jax.diffusion.schedules import Schedule, linear_betas, scaled_linear_betas
-from cmd_jax.errors import UserError, choose, divisible
+from cmd_jax.diffusion.gaussian import Gaussian
+from cmd_jax.diffusion.schedules import BETAS, Schedule
+from cmd_jax.errors import UserError, divisible
 from cmd_jax.interop.sd_config import unet_from_config
-from cmd_jax.models.autoencoder import CONTENTS, MODES, POSITIONS, Autoencoder
-from cmd_jax.models.dit import CONDITIONS, DiT
-from cmd_jax.models.dit import POSITIONS as DIT_POSITIONS
+from cmd_jax.models.autoencoder import Autoencoder
+from cmd_jax.models.dit import DiT
 from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.models.unet import UNet
 
 
 def build_autoencoder(model) -> Autoencoder:
     """The module of an autoencoder config's `model` group."""
-    choose("model.mode", model.mode, MODES)
-    choose("model.position", model.position, POSITIONS)
-    choose("model.content", model.content, CONTENTS)
+    check_values(model, defaults.AUTOENCODER_MODEL, "model.")
     return Autoencoder(**{**model.to_dict(), "dtype": jnp.dtype(model.dtype)})
 
 
 def build_process(diffusion, clip: float | None = None) -> Gaussian | Flow:
     """The diffusion process of a content or motion config's `diffusion` group, and of a clip as `clip_of` makes it."""
-    choose("diffusion.kind", diffusion.kind, ("gaussian", "flow"))
-    choose("diffusion.schedule", diffusion.schedule, ("linear", "scaled_linear"))
-    choose("diffusion.prediction", diffusion.prediction, PREDICTIONS)
+    check_values(diffusion, defaults.DIFFUSION, "diffusion.")
     if diffusion.kind == "flow":
         if diffusion.learned_range:
             raise UserError("diffusion.learned_range", True, "flow matching has no variance", "set it to False")
         return Flow(time_mean=diffusion.time_mean, time_std=diffusion.time_std, clip=clip)
-    betas = (linear_betas if diffusion.schedule == "linear" else scaled_linear_betas)(diffusion.timesteps)
-    return Gaussian(Schedule.from_betas(betas), diffusion.prediction, diffusion.learned_range, clip)
+    schedule = Schedule.from_betas(BETAS[diffusion.schedule](diffusion.timesteps))
+    return Gaussian(schedule, diffusion.prediction, diffusion.learned_range, clip)
 
 
 def clip_of(config, space: Pixels | VAELatents) -> float | None:
@@ -50,17 +46,11 @@ def clip_of(config, space: Pixels | VAELatents) -> float | None:
     return clip or None
 
 
-def build_denoiser(model, channels: int, classes: int | None, process) -> DiT:
+def build_denoiser(model, channels: int, classes: int | None, process: Gaussian | Flow) -> DiT:
     """The DiT of a content or motion config's `model` group; channels: of what is diffused."""
-    choose("model.position", model.position, DIT_POSITIONS)
-    choose("model.condition", model.condition, CONDITIONS)
+    check_values(model, defaults.MOTION_MODEL, "model.")
     out_channels = channels * (2 if process.learned_range else 1)
     return DiT(out_channels=out_channels, classes=classes, **{**model.to_dict(), "dtype": jnp.dtype(model.dtype)})
-
-
-def reads_text(config) -> bool:
-    """Whether a content or motion config is conditioned on texts."""
-    return defaults.fine_tunes(config) or config.model.condition == "text"
 
 
 def frames_shape(data, model, space: Pixels | VAELatents) -> tuple[int, int, int, int]:
@@ -78,7 +68,7 @@ def frames_shape(data, model, space: Pixels | VAELatents) -> tuple[int, int, int
 
 def check_fits(config, autoencoder, image_model=None):
     """UserError for sizes and units that the denoiser of a content or motion config cannot take."""
-    if defaults.fine_tunes(config):
+    if config.denoiser == "unet":
         check_levels(unet_from_config(image_model.unet), autoencoder)
     else:
         check_patches(config, autoencoder)

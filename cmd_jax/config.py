@@ -3,16 +3,16 @@
 import importlib.util
 import json
 import math
-import sys
 import traceback
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from cmd_jax import defaults
-from cmd_jax.builders import build_autoencoder, build_denoiser, build_process, reads_text
+from cmd_jax.builders import build_process
+from cmd_jax.declare import check_values, walk
 from cmd_jax.errors import UserError, choose, divisible, nearest
-from cmd_jax.files import check_like, check_path
+from cmd_jax.files import check_like
 from cmd_jax.interop.diffusers import SOURCE
 
 STAGES = ("autoencoder", "content", "motion")
@@ -76,7 +76,7 @@ def _run(path: Path, argument: str) -> ConfigDict:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = module.get_config(argument)
-        different = keys(config) ^ keys(defaults.like(config))
+        different = keys(config) ^ {name for name, _ in walk(defaults.of(config))}
     except UserError:
         raise
     except Exception as e:
@@ -84,8 +84,9 @@ def _run(path: Path, argument: str) -> ConfigDict:
         place = f" in line {lines[-1]}" if lines else ""
         raise UserError("config", path, f"{type(e).__name__}{place}: {e}", "mend the file; --debug shows more") from e
     if different:
-        stage, names = f"cmd_jax.defaults.stage({config.stage!r})", ", ".join(sorted(different))
-        raise UserError("config", path, f"its keys are not those of {stage}: {names}", "start from it")
+        stage = ", ".join(repr(config[name]) for name in ("stage", "denoiser") if name in config)
+        problem = f"its keys are not those of cmd_jax.defaults.stage({stage}): {', '.join(sorted(different))}"
+        raise UserError("config", path, problem, "start from it")
     return config
 
 
@@ -99,22 +100,23 @@ def keys(config: ConfigDict, prefix: str = "") -> set[str]:
 
 def override(config: ConfigDict, dotted: str, text: str):
     """Set the declared key `a.b` from the command line's text."""
-    field, known = f"config.{dotted}", keys(config)
+    field, known = f"config.{dotted}", dict(walk(defaults.of(config)))
     if below := sorted(k for k in known if k.startswith(f"{dotted}.")):
         raise UserError(field, text, "is a group of keys", f"set one of {', '.join(below)}")
     if dotted not in known:
         raise UserError(field, text, "no such key", f"did you mean config.{nearest(dotted, known)[0]}")
-    if dotted == "stage":
-        raise UserError(field, text, "the config file sets it", f"use --config=FILE:{text}")
-    if dotted == "optimizer.steps":
-        raise UserError(field, text, "follows train.steps", "set config.train.steps")
+    if dotted in ("stage", "denoiser"):
+        remedy = "use --config=FILE:" + (text if dotted == "stage" else "STAGE of another file")
+        raise UserError(field, text, "the config file sets it", remedy)
+    if leader := known[dotted].follows:
+        raise UserError(field, text, f"follows {leader}", f"set config.{leader}")
+    if isinstance(known[dotted].default, tuple):
+        raise UserError(field, text, "is a table", "set it in the config file")
     *path, last = dotted.split(".")
     node = config
     for part in path:
         node = node[part]
-    if isinstance(node[last], tuple):
-        raise UserError(field, text, "is a table", "set it in the config file")
-    node[last] = coerce(field, text, node[last])
+    node[last] = coerce(field, text, known[dotted].default)
 
 
 def to_json(config: ConfigDict) -> str:
@@ -127,55 +129,31 @@ def from_dict(values: dict, field: str, place) -> ConfigDict:
     UserError (field=place) for keys that no config has, and for values that none can have.
     """
 
-    def like(default):
-        if isinstance(default, dict):
-            return {f"{key}?": like(value) for key, value in default.items()}
-        return [[str, [str]]] if isinstance(default, tuple) else type(default)
+    def like(x):
+        if isinstance(x, dict):
+            return {f"{name}?": like(inner) for name, inner in x.items()}
+        return [[str, [str]]] if isinstance(x.default, tuple) else type(x.default)
 
     def filled(values: dict, default: dict) -> dict:
         return default | {k: filled(v, default[k]) if isinstance(v, dict) else v for k, v in values.items()}
 
-    def refuse(problem: str) -> UserError:
-        return UserError(field, place, f"its config is damaged: {problem}", "give the stage as training wrote it")
-
-    stage = values.get("stage")
-    if stage not in STAGES:
-        raise refuse(f"there is no stage {stage}")
-    default = defaults.stage("fine_tuned_content" if stage == "content" and "diffusion" not in values else stage)
-    if problem := check_like(values, like(default.to_dict())):
-        raise refuse(problem)
-    config = ConfigDict(filled(values, default.to_dict()))
+    stage, denoiser = values.get("stage"), values.get("denoiser")
+    if stage == "content" and denoiser is None:  # of a config that is older than this key
+        denoiser = "dit" if "diffusion" in values else "unet"
     try:
-        check_trained(config)
+        problem = "" if stage in STAGES else f"there is no stage {stage}"
+        problem = problem or check_like(values, like(defaults.declared(stage, denoiser)))
+        if not problem:
+            config = ConfigDict(filled(values, defaults.stage(stage, denoiser).to_dict()))
+            check_trained(config)
     except UserError as e:
-        raise refuse(f"{e.field}={e.value}: {e.problem}") from e
+        problem = f"{e.field}={e.value}: {e.problem}"
+    if problem:
+        raise UserError(field, place, f"its config is damaged: {problem}", "give the stage as training wrote it")
     return config
 
 
-# What no model or clip has more of; numbers beyond it are slips, and arrays of them would fill the memory.
-LARGEST = {
-    "frames": 2**14, "height": 2**14, "width": 2**14, "channels": 2**14, "motion_channels": 2**14, "patch": 2**12,
-    "content_patch": 2**12, "depth": 2**10, "heads": 2**10, "head_dim": 2**12, "timesteps": 10**6,
-    "discriminator_channels": 2**12, "discriminator_layers": 16, "rotary_base": 1e12,
-}  # fmt: skip
 LARGEST_CLIP = 2**34  # pixels
-# Numbers that must be positive, wherever they appear; those that may be zero; and those from zero to one.
-POSITIVE = {
-    "frames", "height", "width", "stride", "steps", "batch_size", "patch", "depth", "heads", "head_dim", "channels",
-    "motion_channels", "learning_rate", "accumulate", "log_every", "checkpoint_every", "keep", "threads", "prefetch",
-    "content_steps", "motion_steps", "num", "motions", "clips", "rotary_base", "fps", "probe_timeout", "videos",
-    "shown", "content_patch", "eps", "timesteps", "time_std", "discriminator_channels", "discriminator_layers",
-    "slices", "start_timeout", "peer_timeout", "vae_frames", "label_init",
-}  # fmt: skip
-NOT_NEGATIVE = {
-    "seed", "warmup_steps", "clip_norm", "l1", "l2", "lpips", "adversarial", "feature_matching", "preview_every",
-    "cache_clips", "guidance", "report_above", "expected", "stall_timeout", "probe_cap",
-}  # fmt: skip
-FRACTIONS = {"ema_decay", "label_dropout", "max_bad_fraction", "b1", "b2", "eta"}
-# Texts that are paths.
-PATHS = {"root", "path", "vgg", "lpips_heads", "autoencoder", "weights", "image", "prompts_file"}
-DTYPES = ("float32", "bfloat16")
-SEEDS = 2**32  # jax.random.key takes a seed modulo this
 
 
 def check(config: ConfigDict) -> ConfigDict:
@@ -189,52 +167,36 @@ def check(config: ConfigDict) -> ConfigDict:
 
 def check_trained(config: ConfigDict):
     """The checks that hold for a trained stage too, wherever its inputs lie now."""
-    _check_values(config, "")
+    check_values(config, defaults.of(config))
     if math.prod(config.data[side] for side in ("frames", "height", "width")) > LARGEST_CLIP:
         raise UserError("data.frames", config.data.frames, "its clips are larger than any", "use smaller ones")
-    if config.seed >= SEEDS:
-        raise UserError("seed", config.seed, "too large", f"use at most {SEEDS - 1}")
-    if "model" in config:
-        choose("model.dtype", config.model.dtype, DTYPES)
-        choose("model.remat", config.model.remat, ("none", "full", "dots"))
     if "train" in config:
         divisible("train.batch_size", config.train.batch_size, "train.accumulate", config.train.accumulate)
-        choose("optimizer.decay", config.optimizer.decay, ("constant", "cosine"))
-        for moment in ("b1", "b2"):
-            if config.optimizer[moment] == 1:
-                raise UserError(f"optimizer.{moment}", 1.0, "Adam would never forget", "use less than 1")
         warmup, steps = config.optimizer.warmup_steps, config.train.steps
         if warmup >= steps:
             raise UserError(
                 "optimizer.warmup_steps", warmup, f"not below train.steps={steps}", f"use at most {steps - 1}"
             )
-    choose("pretrained.dtype", config.pretrained.dtype, DTYPES)
-    # Building a module refuses unknown choices; doing it here spares the user the opening of the data before that.
     if config.stage == "autoencoder":
         _check_autoencoder(config)
-    if config.stage in ("content", "motion") and not defaults.fine_tunes(config):
-        build_denoiser(config.model, channels=1, classes=1, process=build_process(config.diffusion))
+    if "diffusion" in config:
+        build_process(config.diffusion)
         divisible("model.width", config.model.width, "model.heads", config.model.heads)
         divisible("model.width", config.model.width, "what sin-cos tables need", 4)
-        clip = config.diffusion.clip
-        if clip < 0 and clip != defaults.CLIP_BY_SPACE:
-            remedy = f"give a bound, 0.0 for none, or {defaults.CLIP_BY_SPACE}, by what is diffused"
-            raise UserError("diffusion.clip", clip, "must not be negative", remedy)
-        if config.latents.normalize and clip > 0:
+        if config.latents.normalize and config.diffusion.clip > 0:
             problem = "clips pixels, but latents.normalize=True diffuses in other units"
-            raise UserError("diffusion.clip", clip, problem, "set one of the two off")
+            raise UserError("diffusion.clip", config.diffusion.clip, problem, "set one of the two off")
 
 
 def _check_pretrained(config: ConfigDict):
     if config.pretrained.path:
         divisible("data.frames", config.data.frames, "pretrained.vae_frames", config.pretrained.vae_frames)
-    if config.stage in ("content", "motion") and reads_text(config) and not config.pretrained.path:
+    if "denoiser" in config and config.model.condition == "text" and not config.pretrained.path:
         raise UserError("pretrained.path", "", "missing: this stage reads texts", SOURCE)
 
 
 def _check_autoencoder(config: ConfigDict):
     model = config.model
-    build_autoencoder(model)
     needed = 4 if model.position == "rotary" else 1
     divisible("model.head_dim", model.head_dim, "what axial rotary positions need", needed)
     if model.mode == "pixel":
@@ -263,23 +225,3 @@ def _check_inputs(config: ConfigDict):
             raise UserError("pretrained.path", "", "missing: model.mode=latent needs its VAE", SOURCE)
         if loss.lpips:
             raise UserError("loss.lpips", loss.lpips, "compares pixels, not latents", "set loss.lpips=0.0")
-
-
-def _check_values(config: ConfigDict, prefix: str):
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            _check_values(value, f"{prefix}{key}.")
-        elif isinstance(value, str) and key in PATHS:
-            check_path(prefix + key, value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not abs(value) <= sys.float_info.max:  # true of integers that no float holds, and of nan
-                raise UserError(f"{prefix}{key}", value, "not a finite number", "give one")
-            # optimizer.steps only mirrors train.steps, which is what the user sets.
-            if key in POSITIVE and value <= 0 and prefix + key != "optimizer.steps":
-                raise UserError(f"{prefix}{key}", value, "must be positive", "give a number above zero")
-            if value > LARGEST.get(key, value):
-                raise UserError(f"{prefix}{key}", value, "larger than any", f"use at most {LARGEST[key]}")
-            if key in NOT_NEGATIVE and value < 0:
-                raise UserError(f"{prefix}{key}", value, "must not be negative", "give zero or more")
-            if key in FRACTIONS and not 0 <= value <= 1:
-                raise UserError(f"{prefix}{key}", value, "outside 0 to 1", "give a fraction")

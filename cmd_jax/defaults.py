@@ -1,8 +1,24 @@
-"""Every config key there is, with its default. Config files start from these and set what differs."""
+"""Every config key there is, declared once: default, meaning and range. Config files start from `stage(name)`."""
+
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from cmd_jax.declare import Key, changed, choice, fraction, key, path, walk
+from cmd_jax.diffusion.flow import Flow
+from cmd_jax.diffusion.gaussian import PREDICTIONS, Gaussian
+from cmd_jax.diffusion.schedules import BETAS
+from cmd_jax.errors import choose
+from cmd_jax.models import autoencoder, dit
+from cmd_jax.models.layers import REMAT_POLICIES
+from cmd_jax.sharding import PRESETS
+
 CLIP_BY_SPACE = -1.0
+DTYPES = ("float32", "bfloat16")
+SOLVERS = ("", *Gaussian.solvers, *Flow.solvers)
+MODES = ("generate", "reconstruct", "vary-motion", "animate")
+# What no clip or model has more of: numbers beyond are slips, and arrays of them would fill the memory.
+SIDE, WIDE, DEEP = 2**14, 2**12, 2**10
 RULES = (  # logical axis of a parameter or activation -> mesh axes
     ("act_batch", ("data", "fsdp")),
     ("act_time", ()),
@@ -28,218 +44,260 @@ RULES = (  # logical axis of a parameter or activation -> mesh axes
     ("conv_out", ("tensor",)),
 )
 
+# Groups of all stages.
 
-def data(**changes) -> ConfigDict:
-    """Where clips come from, and their shape [frames, height, width, 3]."""
-    config = ConfigDict(
-        dict(
-            source="shapes",  # "shapes" (generated) or "folder"
-            frames=16,
-            height=64,
-            width=64,
-            clips=20_000,  # shapes: how many
-            seed=0,  # shapes: which
-            root="",  # folder: where
-            layout="auto",  # folder: "auto", "ucf101", "classes", "metadata" or "webvid"
-            fold=1,  # ucf101: split files 1, 2 or 3
-            split="train",  # "train" or "test"; folder: "val" and "all" too, as far as it has them
-            stride=1,  # folder: take every n-th frame
-            max_bad_fraction=0.05,  # folder: more unreadable files than this is an error
-            probe_timeout=20.0,  # folder: seconds without a further frame after which a file under test hangs
-            probe_cap=3600.0,  # folder: seconds that the test of a file may take; 0: any
-            threads=2,  # clips that are read at a time
-            prefetch=2,  # batches read ahead
+MESH = dict(
+    preset=choice("", "how the devices are used; empty: as the next three say", ("", *PRESETS)),
+    data=key(-1, "devices that split the batch; -1: all that are left", at_least=1, besides=-1),
+    fsdp=key(1, "devices that split batch and parameters; -1: all that are left", at_least=1, besides=-1),
+    tensor=key(1, "devices that split heads and hidden channels; -1: all that are left", at_least=1, besides=-1),
+    slices=key(1, "TPU slices, or hosts with a fast network each; the data axis spans them", at_least=1),
+    report_above=key(1_000_000, "name parameters of more values that no axis splits", at_least=0),
+)
+PROCESSES = dict(
+    expected=key(0, "so many must have started; 0: any number", at_least=0),
+    start_timeout=key(300.0, "seconds for all of them to connect", above=0),
+    peer_timeout=key(60.0, "a process silent for so many seconds is lost, and the job ends", above=0),
+    stall_timeout=key(1800.0, "seconds without a finished step after which the job ends; 0: never", at_least=0),
+)
+PRETRAINED = dict(
+    path=path("folder of a Stable Diffusion model; empty: frames are pixels, conditions are classes"),
+    dtype=choice("float32", "of its VAE and text encoder", DTYPES),
+    vae_frames=key(1, "frames of each clip that the VAE takes at once", at_least=1),
+)
+DATA = dict(
+    source=choice("shapes", "where clips come from: generated, or a folder", ("shapes", "folder")),
+    frames=key(16, "frames of a clip", at_least=1, at_most=SIDE),
+    height=key(64, "pixels, rows", at_least=1, at_most=SIDE),
+    width=key(64, "pixels, columns", at_least=1, at_most=SIDE),
+    clips=key(20_000, "shapes: how many", at_least=1),
+    seed=key(0, "shapes: which", at_least=0),
+    root=path("folder: where"),
+    layout=choice("auto", "folder: how it is laid out", ("auto", "ucf101", "classes", "metadata", "webvid")),
+    fold=key(1, "ucf101: number of the lists of its split", at_least=1),
+    split=choice("train", "shapes: train or test; folder: what it has", ("train", "val", "test", "all")),
+    stride=key(1, "folder: take every n-th frame", at_least=1),
+    max_bad_fraction=fraction(0.05, "folder: more unreadable files than this are an error"),
+    probe_timeout=key(20.0, "folder: seconds without a further frame after which a file under test hangs", above=0),
+    probe_cap=key(3600.0, "folder: seconds that the test of a file may take; 0: any", at_least=0),
+    threads=key(2, "clips that are read at a time", at_least=1),
+    prefetch=key(2, "batches read ahead", at_least=1),
+)
+
+# Groups of training.
+
+TRAIN = dict(
+    steps=key(1000, "updates", at_least=1),
+    batch_size=key(256, "clips of one update, all devices together", at_least=1),
+    ema_decay=fraction(0.999, "what the averaged parameters keep of themselves at each update"),
+    accumulate=key(1, "microbatches of one update", at_least=1),
+    log_every=key(20, "updates between lines of the log", at_least=1),
+    checkpoint_every=key(500, "updates between checkpoints", at_least=1),
+    keep=key(2, "newest checkpoints that stay", at_least=1),
+    preview_every=key(500, "updates between pictures; 0: none", at_least=0),
+)
+OPTIMIZER = dict(
+    learning_rate=key(1e-4, "of Adam", above=0),
+    b1=key(0.9, "decay of Adam's mean of gradients", at_least=0, below=1),
+    b2=key(0.999, "decay of Adam's mean of squared gradients", at_least=0, below=1),
+    eps=key(1e-8, "added to the root of the latter", above=0),
+    warmup_steps=key(0, "updates until the whole learning rate, below train.steps", at_least=0),
+    decay=choice("constant", "of the learning rate after the warm-up, to 0 at the end", ("constant", "cosine")),
+    clip_norm=key(0.0, "largest norm of the gradients; 0: any", at_least=0),
+    steps=key(1000, "where the decay ends", follows="train.steps"),
+)
+COMPUTATION = dict(
+    remat=choice("none", "the backward pass recomputes: nothing, all, or all but matrix products", REMAT_POLICIES),
+    dtype=choice("float32", "of matrix products; norms, softmax and losses are float32", DTYPES),
+)
+CONDITION = "what samples are drawn for: classes, or texts by the encoder of `pretrained`"
+AUTOENCODER_MODEL = dict(
+    channels=key(3, "of a frame: 3 of pixels, or those of the VAE's latents", at_least=1, at_most=SIDE),
+    patch=key(2, "cells of a frame that make a token, to a side", at_least=1, at_most=WIDE),
+    width=key(384, "channels of a token", at_least=1, at_most=SIDE),
+    depth=key(8, "blocks of the encoder, and of the decoder", at_least=1, at_most=DEEP),
+    heads=key(8, "of attention", at_least=1, at_most=DEEP),
+    head_dim=key(48, "channels of a head, a multiple of 4 with rotary positions", at_least=1, at_most=WIDE),
+    motion_channels=key(8, "of the motion latent", at_least=1, at_most=SIDE),
+    mode=choice("pixel", "what a frame is: pixels, or latents of the VAE of `pretrained`", autoencoder.MODES),
+    position=choice("rotary", "how attention knows of positions", autoencoder.POSITIONS),
+    rotary_base=key(10000.0, "the wavelengths of rotary positions grow up to 2 pi times it", above=0, at_most=1e12),
+    content=choice("weighted", "the content frame: by learned weights, the mean, or the first", autoencoder.CONTENTS),
+    **COMPUTATION,
+)
+LOSS = dict(
+    l1=key(4.0, "weight of the absolute error", at_least=0),
+    l2=key(0.0, "weight of the squared error", at_least=0),
+    lpips=key(4.0, "weight of LPIPS, where `vgg` is given", at_least=0),
+    vgg=path("LPIPS on VGG16: a file of ours, the lpips package's state dict, or torchvision's VGG16"),
+    lpips_heads=path("with torchvision's: lpips/weights/v0.1/vgg.pth of the package lpips"),
+    adversarial=key(0.0, "weight of a discriminator's hinge loss; 0: no discriminator", at_least=0),
+    feature_matching=key(4.0, "weight of the difference of its features, times `adversarial`", at_least=0),
+    discriminator_channels=key(64, "of its first layer", at_least=1, at_most=WIDE),
+    discriminator_layers=key(3, "hidden ones of it", at_least=1, at_most=16),
+)
+CONTENT_MODEL = dict(
+    patch=key(2, "cells of the latent that make a token, to a side", at_least=1, at_most=WIDE),
+    width=key(1024, "channels of a token, a multiple of 4 and of heads", at_least=1, at_most=SIDE),
+    depth=key(24, "blocks", at_least=1, at_most=DEEP),
+    heads=key(16, "of attention", at_least=1, at_most=DEEP),
+    condition=choice("class", CONDITION, dit.CONDITIONS),
+    position=choice("sincos", "table of positions: computed, or stored with the parameters", dit.POSITIONS),
+    label_init=key(0.02, "standard deviation of the label table at first", above=0),
+    **COMPUTATION,
+)
+MOTION_MODEL = CONTENT_MODEL | dict(
+    content_patch=key(4, "cells of the content frame that make a token, to a side", at_least=1, at_most=WIDE)
+)
+LATENTS = dict(
+    autoencoder=path("folder or weights file of stage 1; empty: WORKDIR/autoencoder"),
+    cache_clips=key(0, "encode so many clips once, before training; 0: every batch anew", at_least=0),
+)
+SCALED_LATENTS = LATENTS | dict(normalize=key(False, "diffuse latents of zero mean and unit variance"))
+DIFFUSION = dict(
+    kind=choice("gaussian", "the process: Gaussian diffusion, or flow matching", ("gaussian", "flow")),
+    schedule=choice("linear", "gaussian: how betas grow", BETAS),
+    timesteps=key(1000, "gaussian: of the schedule", at_least=1, at_most=10**6),
+    prediction=choice("eps", "gaussian: what the network predicts", PREDICTIONS),
+    learned_range=key(True, "gaussian: the network says the variance too"),
+    clip=key(
+        CLIP_BY_SPACE, "hold x0 within +-clip while sampling; 0: off; -1: 1 for pixels, off for latents",
+        at_least=0, besides=CLIP_BY_SPACE,
+    ),
+    time_mean=key(0.0, "flow: mean of the logits of training times"),
+    time_std=key(1.0, "flow: their standard deviation", above=0),
+)  # fmt: skip
+GUIDANCE = dict(label_dropout=fraction(0.1, "of conditions left out in training, for classifier-free guidance"))
+
+# Groups of sampling.
+
+SOLVER = "of {}; empty: ddim, euler for flow, or that of `pretrained`"
+SAMPLING = dict(
+    mode=choice("generate", "new videos, reconstructions, new motions of content frames, or those of an image", MODES),
+    num=key(8, "videos; with prompts: of each", at_least=1),
+    batch_size=key(8, "videos drawn at a time, all devices together", at_least=1),
+    classes=key("", "names or numbers, separated by commas; empty: all in turn"),
+    prompt=key("", "for models conditioned on texts"),
+    prompts_file=path("many prompts: .txt, .csv, .jsonl or MSR-VTT's .json"),
+    negative=key("", "what guidance leads away from, instead of the empty text"),
+    guidance=key(4.0, "scale of classifier-free guidance; 1: none", at_least=0),
+    content_steps=key(50, "of the solver of content frames", at_least=1),
+    content_solver=choice("", SOLVER.format("content frames"), SOLVERS),
+    motion_steps=key(100, "of the solver of motion latents", at_least=1),
+    motion_solver=choice("", SOLVER.format("motion latents"), SOLVERS),
+    eta=fraction(0.0, "ddim: noise that each step adds, as a part of ddpm's"),
+    motions=key(4, "vary-motion: motions for each content frame", at_least=1),
+    image=path("animate: an image file; empty: content frames of clips of `data`"),
+    fps=key(8, "frames a second of the written videos", at_least=1),
+    output=key("samples", "folder of the workdir"),
+    title=key("", "of the videos on a page; empty: the mode, or where the weights come from"),
+)
+EVALUATION = dict(
+    videos=key(256, "generated", at_least=1),
+    clips=key(256, "held out, and reconstructed", at_least=1),
+    shown=key(24, "videos in the gallery", at_least=1),
+)
+
+
+def _stage(name: str, **groups: Key | dict[str, Key]) -> dict:
+    common = dict(
+        stage=choice(name, "what is trained, or sample; the config file sets it", (name,)),
+        seed=key(0, "of all that is random", at_least=0, at_most=2**32 - 1),  # jax.random.key takes it modulo 2**32
+        rules=key(RULES, "logical axes of parameters and activations -> mesh axes"),
+    )
+    return common | dict(data=DATA, mesh=MESH, processes=PROCESSES, pretrained=PRETRAINED) | groups
+
+
+def _denoiser(default: str, choices=("dit",)) -> Key:
+    return choice(default, "the network: a DiT, or the UNet of `pretrained`; the config file sets it", choices)
+
+
+DECLARED = {  # stage -> {denoiser, of those that have one: declarations}
+    "autoencoder": {  # paper section 3.1, appendix B
+        "": _stage(
+            "autoencoder",
+            train=TRAIN,
+            optimizer=changed(OPTIMIZER, learning_rate=1e-5, b1=0.5, b2=0.9),
+            model=AUTOENCODER_MODEL,
+            loss=LOSS,
+            latents=dict(cache_clips=key(0, "VAE latents of so many clips, made once; 0: of every batch", at_least=0)),
         )
-    )
-    config.update(changes)
-    return config
-
-
-def _common(stage: str) -> ConfigDict:
-    mesh = dict(
-        preset="",  # "dp", "fsdp", "tp", "fsdp_tp"; empty: the sizes below
-        data=-1,  # -1: whatever fills the devices
-        fsdp=1,
-        tensor=1,
-        slices=1,  # TPU slices, or hosts with a fast network each; the data axis spans them
-        report_above=1_000_000,  # name parameters of more values that no axis splits
-    )
-    processes = dict(
-        expected=0,  # so many must have started; 0: any number
-        start_timeout=300.0,  # seconds for all of them to connect
-        peer_timeout=60.0,  # a process silent for so long is lost, and the job ends
-        stall_timeout=1800.0,  # so long without a finished step is a stall, and the job ends; 0: never
-    )
-    pretrained = dict(
-        path="",  # folder of a Stable Diffusion model; empty: frames are pixels, conditions are classes
-        dtype="float32",  # of its VAE and text encoder
-        vae_frames=1,  # frames of each clip that the VAE takes at once
-    )
-    return ConfigDict(dict(stage=stage, seed=0, mesh=mesh, processes=processes, rules=RULES, pretrained=pretrained))
-
-
-def _training(stage: str) -> ConfigDict:
-    config = _common(stage)
-    config.data = data()
-    config.train = ConfigDict(
-        dict(
-            steps=1000,
-            batch_size=256,
-            ema_decay=0.999,
-            accumulate=1,  # microbatches of one step
-            log_every=20,
-            checkpoint_every=500,
-            keep=2,  # checkpoints
-            preview_every=500,  # pictures while training; 0: none
+    },
+    "content": {  # section 3.2: a DiT from scratch, or a pretrained UNet, whose files say what it predicts and how
+        "dit": _stage(
+            "content",
+            train=TRAIN,
+            optimizer=changed(OPTIMIZER, clip_norm=1.0),
+            denoiser=_denoiser("dit", ("dit", "unet")),
+            model=CONTENT_MODEL,
+            latents=SCALED_LATENTS,
+            diffusion=DIFFUSION,
+            guidance=GUIDANCE,
+        ),
+        "unet": _stage(
+            "content",
+            train=TRAIN,
+            optimizer=OPTIMIZER,
+            denoiser=_denoiser("unet", ("dit", "unet")),
+            model=dict(condition=choice("text", CONDITION, ("text",)), **COMPUTATION),
+            latents=LATENTS,
+            guidance=GUIDANCE,
+        ),
+    },
+    "motion": {  # section 3.2
+        "dit": _stage(
+            "motion",
+            train=TRAIN,
+            optimizer=changed(OPTIMIZER, clip_norm=1.0),
+            denoiser=_denoiser("dit"),
+            model=MOTION_MODEL,
+            latents=SCALED_LATENTS,
+            diffusion=DIFFUSION,
+            guidance=GUIDANCE,
         )
-    )
-    config.optimizer = ConfigDict(
-        dict(learning_rate=1e-4, b1=0.9, b2=0.999, eps=1e-8, warmup_steps=0, decay="constant", clip_norm=0.0)
-    )
-    config.optimizer.steps = config.train.get_ref("steps")
-    return config
-
-
-def autoencoder() -> ConfigDict:
-    """Stage 1 (paper section 3.1, appendix B)."""
-    config = _training("autoencoder")
-    config.model = ConfigDict(
-        dict(
-            channels=3,
-            patch=2,
-            width=384,
-            depth=8,
-            heads=8,
-            head_dim=48,
-            motion_channels=8,
-            mode="pixel",
-            position="rotary",
-            rotary_base=10000.0,
-            content="weighted",
-            remat="none",
-            dtype="float32",
+    },
+    "sample": {  # section 3.3, appendix B
+        "": _stage(
+            "sample",
+            data=changed(DATA, split="test", clips=256),
+            weights=path("folder of autoencoder/content/motion.safetensors; empty: the workdir's stages"),
+            sampling=SAMPLING,
+            evaluation=EVALUATION,
         )
-    )
-    config.loss = ConfigDict(
-        dict(
-            l1=4.0,
-            l2=0.0,
-            lpips=4.0,  # where `vgg` is given
-            vgg="",  # file of LPIPS on VGG16: of ours, the lpips package's state dict, or torchvision's VGG16
-            lpips_heads="",  # with torchvision's: lpips/weights/v0.1/vgg.pth of the package lpips
-            adversarial=0.0,
-            feature_matching=4.0,  # times `adversarial`
-            discriminator_channels=64,
-            discriminator_layers=3,
-        )
-    )
-    config.latents = ConfigDict(dict(cache_clips=0))  # VAE latents of that many clips, made once; 0: of every batch
-    config.optimizer.update(learning_rate=1e-5, b1=0.5, b2=0.9)
-    return config
+    },
+}
 
 
-def _denoiser(stage: str) -> ConfigDict:
-    config = _training(stage)
-    config.model = ConfigDict(
-        dict(
-            patch=2,
-            width=1024,
-            depth=24,
-            heads=16,
-            condition="class",  # or "text"
-            position="sincos",
-            label_init=0.02,  # standard deviation of the label table at first
-            remat="none",
-            dtype="float32",
-        )
-    )
-    config.latents = ConfigDict(
-        dict(
-            autoencoder="",  # folder or weights file of stage 1; empty: WORKDIR/autoencoder
-            normalize=False,  # diffuse latents of zero mean and unit variance
-            cache_clips=0,  # encode that many clips once, before training; 0: encode every batch anew
-        )
-    )
-    config.diffusion = ConfigDict(
-        dict(
-            kind="gaussian",  # or "flow"
-            schedule="linear",  # or "scaled_linear"
-            timesteps=1000,
-            prediction="eps",  # or "v", "x0"
-            learned_range=True,
-            clip=CLIP_BY_SPACE,  # hold x0 within +-clip while sampling; 0: off; -1: 1 for pixels, off for latents
-            time_mean=0.0,  # flow: logit-normal training times
-            time_std=1.0,
-        )
-    )
-    config.guidance = ConfigDict(dict(label_dropout=0.1))
-    config.optimizer.clip_norm = 1.0
-    return config
+def declared(stage: str, denoiser: str | None = None) -> dict:
+    """All that a config of a stage has: {name: Key, group: {name: Key}}. The arguments are those of `stage`."""
+    kinds = DECLARED[choose("stage", stage, DECLARED)]
+    return kinds[next(iter(kinds)) if denoiser is None else choose("denoiser", denoiser, kinds)]
 
 
-def content() -> ConfigDict:
-    """Stage 2: p(content | class), by a DiT from scratch (paper section 3.2)."""
-    return _denoiser("content")
+def stage(name: str, denoiser: str | None = None) -> ConfigDict:
+    """The defaults of a stage, locked: setting an undeclared key raises.
+
+    name: autoencoder, content, motion or sample. denoiser: of the content stage, "dit" (the default) or "unet".
+    """
+    declarations = declared(name, denoiser)
+    config = ConfigDict(_defaults(declarations))
+    for dotted, declaration in walk(declarations):
+        if declaration.follows:
+            (group, _, name), (leading, _, led) = dotted.partition("."), declaration.follows.partition(".")
+            config[group][name] = config[leading].get_ref(led)
+    return config.lock()
 
 
-def fine_tuned_content() -> ConfigDict:
-    """Stage 2: p(content | text), by the UNet of `pretrained.path`, whose files say what it predicts and how."""
-    config = _denoiser("content")
-    config.model = ConfigDict(dict(remat="none", dtype="float32"))
-    del config.diffusion, config.latents.normalize
-    config.optimizer.clip_norm = 0.0
-    return config
+def of(config: ConfigDict) -> dict:
+    """What the stage of a config declares."""
+    return declared(config.stage, config.get("denoiser"))
 
 
-def fine_tunes(config) -> bool:
-    """Whether a config is one of `fine_tuned_content`."""
-    return config.stage == "content" and "diffusion" not in config
+def _defaults(declarations: dict) -> dict:
+    return {name: _defaults(x) if isinstance(x, dict) else x.default for name, x in declarations.items()}
 
 
-def motion() -> ConfigDict:
-    """Stage 3: p(motion | content, class or text) (paper section 3.2)."""
-    config = _denoiser("motion")
-    config.model.content_patch = 4
-    return config
-
-
-def sample() -> ConfigDict:
-    """Sampling and scoring (paper section 3.3, appendix B)."""
-    config = _common("sample")
-    config.data = data(split="test", clips=256)
-    config.weights = ""  # folder of autoencoder/content/motion.safetensors; empty: the workdir's stages
-    config.sampling = ConfigDict(
-        dict(
-            mode="generate",  # "reconstruct", "vary-motion", "animate"
-            num=8,  # videos; with prompts: of each
-            batch_size=8,
-            classes="",  # names or numbers, separated by commas; empty: all in turn
-            prompt="",  # for models conditioned on texts
-            prompts_file="",  # many of them: .txt, .csv, .jsonl or MSR-VTT's .json
-            negative="",  # what guidance leads away from, instead of the empty text
-            guidance=4.0,
-            content_steps=50,
-            content_solver="",  # ddim, ddpm, dpmpp; for flow euler, heun; empty: the first of them
-            motion_steps=100,
-            motion_solver="",
-            eta=0.0,
-            motions=4,  # vary-motion: motions for each content frame
-            image="",  # animate: an image file; empty: content frames of clips of `data`
-            fps=8,
-            output="samples",  # folder of the workdir
-            title="",  # of the videos on a page; empty: the mode, or where the weights come from
-        )
-    )
-    config.evaluation = ConfigDict(dict(videos=256, clips=256, shown=24))  # generated, reconstructed, in the gallery
-    return config
-
-
-def stage(name: str) -> ConfigDict:
-    """The defaults of a stage, locked: setting an undeclared key raises. "fine_tuned_content" is a content stage."""
-    makers = (autoencoder, content, fine_tuned_content, motion, sample)
-    return {maker.__name__: maker for maker in makers}[name]().lock()
-
-
-def like(config) -> ConfigDict:
-    """The defaults that a config started from."""
-    return stage("fine_tuned_content" if fine_tunes(config) else config.stage)
+def table(stage: str, denoiser: str | None = None) -> Iterator[tuple[str, str, str, str]]:
+    """(key, default, range, meaning) of every key of a stage, for people. The arguments are those of `stage`."""
+    for dotted, x in walk(declared(stage, denoiser)):
+        yield dotted, "" if isinstance(x.default, tuple) else str(x.default), x.range, x.meaning

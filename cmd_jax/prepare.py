@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from cmd_jax import defaults
-from cmd_jax.builders import check_fits, reads_text
+from cmd_jax.builders import check_fits
 from cmd_jax.config import from_dict, to_json
 from cmd_jax.data.latents import LatentStatistics, latents_of
 from cmd_jax.data.pipeline import video_reader
@@ -151,7 +150,7 @@ def prepare_denoiser(
         raise UserError("latents.autoencoder", path, "is not the one this run was started with", ELSEWHERE)
     conditions, tokenizer = Classes(len(source.class_names)), None
     vae, text_encoder, image_model = trained.metadata.vae, None, None
-    if reads_text(config):
+    if config.model.condition == "text":
         if source.texts is None:
             remedy = "give clips with texts, data.layout metadata or webvid"
             raise UserError("data", config.data.root or config.data.source, "has no captions to train on", remedy)
@@ -162,7 +161,7 @@ def prepare_denoiser(
         raise UserError("pretrained.path", config.pretrained.path, problem, "leave it out")
     elif source.texts and not source.class_names:
         console.print("the texts of the manifest are not used: without labels the model is trained unconditionally")
-    if defaults.fine_tunes(config):
+    if config.denoiser == "unet":
         image_model = part_of(config.pretrained.path, ImageModelMetadata, earlier.image_model)
     metadata = replace(metadata, autoencoder=ours, vae=vae, text_encoder=text_encoder, image_model=image_model)
     check_fits(config, autoencoder, image_model)  # before clips are encoded, which takes a while

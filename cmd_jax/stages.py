@@ -17,7 +17,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from cmd_jax import defaults
 from cmd_jax.builders import (
     build_autoencoder,
     build_denoiser,
@@ -356,6 +355,6 @@ class MotionStage(DiffusionStage):
 def diffusion_stage(config, autoencoder, conditions, statistics=None, image_model=None) -> DiffusionStage:
     """The stage of a content or motion config; image_model as of FineTunedContentStage, where it is one."""
     check_fits(config, autoencoder, image_model)
-    if defaults.fine_tunes(config):
+    if config.denoiser == "unet":
         return FineTunedContentStage(config, autoencoder, conditions, statistics, image_model)
     return {"content": ContentStage, "motion": MotionStage}[config.stage](config, autoencoder, conditions, statistics)

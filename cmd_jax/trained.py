@@ -12,8 +12,6 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 
-from cmd_jax import defaults
-from cmd_jax.builders import reads_text
 from cmd_jax.config import from_dict
 from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.errors import UserError
@@ -158,8 +156,8 @@ def check_metadata(values: dict, config: ConfigDict, field: str, path, needed: t
     """
     if config.stage != "autoencoder":
         needed += ("class_names", "autoencoder", "statistics")
-        needed += ("text_encoder",) if reads_text(config) else ()
-        needed += ("image_model",) if defaults.fine_tunes(config) else ()
+        needed += ("text_encoder",) if config.model.condition == "text" else ()
+        needed += ("image_model",) if config.denoiser == "unet" else ()
     elif config.model.mode == "latent":
         needed += ("vae",)
     values = _grouped(values)

@@ -35,7 +35,7 @@ def get_config(argument: str = ""):
     stage, values = parse_argument(argument, size="paper", sd=21)
     size = choose("config:size", values["size"], ("paper", "small", "tiny"))
     sd = choose("config:sd", values["sd"], WIDTHS)
-    config = defaults.stage("fine_tuned_content" if stage == "content" else stage)
+    config = defaults.stage(stage, denoiser="unet" if stage == "content" else None)
     paper(config, sd)
     if size == "small":
         small(config)

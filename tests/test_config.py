@@ -1,4 +1,5 @@
 import json
+import math
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from ml_collections import ConfigDict
 
 from cmd_jax import defaults
 from cmd_jax.config import coerce, from_dict, keys, load, parse_argument, to_json
+from cmd_jax.declare import walk
 from cmd_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -141,12 +143,14 @@ def test_groups_tables_and_the_stage_cannot_be_overridden():
         ("sample", "sampling.guidance", "nan", "not a finite number"),
         ("autoencoder", "train.ema_decay", "1.5", "outside 0 to 1"),
         ("autoencoder", "optimizer.b2", "-0.1", "outside 0 to 1"),
-        ("autoencoder", "optimizer.b1", "1.0", "Adam would never forget"),
+        ("autoencoder", "optimizer.b1", "1.0", "outside 0 to 1"),
         ("content", "guidance.label_dropout", "2.0", "outside 0 to 1"),
         ("autoencoder", "train.steps", "many", "not of type int"),
         ("autoencoder", "train.steps", "10.5", "not of type int"),
         ("autoencoder", "seed", str(2**32), "too large"),
         ("autoencoder", "model.channels", "4", "clips have 3 channels"),
+        ("motion", "model.width", str(2**62), "too large"),
+        ("sample", "mesh.fsdp", "0", "must be positive"),
     ],
 )
 def test_numbers_out_of_range_are_refused(stage, field, value, problem):
@@ -168,6 +172,10 @@ def test_numbers_out_of_range_are_refused(stage, field, value, problem):
         ("motion", "model.position", "sincos, table"),
         ("content", "diffusion.kind", "gaussian, flow"),
         ("content", "optimizer.decay", "constant, cosine"),
+        ("content", "mesh.preset", "dp, fsdp, tp, fsdp_tp"),
+        ("content", "pretrained.dtype", "float32, bfloat16"),
+        ("sample", "data.source", "shapes, folder"),
+        ("sample", "sampling.motion_solver", "ddim, ddpm, dpmpp, euler, heun"),
     ],
 )
 def test_unknown_choices_are_answered_with_all_there_are(stage, field, choices):
@@ -228,8 +236,8 @@ def test_files_that_are_no_configs(tmp_path):
         "  config.nonsense = 1"
     )
     assert message("def get_config(argument):\n  return None").startswith("config=FILE: AttributeError")
-    assert "its keys are not those of cmd_jax.defaults.stage('content'): extra; " in message(
-        "from cmd_jax import defaults\ndef get_config(argument):\n  config = defaults.content()\n"
+    assert "its keys are not those of cmd_jax.defaults.stage('content', 'dit'): extra; " in message(
+        "from cmd_jax import defaults\ndef get_config(argument):\n  config = defaults.stage(argument).unlock()\n"
         "  config.extra = 1\n  return config"
     )
 
@@ -240,6 +248,57 @@ def test_a_shipped_config_has_a_name_and_a_path(tmp_path, monkeypatch):
     (tmp_path / "quickstart").mkdir()  # is no config
     assert load("quickstart:sample,size=long", {}).to_dict() == by_path.to_dict()
     assert (Path(by_path.weights) / "content.safetensors").is_file()
+
+
+KINDS = [(stage, denoiser) for stage, kinds in defaults.DECLARED.items() for denoiser in kinds]
+
+
+@pytest.mark.parametrize("stage, denoiser", KINDS)
+def test_every_key_has_a_meaning_and_a_range_that_holds_its_default(stage, denoiser):
+    declared = dict(walk(defaults.declared(stage, denoiser or None)))
+    assert declared.keys() == keys(defaults.stage(stage, denoiser or None))
+    rows = {name: row for name, *row in defaults.table(stage, denoiser or None)}
+    assert rows.keys() == declared.keys()
+    for name, key in declared.items():
+        assert key.meaning and key.range and rows[name][1:] == [key.range, key.meaning]
+        key.check(name, key.default)
+        # A text that may be empty is a path, a choice, or one of the words of a user.
+        free = key.default == "" and not key.path and not key.choices
+        assert not free or name in ("sampling.classes", "sampling.prompt", "sampling.negative", "sampling.title")
+
+
+@pytest.mark.parametrize("stage, denoiser", KINDS)
+def test_bounds_are_where_they_are_declared(stage, denoiser):
+    for name, key in walk(defaults.declared(stage, denoiser or None)):
+        step = 1 if isinstance(key.default, int) else 1e-3
+        inside = [key.at_least, key.at_most, key.above + step, key.below - step, key.besides]
+        outside = [key.at_least - step, key.at_most + step, key.above, key.below]
+        for value in inside if not key.follows else ():
+            if value is not None and math.isfinite(value):
+                key.check(name, value)
+        for value in outside:
+            if math.isfinite(value) and value != key.besides:
+                with pytest.raises(UserError, match=re.escape(f"{name}={value}: ")):
+                    key.check(name, value)
+
+
+def test_a_denoiser_is_a_dit_or_the_unet_by_its_key():
+    assert [load(f"{file}:{stage}", {"pretrained.path": "x"} if file == "webvid" else {}).denoiser for file, stage in (
+        ("quickstart", "content"), ("quickstart", "motion"), ("webvid", "content"), ("webvid", "motion"))
+    ] == ["dit", "dit", "unet", "dit"]  # fmt: skip
+    assert "denoiser" not in changed() and "denoiser" not in changed("sample")
+    assert refused("content", denoiser="unet").startswith("config.denoiser=unet: the config file sets it; ")
+    with pytest.raises(UserError, match="denoiser=unet: not one of the choices; use one of dit"):
+        defaults.stage("motion", denoiser="unet")
+
+
+@pytest.mark.parametrize("specification", ["quickstart:content", "quickstart:motion", "webvid:content,size=tiny"])
+def test_a_config_that_is_older_than_its_denoiser_is_read(specification):
+    config = load(specification, {})
+    values = json.loads(to_json(config))
+    del values["denoiser"], values["model"]["condition"]
+    read = from_dict(values, "config", "x")
+    assert to_json(read) == to_json(config) and read.denoiser == config.denoiser
 
 
 def test_keys_are_dotted_names():

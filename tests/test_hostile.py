@@ -94,6 +94,9 @@ CHANGES = [  # which text, key, new value, what the line names
     ("facts", "vae", {"config": {}}, "vae lacks weights"),
 ]
 OF_DENOISERS = [
+    ("config", "denoiser", "gan", "denoiser=gan"),
+    ("config", "denoiser", ["dit"], "denoiser=['dit']"),
+    ("config", "denoiser", "unet", "diffusion"),  # whose keys are not those of the UNet
     ("facts", "statistics.content.std", [0.0, 1.0, 1.0], "statistics.content"),
     ("facts", "statistics.content.mean", [1.0], "statistics.content"),
     ("facts", "statistics.motion", {}, "statistics.motion lacks mean"),

@@ -9,11 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
-from cmd_jax import defaults
 from cmd_jax import main as command
-from cmd_jax.config import PATHS, load
+from cmd_jax.config import load
 from cmd_jax.errors import UserError
 from cmd_jax.files import write_json
 from cmd_jax.main import EXAMPLES, main
@@ -112,16 +110,6 @@ def test_a_path_with_a_scheme_is_no_local_folder(fails, tmp_path, monkeypatch, p
     line = fails(*(argument.replace("PLACE", place) for argument in arguments))
     scheme = place.partition(":")[0]
     assert line.startswith(f"{field}={place}: {scheme}:// is not supported") and not list(tmp_path.iterdir())
-
-
-def test_every_key_that_is_a_path_is_known_as_one():
-    """By what the defaults say of their texts, all of which are empty for paths."""
-    texts = set()
-    for stage in ("autoencoder", "content", "motion", "sample"):
-        texts |= {key for key, value in flatten_dict(defaults.stage(stage).to_dict(), sep=".").items() if value == ""}
-    words = {"mesh.preset", "sampling.classes", "sampling.prompt", "sampling.negative"}
-    words |= {"sampling.content_solver", "sampling.motion_solver"}
-    assert {key for key in texts if key.rpartition(".")[2] not in PATHS} == words
 
 
 @pytest.mark.parametrize(

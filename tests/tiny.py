@@ -31,7 +31,7 @@ SCRATCH = "CMD_JAX_TINY"  # environment variable: this file is imported as a mod
 def get_config(argument: str = ""):
     stage, values = parse_argument(argument, kind="flow")
     text = values["kind"] == "text"
-    config = defaults.stage("fine_tuned_content" if text and stage == "content" else stage)
+    config = defaults.stage(stage, denoiser="unet" if text and stage == "content" else None)
     config.data.update(frames=4, height=16, width=32 if text else 24, clips=48)
     config.pretrained.path = str(pipeline_folder()) if text else ""
     if stage == "sample":

@@ -39,6 +39,9 @@ def scaled_linear_betas(steps: int = 1000, start: float = 0.00085, end: float = 
     return np.linspace(start**0.5, end**0.5, check_count("diffusion.timesteps", steps), dtype=np.float64) ** 2
 
 
+BETAS = {"linear": linear_betas, "scaled_linear": scaled_linear_betas}
+
+
 def cosine_betas(steps: int = 1000) -> np.ndarray:
     """Betas of a squared-cosine alpha_bar, at most 0.999 (iDDPM): float64 [steps]."""
     time = np.arange(check_count("diffusion.timesteps", steps) + 1) / steps

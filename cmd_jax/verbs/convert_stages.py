@@ -163,7 +163,7 @@ def _refuse_other(trained: Trained):
     """A stage trained here must compute what the release's code does."""
     config, wanted = trained.config, {"model.position": "none", "model.content": "weighted"}
     if config.stage != "autoencoder":
-        if defaults.fine_tunes(config) or config.model.condition == "text":
+        if config.model.condition == "text":
             raise UserError("weights", config.stage, "reads texts", "the release's code has classes only")
         wanted = {"diffusion.kind": "gaussian", "diffusion.schedule": "linear", "diffusion.timesteps": 1000,
                   "diffusion.prediction": "eps", "latents.normalize": False}  # fmt: skip

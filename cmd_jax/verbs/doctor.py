@@ -12,11 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from cmd_jax.builders import reads_text
 from cmd_jax.config import load
 from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.sources import open_source
-from cmd_jax.defaults import fine_tunes
 from cmd_jax.errors import UserError
 from cmd_jax.files import versions
 from cmd_jax.models.conditions import Classes, Texts
@@ -207,7 +205,7 @@ class CompanionStages:
 
     def conditions(self, config, metadata: Metadata | None = None) -> Classes | Texts:
         """Of a denoiser's config, and its metadata where it is trained."""
-        if reads_text(config):
+        if config.model.condition == "text":
             path = config.pretrained.path
             return stated_conditions(0, metadata.text_encoder if metadata else stated(path, TextEncoderMetadata))
         return Classes(len(metadata.class_names) if metadata else self.classes(config.data))
@@ -215,7 +213,7 @@ class CompanionStages:
     def denoiser(self, config, autoencoder, conditions, metadata: Metadata | None = None) -> dict:
         """Boxed abstract parameters of a denoiser."""
         image_model = None
-        if fine_tunes(config):
+        if config.denoiser == "unet":
             image_model = metadata.image_model if metadata else stated(config.pretrained.path, ImageModelMetadata)
         return jax.eval_shape(diffusion_stage(config, autoencoder, conditions, None, image_model).init, abstract_key())
 
