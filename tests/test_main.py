@@ -127,12 +127,7 @@ def test_a_path_with_a_scheme_is_no_local_folder(fails, tmp_path, monkeypatch, p
         ),
         ("autoencoder", "data.width", "31", "data.width=31: not a multiple of model.patch=4; use 32"),
         ("autoencoder", "mesh.data", "3", "mesh=3x1x1: does not make the 1 devices here; use for example 1x1x1"),
-        (
-            "autoencoder",
-            "mesh.fsdp",
-            "0",
-            "mesh=-1x0x1: sizes must be positive, at most one of them -1; set mesh.data=-1",
-        ),
+        ("autoencoder", "mesh.fsdp", "0", "mesh.fsdp=0: must be positive; give a whole number from 1, or -1"),
         ("autoencoder", "data.source", "shape", "data.source=shape: not one of the choices; use one of shapes, folder"),
         (
             "autoencoder",
