@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from cmd_jax import defaults
 from cmd_jax.config import coerce, from_dict, keys, load, parse_argument, to_json
+from cmd_jax.data.layouts import LAYOUTS, SPLITS
 from cmd_jax.declare import walk
 from cmd_jax.errors import UserError
 
@@ -280,6 +281,12 @@ def test_bounds_are_where_they_are_declared(stage, denoiser):
             if math.isfinite(value) and value != key.besides:
                 with pytest.raises(UserError, match=re.escape(f"{name}={value}: ")):
                     key.check(name, value)
+
+
+def test_the_choices_of_data_are_those_that_its_readers_take():
+    """Which the declarations only repeat: to import the readers would load the video decoder."""
+    assert defaults.DATA["layout"].choices == ("auto", *LAYOUTS)
+    assert defaults.DATA["split"].choices == (*SPLITS, "all")
 
 
 def test_a_denoiser_is_a_dit_or_the_unet_by_its_key():

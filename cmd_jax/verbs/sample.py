@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cmd_jax.defaults import MODES
 from cmd_jax.errors import UserError, choose
 from cmd_jax.report.console import make_console
 from cmd_jax.report.samples import OutputFolder, write_samples, write_summary, writing
@@ -21,8 +22,6 @@ from cmd_jax.verbs.requests import (
     read_clips,
     read_image,
 )
-
-MODES = ("generate", "reconstruct", "vary-motion", "animate")
 
 
 def sample(config, workdir: Path, end_process=None) -> Path:
