@@ -198,7 +198,10 @@ def test_sizes_that_do_not_fit_name_both_fields():
     assert refused(data__width="2") == "data.width=2: not a multiple of model.patch=4; use 4"
     assert "model.head_dim=18: not a multiple of" in refused(model__head_dim="18")
     assert changed(model__head_dim="18", model__position="none").model.head_dim == 18
-    assert refused("content", model__heads="5") == "model.width=128: not a multiple of model.heads=5; use 130"
+    assert (
+        refused("content", model__width="128", model__heads="5")
+        == "model.width=128: not a multiple of model.heads=5; use 130"
+    )
     assert "model.width=126: not a multiple of" in refused("content", model__width="126", model__heads="2")
     assert refused(train__accumulate="3") == "train.batch_size=16: not a multiple of train.accumulate=3; use 15"
     steps = refused(train__steps="50")
