@@ -45,7 +45,7 @@ def safetensors() -> list[bytes]:
     architecture = {KIND: "dit", ARCHITECTURE: json.dumps(SIZES), OPTIONAL: "[]"}
     params = flatten(cmd_release.load("content_dit", SIZES, dit())[1])
     stage = {name: json.dumps(value) for name, value in fuzz_json.readers()["weights file"].files.items()}
-    like = fuzz_json.place(tiny.config_of("content"), fuzz_json.FACTS)
+    like = fuzz_json.shardings(tiny.config_of("content"), fuzz_json.STAGE)
     weights = {name: np.zeros(leaf.shape, np.float16) for name, leaf in flatten(like).items()}
     odd = {"a": np.zeros((2, 3), np.int8), "b/c": np.ones(3, bool), "empty": np.zeros((0, 4), np.float64)}
     fast = [save(dit()), save(params, architecture), save(weights, stage), save(odd, {"format": "pt"})]
@@ -70,7 +70,7 @@ def read_safetensors(path: Path):
     readers = [
         lambda: _load(read_state_dict(path)),
         lambda: load_converted(path, "dit"),
-        lambda: load_trained(path, "content", fuzz_json.place),
+        lambda: load_trained(path, "content", fuzz_json.shardings),
         lambda: load_trained(path, "content"),
     ]
     if b"quant_conv" in path.read_bytes():
