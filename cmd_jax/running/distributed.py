@@ -210,9 +210,9 @@ def broadcast_from_leader(value):
     return json.loads(gather(json.dumps(value))[0])
 
 
-def agree(facts: dict[str, str], remedy: str):
-    """UserError, the same on every process, for the first fact in which one differs from process 0."""
-    first, *others = (json.loads(text) for text in gather(json.dumps(facts)))
+def agree(values: dict[str, str], remedy: str):
+    """UserError, the same on every process, for the first value in which one differs from process 0."""
+    first, *others = (json.loads(text) for text in gather(json.dumps(values)))
     for index, other in enumerate(others, 1):
         for name in sorted(first.keys() | other.keys()):
             if first.get(name) != other.get(name):
