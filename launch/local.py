@@ -37,9 +37,9 @@ sys.path.insert(0, str(ROOT))
 
 from cmd_jax.errors import UserError, tell  # noqa: E402
 from cmd_jax.files import check_path, read_json  # noqa: E402
-from cmd_jax.main import Parser  # noqa: E402
 from cmd_jax.running.peers import HEARTBEAT  # noqa: E402
 from cmd_jax.running.runtime import is_heard  # noqa: E402
+from cmd_jax.verbs.flags import Parser  # noqa: E402
 
 WRONG, PEER_FAULT = 2, 3  # exit codes of cmd_jax: the user must act; a fault of another process was noticed
 LOOK = 0.05  # seconds between two looks at the processes and at what process 0 says

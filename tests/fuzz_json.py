@@ -16,7 +16,6 @@ import fuzz
 import numpy as np
 import tiny
 
-from cmd_jax import train
 from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.data.outcomes import HEADER, Outcomes
 from cmd_jax.data.prompts import read_prompts
@@ -39,6 +38,7 @@ from cmd_jax.report.training import Metrics
 from cmd_jax.running.checkpoint import ITEMS, RUN, RUN_LIKE
 from cmd_jax.running.manifest import CutOff, Damaged, verify, write_manifest
 from cmd_jax.running.peers import Peers
+from cmd_jax.running.resume import check_continues
 from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import AutoencoderStage
 from cmd_jax.state import abstract
@@ -81,7 +81,7 @@ CONVERTED = {"cmd_jax": "0", "config": {"hidden_dim": 16, "patch_size": 4, "chan
              "depth": 1, "heads": 2, "head_dim": 8, "mode": "pixel", "frames": 4, "image_size": [16, 24]}}  # fmt: skip
 DIT = {"input_size": [8, 8], "patch_size": 2, "in_channels": 2, "hidden_size": 8, "depth": 1, "heads": 2,
        "num_classes": 3, "learn_sigma": True, "frequency_shift": 0, "mlp_epsilon": 1e-6}  # fmt: skip
-RUNS = {"step": 1, "examples": 4, "order": {"seed": 0, "batch_size": 4, "data": "f"}, "key": [0, 0],
+RUNS = {"step": 1, "keys": 1, "examples": 4, "order": {"seed": 0, "batch_size": 4, "data": "f"}, "key": [0, 0],
         "config": {"model": {"remat": "none"}, "train": {"accumulate": 1}}, "versions": {"jax": "0"}, "devices": 1,
         "processes": 1}  # fmt: skip
 SAMPLES = {"title": "t", "note": "n", "table": [["a", "b"], ["x", 1.0]],
@@ -177,7 +177,7 @@ def signed(folder: Path):
 
 def run(folder: Path):
     earlier = read_json(folder / RUN, like=RUN_LIKE)
-    train.check_continues(earlier, RUNS, types.SimpleNamespace(print=lambda *_, **__: None))
+    check_continues(earlier, RUNS, types.SimpleNamespace(print=lambda *_, **__: None))
 
 
 def pipeline(*parts: str):
