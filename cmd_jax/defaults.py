@@ -185,6 +185,7 @@ SAMPLING = dict(
     content_solver=choice("", SOLVER.format("content frames"), SOLVERS),
     motion_steps=key(100, "of the solver of motion latents", at_least=1),
     motion_solver=choice("", SOLVER.format("motion latents"), SOLVERS),
+    dtype=choice("", "of matrix products of denoisers and autoencoder; empty: as they were trained", ("", *DTYPES)),
     eta=fraction(0.0, "ddim: noise that each step adds, as a part of ddpm's"),
     motions=key(4, "vary-motion: motions for each content frame", at_least=1),
     image=path("animate: an image file; empty: content frames of clips of `data`"),
