@@ -30,6 +30,7 @@ def optimized(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """The tests of a file share what they compile, so one worker has them all, unless they name a wider group."""
     for item in items:
