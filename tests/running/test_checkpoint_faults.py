@@ -319,9 +319,8 @@ def test_arrays_that_find_no_room_are_told_of_once(tmp_path):
     command = [sys.executable, "-c", CROWDED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stderr == ""
-    assert [line.partition(" (")[0] for line in done.stdout.splitlines()] == [
-        f"checkpoint={step}: could not be saved" for step in (1, 2, 3)
-    ]
+    told = [line.partition(" (")[0] for line in done.stdout.splitlines()]
+    assert told == [f"checkpoint={step}: could not be saved" for step in (1, 2, 3)]
 
 
 def kill(*arguments, **options):
