@@ -1,5 +1,6 @@
 """`cmd-jax doctor`, on meshes of devices that are not there: it only reckons."""
 
+import gc
 import re
 
 import jax
@@ -44,9 +45,10 @@ def rows(lines):
 
 
 def test_shapes_axes_and_bytes_of_each_parameter(examine):
+    gc.collect()  # what other tests left in circles may go at any time
     before = len(jax.live_arrays())
     lines = examine("content", {"mesh.preset": "fsdp_tp", **WIDE})
-    assert len(jax.live_arrays()) == before  # a model of 20 million parameters is not made for it
+    assert len(jax.live_arrays()) <= before  # a model of 20 million parameters is not made for it
     table = rows(lines)
     assert table["blocks/mlp_in/kernel"] == ["1x1024x4096", "layers, embed, mlp", "-, fsdp, tensor", "2.000"]
     assert table["blocks/out/kernel"] == ["1x1024x1024", "layers, heads, embed", "-, tensor, fsdp", "0.500"]
