@@ -15,6 +15,7 @@ from cmd_jax.sharding import PRESETS
 
 CLIP_BY_SPACE = -1.0
 DTYPES = ("float32", "bfloat16")
+SEEDS = 2**32  # jax.random.key takes a seed modulo this
 SOLVERS = ("", *Gaussian.solvers, *Flow.solvers)
 MODES = ("generate", "reconstruct", "vary-motion", "animate")
 # What no clip or model has more of: numbers beyond are slips, and arrays of them would fill the memory.
@@ -203,7 +204,7 @@ EVALUATION = dict(
 def _stage(name: str, **groups: Key | dict[str, Key]) -> dict:
     common = dict(
         stage=choice(name, "what is trained, or sample; the config file sets it", (name,)),
-        seed=key(0, "of all that is random", at_least=0, at_most=2**32 - 1),  # jax.random.key takes it modulo 2**32
+        seed=key(0, "of all that is random", at_least=0, at_most=SEEDS - 1),
         rules=key(RULES, "logical axes of parameters and activations -> mesh axes"),
     )
     return common | dict(data=DATA, mesh=MESH, processes=PROCESSES, pretrained=PRETRAINED) | groups

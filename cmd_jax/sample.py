@@ -13,6 +13,7 @@ import numpy as np
 from cmd_jax.data.pipeline import local_rows, to_global
 from cmd_jax.data.prompts import check_prompt
 from cmd_jax.data.requests import Request, class_request, prompt_request
+from cmd_jax.defaults import DTYPES, SEEDS
 from cmd_jax.diffusion.guidance import check_guidance
 from cmd_jax.diffusion.schedules import check_count
 from cmd_jax.errors import UserError, choose
@@ -23,9 +24,6 @@ from cmd_jax.models.frames import pixels
 from cmd_jax.running.hosts import own_rows
 from cmd_jax.sharding import batch_sharding, check_batch, partitioning
 from cmd_jax.stages import DiffusionStage, FrozenAutoencoder
-
-DTYPES = ("", "float32", "bfloat16")
-SEEDS = 2**32  # jax.random.key takes a seed modulo this
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class Sampler:
         """The settings, solvers by their names; UserError for what these stages cannot do. Nothing is compiled."""
         check_count("sampling.batch_size", settings.batch_size)
         check_batch("sampling.batch_size", settings.batch_size, self.mesh)
-        choose("sampling.dtype", settings.dtype, DTYPES)
+        choose("sampling.dtype", settings.dtype, ("", *DTYPES))
         if not 0 <= operator.index(settings.seed) < SEEDS:
             raise UserError("seed", settings.seed, "none that random keys have", f"use 0 to {SEEDS - 1}")
         if not 0 <= settings.eta <= 1:
