@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cmd_jax.config import to_json
-from cmd_jax.data.pipeline import BatchPlan, batches
+from cmd_jax.data.pipeline import BatchPlan, Waited, batches
 from cmd_jax.errors import Stopped, UserError
 from cmd_jax.files import read_json, versions, write_json, write_text
 from cmd_jax.keys import derive
@@ -197,10 +197,10 @@ class Loop:
     def run(self, state: TrainState, data: Iterator[dict]) -> TrainState:
         """state, donated -> the last one, saved. A step's metrics are looked at when the next one is under way."""
         options, pending, stopping = self.program.options, None, False
-        start = int(state.step)
+        start, self.data = int(state.step), Waited(data)
         self.stop.running = True
         with self.log.progress:
-            for step, batch in zip(range(start, options.steps), data, strict=False):
+            for step, batch in zip(range(start, options.steps), self.data, strict=False):
                 state, values = self.program.step(state, batch, step, asked=self.stop.signal is not None)
                 jax.tree.map(lambda x: x.copy_to_host_async(), values)
                 if pending:
@@ -229,7 +229,7 @@ class Loop:
         self.peers.progress(step)
         self.first_step = self.first_step or time.perf_counter()
         try:
-            self.log(step, values)
+            self.log(step, values, self.data.seconds)
         except UserError:
             with self.peers.busy():
                 self.log.flight.write("nan", **self.program.explain(state, batch))

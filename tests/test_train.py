@@ -31,7 +31,7 @@ from cmd_jax.stages import ContentStage, MotionStage
 from cmd_jax.trained import load_trained
 
 pytestmark = pytest.mark.xdist_group("tiny")
-TIMINGS = ("steps_per_second", "clips_per_second", "wall_seconds")
+TIMINGS = ("steps_per_second", "clips_per_second", "data_wait", "wall_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,7 @@ def test_files_of_a_finished_run(run, stage):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(np.isfinite(line["loss"]) and line["gradient_norm"] > 0 for line in lines)
     assert all(line["steps_per_second"] > 0 for line in lines[1:])
+    assert all(0 <= line["data_wait"] <= 1 for line in lines[1:])
     assert lines[0]["wall_seconds"] <= lines[-1]["wall_seconds"]
     (events,) = folder.glob("events.out.tfevents*")
     assert events.stat().st_size > 200

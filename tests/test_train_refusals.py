@@ -23,7 +23,6 @@ from cmd_jax.sharding import make_mesh
 from cmd_jax.trained import Trained, export, load_trained
 
 pytestmark = pytest.mark.xdist_group("tiny")
-TIMINGS = ("steps_per_second", "clips_per_second", "wall_seconds")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """From a source of clips to global batches on the mesh. What is in the batch at step n depends on seed and n alone."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 import grain
@@ -96,3 +97,20 @@ def batches(read, plan: BatchPlan, mesh, *, start: int, stop: int, threads: int,
     with contextlib.closing(iter(clips.batch(len(wanted), batch_fn=list))) as examples:
         for rows in examples:
             yield to_global(dict(zip(wanted, rows, strict=True)), plan.batch_size, mesh)
+
+
+class Waited:
+    """The items of an iterator, and the seconds that whoever takes them has waited for them so far."""
+
+    def __init__(self, items: Iterator):
+        self.items, self.seconds = items, 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        begun = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - begun

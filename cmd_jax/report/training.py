@@ -123,7 +123,7 @@ class StepLog:
         self.stage, self.options, self.name_of = stage, options, name_of
         self.metrics, self.flight, self.console = metrics, flight, console
         self.begun = time.perf_counter()
-        self.first = self.last = None  # (step, time) of the first and last line of this run
+        self.first = self.last = None  # (step, time, seconds waited) of the first and last line of this run
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -144,8 +144,8 @@ class StepLog:
             return None
         return round((self.last[0] - self.first[0]) / (self.last[1] - self.first[1]), 3)
 
-    def __call__(self, step: int, values: dict):
-        """values: host arrays; scalars, and the "ids" [B] of the clips."""
+    def __call__(self, step: int, values: dict, waited: float):
+        """values: host arrays; scalars, and the "ids" [B] of the clips. waited: seconds for batches, in this run."""
         ids = [int(i) for i in values["ids"]]
         applied = bool(values["applied"])
         values = {name: float(value) for name, value in values.items() if name not in ("applied", "ids", "stop")}
@@ -164,7 +164,8 @@ class StepLog:
         if self.last:
             values["steps_per_second"] = (done - self.last[0]) / (now - self.last[1])
             values["clips_per_second"] = values["steps_per_second"] * self.options.batch_size
-        self.last = done, now
+            values["data_wait"] = (waited - self.last[2]) / (now - self.last[1])
+        self.last = done, now, waited
         self.first = self.first or self.last
         self.metrics.scalars(done, values | {"wall_seconds": round(self.wall_seconds(), 1)})
         self._show(done, values)
