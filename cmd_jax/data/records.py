@@ -1,0 +1,258 @@
+"""Shards of records that TFDS reads too: ArrayRecord files of TensorFlow's Example, each written whole or not at all.
+
+A split of a dataset lies in DIR/NAME/VERSION, as TFDS wants it: its shards, beside them `.ingest/SPLIT/NNNNN.json`, the
+facts of each finished one, and in the end `index-SPLIT.npz`, its columns, and TFDS's own features.json and
+dataset_info.json. Reading needs neither TFDS nor TensorFlow.
+"""
+
+import contextlib
+import hashlib
+import os
+import resource
+import struct
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from cmd_jax.errors import UserError
+from cmd_jax.files import COUNT, atomic_path, read_json, write_json
+
+OPTIONS = "group_size:1,uncompressed"  # a record is read alone, and hardly anything in it can be compressed
+VERSION = "1.0.0"
+REMEDY = "fetch it again, or remove its facts in .ingest/ and run cmd-jax ingest again"
+FACTS = {"records": COUNT, "bytes": COUNT, "sha256": str, ...: object}
+
+
+class Shards(NamedTuple):
+    """The files of one split. folder: DIR/NAME/VERSION."""
+
+    folder: Path
+    split: str
+    count: int
+
+    @property
+    def name(self) -> str:
+        return self.folder.parent.name
+
+    @property
+    def work(self) -> Path:
+        """The folder of what is only needed until the split is whole."""
+        return self.folder / ".ingest" / self.split
+
+    @property
+    def index(self) -> Path:
+        return self.folder / f"index-{self.split}.npz"
+
+    def path(self, k: int) -> Path:
+        return self.folder / f"{self.name}-{self.split}.array_record-{k:05d}-of-{self.count:05d}"
+
+    def facts_path(self, k: int) -> Path:
+        return self.work / f"{k:05d}.json"
+
+
+def finished(shards: Shards, k: int) -> dict | None:
+    """The facts of shard k, None until it is finished. UserError if its file is not the one that was finished."""
+    if not shards.facts_path(k).exists():
+        return None
+    facts = read_json(shards.facts_path(k), "shard", remedy=REMEDY, like=FACTS)
+    check_size(shards.path(k), facts["bytes"])
+    return facts
+
+
+def check_size(path: Path, size: int):
+    """UserError for a shard that is absent, or cut off: it would open as one without records."""
+    found = path.stat().st_size if path.exists() else None
+    if found != size:
+        problem = "is missing" if found is None else f"has {found} bytes, not {size}: it is damaged or another's"
+        raise UserError("shard", path, problem, REMEDY)
+
+
+def write_shard(shards: Shards, k: int, records: Iterable[bytes], facts: Callable[[], dict]) -> dict:
+    """Write shard k, unless it is finished -> its facts.
+
+    records: Examples as `example` makes them, in order. facts: asked once they are written, for what is to be known of
+    them beside their number, bytes and digest; JSON. Both files come by rename, so that a killed process leaves either
+    nothing or what needs no second writing.
+    """
+    if done := finished(shards, k):
+        return done
+    shards.work.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(shards.path(k))
+    count = 0
+    with atomic_path(shards.path(k)) as temporary:
+        writer = ArrayRecordWriter(str(temporary), OPTIONS)
+        try:
+            for record in records:
+                writer.write(record)
+                count += 1
+        finally:
+            writer.close()
+        with open(temporary, "rb") as file:
+            digest, size = hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size
+    whole = {**facts(), "records": count, "bytes": size, "sha256": digest}
+    write_json(shards.facts_path(k), whole)
+    return whole
+
+
+def remove_leftovers(path: Path):
+    """Remove temporary files of `path` whose processes, of this machine, are dead."""
+    for temporary in path.parent.glob(f".tmp-*-{path.name}"):
+        pid = temporary.name.split("-")[1]
+        with contextlib.suppress(PermissionError):
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                temporary.unlink(missing_ok=True)
+
+
+def example(features: Mapping[str, bytes | str | Sequence[bytes] | Sequence[str] | int | Sequence[int]]) -> bytes:
+    """An Example of lists of bytes, texts or whole numbers, the same bytes whatever the order of the names."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    message = tf_example_pb2.Example()
+    for name, value in features.items():
+        values = [value] if isinstance(value, bytes | str | int) else list(value)
+        feature = message.features.feature[name]
+        if values and isinstance(values[0], int):
+            feature.int64_list.value.extend(values)
+        else:
+            feature.bytes_list.value.extend(v.encode() if isinstance(v, str) else v for v in values)
+    return message.SerializeToString(deterministic=True)
+
+
+def parse(record: bytes) -> dict[str, list]:
+    """The lists of an Example: memoryviews into `record` for bytes, whole numbers, or floats.
+
+    protobuf's own parser copies a record twice, which is most of the time that reading a window of it takes.
+    """
+    view, features = memoryview(record), {}
+    for _, message in _fields(view):  # Example.features
+        for _, entry in _fields(message):  # an entry of the map
+            parts = dict(_fields(entry))
+            ((kind, values),) = [*_fields(parts[2])] or [(1, b"")]
+            features[bytes(parts[1]).decode()] = _LISTS[kind](values)
+    return features
+
+
+def _varint(view, position: int) -> tuple[int, int]:
+    """(value, the position behind it)."""
+    value = shift = 0
+    while True:
+        byte = view[position]
+        value |= (byte & 127) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 128:
+            return value, position
+
+
+def _fields(view):
+    """(number, content) of the fields of a message of which all are lengths and contents."""
+    position = 0
+    while position < len(view):
+        tag, position = _varint(view, position)
+        if tag & 7 != 2:
+            raise ValueError(f"a field of wire type {tag & 7}")
+        length, position = _varint(view, position)
+        if position + length > len(view):
+            raise ValueError("a field is longer than its message")
+        yield tag >> 3, view[position : position + length]
+        position += length
+
+
+def _integers(view) -> list[int]:
+    values = []
+    for _, content in _fields(view):
+        position = 0
+        while position < len(content):
+            value, position = _varint(content, position)
+            values.append(value - (1 << 64) if value >> 63 else value)
+    return values
+
+
+def _floats(view) -> list[float]:
+    return [x for _, content in _fields(view) for (x,) in struct.iter_unpack("<f", content)]
+
+
+_LISTS = {1: lambda view: [content for _, content in _fields(view)], 2: _floats, 3: _integers}
+
+
+class Records:
+    """Random access to the records of finished shards, from any thread; record r of shard k has the place
+    edges[k] + r.
+
+    sizes, counts: of each shard, as its facts have them.
+    """
+
+    def __init__(self, paths: Sequence[Path], sizes: Sequence[int], counts: Sequence[int]):
+        self.paths, self.edges = list(paths), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        for path, size in zip(self.paths, sizes, strict=True):
+            check_size(path, int(size))
+        raise_open_files()
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self.edges[-1])
+
+    def __getitem__(self, place: int) -> bytes:
+        shard = int(np.searchsorted(self.edges, place, "right")) - 1
+        reader = self._readers.get(shard) or self._open(shard)
+        try:
+            return reader.read([int(place - self.edges[shard])])[0]
+        except (RuntimeError, ValueError, IndexError) as error:
+            problem = f"record {place - self.edges[shard]} cannot be read ({str(error).splitlines()[0][:100]})"
+            raise UserError("shard", self.paths[shard], problem, REMEDY) from error
+
+    def _open(self, shard: int) -> ArrayRecordReader:
+        with self._lock:
+            if shard not in self._readers:
+                # Without reading ahead, which is for those that read a shard from end to end.
+                self._readers[shard] = ArrayRecordReader(str(self.paths[shard]), "readahead_buffer_size:0")
+            return self._readers[shard]
+
+
+def raise_open_files():
+    """A file stays open for each shard that was touched: allow as many as the system lets this process have."""
+    with contextlib.suppress(ValueError, OSError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def write_dataset(
+    folder: Path,
+    features,
+    splits: Mapping[str, tuple[Sequence[int], int]],
+    *,
+    description: str,
+    citation: str = "",
+    metadata: Mapping | None = None,
+):
+    """TFDS's own files, with which `tfds.data_source(NAME, split=SPLIT, data_dir=DIR)` opens the splits anywhere.
+
+    features: a tfds.features.FeaturesDict. splits: name -> (records of each shard, bytes of all of them). metadata:
+    what else there is to know, as JSON. It is written last of all: what has no dataset_info.json is not finished.
+    """
+    import tensorflow_datasets as tfds
+
+    def info(split: str, counts: Sequence[int], size: int):
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=folder.parent.name, split=split, filetype_suffix="array_record"
+        )
+        return tfds.core.SplitInfo(
+            name=split, shard_lengths=[int(n) for n in counts], num_bytes=int(size), filename_template=template
+        )
+
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        version=folder.name,
+        split_infos=[info(split, *rest) for split, rest in splits.items()],
+        check_data=False,
+        description=description,
+        citation=citation,
+        metadata=tfds.core.MetadataDict(metadata or {}),
+    )

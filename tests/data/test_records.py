@@ -1,0 +1,91 @@
+"""Shards appear whole, open in TFDS, give single records, and are found out when they are damaged."""
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from cmd_jax.data.packed import Entries, Packed
+from cmd_jax.data.records import VERSION, Records, Shards, example, finished, parse, write_dataset, write_shard
+from cmd_jax.data.roots import Entry
+from cmd_jax.errors import UserError
+
+COUNTS = (2, 0, 3)
+
+
+def rows(k: int) -> list[dict]:
+    return [{"id": 10 * k + i - 1, "video": bytes([k, i]) * 300, "texts": ["a", "ü"]} for i in range(COUNTS[k])]
+
+
+@pytest.fixture
+def shards(tmp_path) -> Shards:
+    shards = Shards(tmp_path / "clips" / VERSION, "train", len(COUNTS))
+    for k in range(len(COUNTS)):
+        write_shard(shards, k, map(example, rows(k)), lambda: {"bad": {}})
+    return shards
+
+
+def opened(shards: Shards) -> Records:
+    facts = [finished(shards, k) for k in range(shards.count)]
+    return Records([shards.path(k) for k in range(shards.count)], [f["bytes"] for f in facts], COUNTS)
+
+
+def test_records_come_back_by_place(shards):
+    records = opened(shards)
+    found = [parse(records[place]) for place in (4, 0, 3, 1, 2)]
+    wanted = [row for k in range(3) for row in rows(k)]
+    assert len(records) == 5
+    for parsed, row in zip(found, [wanted[i] for i in (4, 0, 3, 1, 2)], strict=True):
+        assert parsed["id"] == [row["id"]]
+        assert bytes(parsed["video"][0]) == row["video"]
+        assert [bytes(text).decode() for text in parsed["texts"]] == row["texts"]
+
+
+def test_tfds_opens_them_without_our_code(shards, tmp_path):
+    text = tfds.features.Text()
+    features = tfds.features.FeaturesDict({"id": np.int64, "video": text, "texts": tfds.features.Sequence(text)})
+    write_dataset(shards.folder, features, {"train": (COUNTS, 3 << 17)}, description="d", metadata={"made": "here"})
+    source = tfds.data_source("clips", split="train", data_dir=tmp_path)
+    assert [int(x["id"]) for x in source] == [-1, 0, 19, 20, 21]
+    assert source[3]["video"] == bytes([2, 1]) * 300
+    assert tfds.builder("clips", data_dir=tmp_path).info.metadata["made"] == "here"
+
+
+def test_a_finished_shard_is_not_written_again(shards):
+    before = shards.path(0).stat()
+    facts = write_shard(shards, 0, iter([b"other"]), dict)
+    after = shards.path(0).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert facts == finished(shards, 0)
+
+
+def test_what_a_dead_process_left_is_removed_and_a_living_one_s_stays(shards):
+    shards.facts_path(0).unlink()
+    dead, alive = (shards.folder / f".tmp-{pid}-{shards.path(0).name}" for pid in (2**22 + 1, 1))
+    dead.touch(), alive.touch()
+    write_shard(shards, 0, map(example, rows(0)), dict)
+    assert not dead.exists() and alive.exists()
+
+
+def test_a_shard_cut_off_or_damaged_is_found_out(shards):
+    path = shards.path(2)
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes([2, 1]) * 300) + 100] ^= 1
+    path.write_bytes(content)
+    records = opened(shards)
+    with pytest.raises(UserError, match="record 1"):
+        records[3]
+    path.write_bytes(content[:-65536])
+    with pytest.raises(UserError, match=path.name):
+        opened(shards)
+
+
+def test_entries_are_what_went_in(tmp_path):
+    entries = [Entry("ü/b.mp4", "two", ("x", "")), Entry("a.mp4"), Entry("c.mp4", "one", ("y",))]
+    packed = Entries.of(entries, ("one", "two"))
+    packed.save(tmp_path)
+    loaded = Entries.load(tmp_path)
+    assert list(loaded) == entries
+    assert loaded.digest() == packed.digest() != Entries.of(entries[:2], ("one", "two")).digest()
+    assert list(packed.take(np.array([2, 0]))) == [entries[2], entries[0]]
+    assert list(Entries.of([])) == []
+    assert Packed.of(["a", "bc"])[-1] == "bc"
