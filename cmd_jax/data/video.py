@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -85,6 +85,21 @@ def decode(
         pass
     with contextlib.suppress(av.error.FFmpegError):
         yield from stream.codec_context.decode(None)  # the good frames that the decoder still held back
+
+
+def steady(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """The frames; VideoError where there is none, no way from its pixel format to RGB, or the size changes."""
+    shape = None
+    for frame in frames:
+        if shape is None:
+            to_rgb(frame, VideoReformatter())
+            shape = frame.width, frame.height
+        if (frame.width, frame.height) != shape:
+            size = f"{shape[0]}x{shape[1]} to {frame.width}x{frame.height}"
+            raise VideoError(f"changes its frame size on the way ({size})")
+        yield frame
+    if shape is None:
+        raise VideoError("holds no frame that decodes")
 
 
 class KeyFrame(NamedTuple):

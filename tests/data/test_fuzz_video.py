@@ -12,7 +12,7 @@ import pytest
 from data.clip_files import CODECS, LOSSLESS, numbered, write_clip
 from processes import ROOT, environment
 
-from cmd_jax.data import probe as probing
+from cmd_jax.data import supervised
 from cmd_jax.data.folder import FolderSource
 
 COUNT, PATIENCE = 500, 60.0  # seconds
@@ -142,7 +142,7 @@ def test_damaged_videos_are_read_or_named(tmp_path, monkeypatch):
         path.write_bytes(data)
         names.add(path.relative_to(root).as_posix())
 
-    seconds, ask = [], probing.Child.ask
+    seconds, ask = [], supervised.Child.ask
 
     def timed(self, *arguments, **options):
         begun = time.monotonic()
@@ -151,7 +151,7 @@ def test_damaged_videos_are_read_or_named(tmp_path, monkeypatch):
         finally:
             seconds.append(time.monotonic() - begun)
 
-    monkeypatch.setattr(probing.Child, "ask", timed)
+    monkeypatch.setattr(supervised.Child, "ask", timed)
     options = {**SHAPE, "layout": "classes", "max_bad_fraction": 1.0}
     source = FolderSource(root, cache=tmp_path / "probe.json", **options)
     usable = {source.name(index) for index in range(len(source))}

@@ -11,7 +11,7 @@ import time
 import pytest
 from data.folders import ANSWER, names, source
 
-from cmd_jax.data import outcomes, probe
+from cmd_jax.data import outcomes, probe, supervised
 from cmd_jax.errors import UserError
 
 # Child processes
@@ -87,12 +87,12 @@ def test_children_end_with_the_probing(put, child, monkeypatch):
     command, _ = child
     started = []
 
-    class Recorded(probe.Child):
+    class Recorded(supervised.Child):
         def __init__(self, command):
             super().__init__(command)
             started.append(self.process)
 
-    monkeypatch.setattr(probe, "Child", Recorded)
+    monkeypatch.setattr(supervised, "Child", Recorded)
     paths = [str(put("c/a.avi", "c/hang.avi") / "c" / name) for name in ("a.avi", "hang.avi")]
     outcomes = probe.probe(paths, 600, command)
     path, facts = next(outcomes)
