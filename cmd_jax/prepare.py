@@ -150,7 +150,7 @@ def prepare_denoiser(
     conditions, tokenizer = Classes(len(source.class_names)), None
     vae, text_encoder, image_model = trained.metadata.vae, None, None
     if config.model.condition == "text":
-        if source.texts is None:
+        if not source.has_texts:
             remedy = "give clips with texts, data.layout metadata or webvid"
             raise UserError("data", config.data.root or config.data.source, "has no captions to train on", remedy)
         text_encoder = part_of(config.pretrained.path, TextEncoderMetadata, earlier.text_encoder)
@@ -158,7 +158,7 @@ def prepare_denoiser(
     elif config.pretrained.path and vae is None:
         problem = "not used by a stage of pixels and classes"
         raise UserError("pretrained.path", config.pretrained.path, problem, "leave it out")
-    elif source.texts and not source.class_names:
+    elif source.has_texts and not source.class_names:
         console.print("the texts of the manifest are not used: without labels the model is trained unconditionally")
     if config.denoiser == "unet":
         image_model = part_of(config.pretrained.path, ImageModelMetadata, earlier.image_model)

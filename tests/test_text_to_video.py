@@ -138,7 +138,7 @@ def test_latents_and_texts_are_made_once():
         "ids": (48, 77), "states": (48, 77, 8),
     }  # fmt: skip
     source = ShapesSource(clips=48, frames=4, height=16, width=32)
-    np.testing.assert_array_equal(files["ids"][5], pipeline().tokenizer([source.texts[5]])[0])
+    np.testing.assert_array_equal(files["ids"][5], pipeline().tokenizer([*source.texts(5)])[0])
     metrics = json.loads((trained() / "autoencoder" / "metrics.jsonl").read_text().splitlines()[0])
     assert {"l2", "snr"} <= metrics.keys() and "psnr" not in metrics
     assert metrics["loss"] == pytest.approx(metrics["l2"])
@@ -154,7 +154,7 @@ def test_cached_features_give_the_loss_of_videos_and_texts(name):
     conditions, tokenizer = texts()
     source = ShapesSource(clips=48, frames=4, height=16, width=32)
     video = np.stack([source.clip(i)[0] for i in (3, 20, 40)])
-    batch = {"video": video, "ids": tokenizer([source.texts[i] for i in (3, 20, 40)])}
+    batch = {"video": video, "ids": tokenizer([source.texts(i)[0] for i in (3, 20, 40)])}
     content, motion = stage.autoencoder.encode(stage.frozen["autoencoder"], batch)
     states = conditions.states(conditions.params, batch["ids"])
     cached = {"content": content, "motion": motion, "ids": batch["ids"], "states": states}

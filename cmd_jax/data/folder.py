@@ -1,6 +1,7 @@
 """Clips from a folder of video files: UCF-101's layout, class folders, or lists with texts (paper section 4.1)."""
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ from cmd_jax.data import probe as probing
 from cmd_jax.data import video
 from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.outcomes import Outcomes
+from cmd_jax.data.packed import draw_text, used_classes
 from cmd_jax.data.roots import check_root, some, stat_inside
 from cmd_jax.errors import UserError
 
@@ -43,7 +45,8 @@ class FolderSource:
     files are logged, kept in `bad` (name -> reason) and skipped.
 
     class_names: those with a usable clip, sorted, or in classInd's order; () without labels.
-    texts: the first caption of each clip in metadata and webvid, or None; `text` draws one of all.
+    labels: int32 [N], len(class_names) for none. lengths: int32 [N], frames of each file.
+    has_texts: whether every clip has captions, as in metadata and webvid.
     absent: how many rows of WebVid's lists name a file that is not there, which is no fault; 0 in other layouts.
     fingerprint: SHA-256 over the shape of clips and how they are drawn, class names, and each usable clip's name, size,
     length, label and texts.
@@ -84,11 +87,11 @@ class FolderSource:
 
         entries, listed, self.bad, self.absent = list_clips(self.root, layout, fold, split)
         stats = {}
-        for entry in entries:
+        for name in entries.names:
             try:
-                stats[entry.name] = stat_inside(self.root, entry.name)
+                stats[name] = stat_inside(self.root, name)
             except ValueError as error:
-                self.bad[entry.name] = str(error)
+                self.bad[name] = str(error)
         facts = _probe(self.root, stats, probe_timeout, probe_cap or math.inf, cache and Path(cache), probe_command)
         needed = (frames - 1) * stride + 1
         for name, fact in facts.items():
@@ -99,50 +102,53 @@ class FolderSource:
                 if fact["declared"] > fact["frames"]:
                     length = f"is truncated: only {fact['frames']} of {fact['declared']} frames decode"
                 self.bad[name] = f"{length}; {needed} are needed"
-        self._report_bad(len(self.bad.keys() | {entry.name for entry in entries}), max_bad_fraction)
+        self._report_bad(len(self.bad.keys() | {*entries.names}), max_bad_fraction)
 
-        self._entries = [entry for entry in entries if entry.name not in self.bad]
-        used = {entry.label for entry in self._entries}
-        if empty := [name for name in listed if name not in used]:
+        self._entries = entries.take(np.flatnonzero([name not in self.bad for name in entries.names]))
+        self.class_names, self.labels = used_classes(self._entries.label, listed)
+        if len(self.class_names) < len(listed):
+            empty = [name for name in listed if name not in {*self.class_names}]
             log.warning("classes without a usable clip are left out: %s", some(empty))
-        self.class_names = tuple(name for name in listed if name in used)
-        self._lengths = [facts[entry.name]["frames"] for entry in self._entries]
-        self._key_frames = [np.array(facts[entry.name]["key_frames"], np.int64) for entry in self._entries]
-        number = {name: index for index, name in enumerate(self.class_names)}
-        self._labels = [number.get(entry.label, len(number)) for entry in self._entries]
-        self.texts = tuple(entry.texts[0] for entry in self._entries) if all(e.texts for e in self._entries) else None
-        rows = zip(self._entries, self._lengths, self._labels, strict=True)
-        content = [[VERSION, frames, height, width, stride, random_start], self.class_names]
-        content += [[e.name, stats[e.name].st_size, n, label, e.texts] for e, n, label in rows]
-        self.fingerprint = hashlib.sha256("\n".join(map(json.dumps, content)).encode()).hexdigest()
+        self.lengths = np.array([facts[name]["frames"] for name in self._entries.names], np.int32)
+        key_frames = [facts[name]["key_frames"] for name in self._entries.names]
+        self._key_frames = np.array([*itertools.chain(*key_frames)], np.int64).reshape(-1, 3)
+        self._key_edges = np.cumsum([0, *map(len, key_frames)])
+        self.has_texts = bool((np.diff(self._entries.text_edges) > 0).all())
+        digest = hashlib.sha256(json.dumps([VERSION, frames, height, width, stride, random_start]).encode())
+        digest.update(b"\n" + json.dumps(self.class_names).encode())
+        for (name, _, texts), length, label in zip(self._entries, self.lengths, self.labels, strict=True):
+            row = [name, stats[name].st_size, int(length), int(label), texts]
+            digest.update(b"\n" + json.dumps(row).encode())
+        self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def name(self, index: int) -> str:
         """The file's name relative to the root."""
-        return self._entries[index].name
+        return self._entries.names[index]
 
     def label(self, index: int) -> int:
         """Its class; len(class_names), the null class, where the file has none."""
-        return self._labels[index]
+        return int(self.labels[index])
 
-    def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        """-> (video uint8 RGB [T,H,W,3], its `label`).
+    def texts(self, index: int) -> tuple[str, ...]:
+        """Its captions."""
+        return self._entries.texts_of(index)
+
+    def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int, str | None]:
+        """-> (video uint8 RGB [T,H,W,3], its `label`, its caption or None).
 
         T = frames, `stride` apart, from a start that `rng` draws (0 where random_start is off); centre crop of what a
-        player shows, then antialiased resize. Raises UserError if the file has changed since its test.
+        player shows, then antialiased resize. Of several captions `rng` then draws one. Raises UserError if the file
+        has changed since its test.
         """
-        last = self._lengths[index] - (self.frames - 1) * self.stride - 1
+        last = int(self.lengths[index]) - (self.frames - 1) * self.stride - 1
         start = int(rng.integers(0, last + 1)) if self.random_start else 0
         path, size = os.path.join(self.root, self.name(index)), (self.height, self.width)
-        key_frames = [video.KeyFrame(*row) for row in self._key_frames[index].tolist()]
-        return video.read_frames(path, start, self.frames, self.stride, size, key_frames), self._labels[index]
-
-    def text(self, index: int, rng: np.random.Generator) -> str:
-        """The clip's caption, or one of several that `rng` draws."""
-        texts = self._entries[index].texts
-        return texts[rng.integers(len(texts))] if len(texts) > 1 else texts[0]
+        rows = self._key_frames[slice(*self._key_edges[index : index + 2])].tolist()
+        frames = video.read_frames(path, start, self.frames, self.stride, size, [video.KeyFrame(*row) for row in rows])
+        return frames, self.label(index), draw_text(self.texts(index), rng)
 
     def _report_bad(self, total: int, max_bad_fraction: float):
         bad = len(self.bad)

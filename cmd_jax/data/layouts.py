@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cmd_jax.data import ucf101, video, webvid
-from cmd_jax.data.roots import COPY, Entry, Listing, check_root, inside, names_in, normal, some
+from cmd_jax.data.packed import Listing
+from cmd_jax.data.roots import COPY, Entry, check_root, inside, names_in, normal, some
 from cmd_jax.data.tables import csv_columns, csv_rows, json_rows, lines
 from cmd_jax.errors import UserError, choose
 
@@ -145,7 +146,7 @@ def _read_classes(root: str, split: str, guess: bool) -> Listing:
         entries += [Entry(base + name, label) for name, label in zip(names, labels, strict=True)]
         classes |= {_top(name.removeprefix(base)) for name in inner.folders}
     bad = {name: why for name, why in tree.bad.items() if not parts or _top(name) in parts}
-    return Listing(entries, _in_order(classes | {entry.label for entry in entries}), bad)
+    return Listing.of(entries, _in_order(classes | {entry.label for entry in entries}), bad)
 
 
 def _parts(root: str, tops: set[str], split: str) -> list[str]:
@@ -202,7 +203,7 @@ def _read_metadata(root: str, split: str) -> Listing:
             problem = f"no {' or '.join(MANIFESTS)} in {root}"
             raise UserError("data.layout", "metadata", problem, f"{remedy}, or use another data.layout")
         entries = [entry for part in _parts(root, folders, split) for entry in _manifest_entries(root, f"{part}/")]
-    return Listing(entries, _in_order({entry.label for entry in entries}), {})
+    return Listing.of(entries, _in_order({entry.label for entry in entries}), {})
 
 
 def _manifest_entries(root: str, base: str) -> list[Entry]:

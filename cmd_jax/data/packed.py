@@ -4,6 +4,7 @@ cluster reads its own part of a listing straight from the disk."""
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,7 +12,10 @@ from cmd_jax.data.roots import Entry
 
 
 class Packed(Sequence[str]):
-    """Texts, one after the other as UTF-8. data: uint8 [bytes]; edges: int64 [N + 1], where each begins and ends."""
+    """Texts, one after the other as UTF-8. data: uint8 [bytes]; edges: int64 [N + 1], where each begins and ends.
+
+    Names of files may be no UTF-8: Python's surrogates for such bytes are kept.
+    """
 
     def __init__(self, data: np.ndarray, edges: np.ndarray):
         self.data, self.edges = data, edges
@@ -20,7 +24,7 @@ class Packed(Sequence[str]):
     def of(cls, texts: Iterable[str]) -> "Packed":
         data, lengths = bytearray(), []
         for text in texts:
-            piece = text.encode()
+            piece = text.encode("utf-8", "surrogateescape")
             data += piece
             lengths.append(len(piece))
         return cls(np.frombuffer(data, np.uint8), np.cumsum([0, *lengths], dtype=np.int64))
@@ -30,7 +34,7 @@ class Packed(Sequence[str]):
 
     def __getitem__(self, index: int) -> str:
         index = range(len(self))[index]
-        return self.data[self.edges[index] : self.edges[index + 1]].tobytes().decode()
+        return self.data[self.edges[index] : self.edges[index + 1]].tobytes().decode("utf-8", "surrogateescape")
 
     def take(self, which: np.ndarray) -> "Packed":
         """Those at `which`, int [M], in that order."""
@@ -66,8 +70,12 @@ class Entries(Sequence[Entry]):
 
     def __getitem__(self, index: int) -> Entry:
         index = range(len(self))[index]
-        texts = tuple(self.texts[i] for i in range(*self.text_edges[index : index + 2].tolist()))
-        return Entry(self.names[index], self.labels[label] if (label := int(self.label[index])) >= 0 else None, texts)
+        label = int(self.label[index])
+        return Entry(self.names[index], self.labels[label] if label >= 0 else None, self.texts_of(index))
+
+    def texts_of(self, index: int) -> tuple[str, ...]:
+        """The captions of clip `index` >= 0."""
+        return tuple(self.texts[i] for i in range(*self.text_edges[index : index + 2].tolist()))
 
     def __iter__(self) -> Iterator[Entry]:
         return (self[index] for index in range(len(self)))
@@ -111,3 +119,35 @@ class Entries(Sequence[Entry]):
         packed = (Packed(array(f"{name}.data"), array(f"{name}.edges")) for name in ("names", "labels", "texts"))
         names, labels, texts = packed
         return cls(names, labels, array("label"), texts, array("text_edges"))
+
+
+class Listing(NamedTuple):
+    """What a folder lists: the clips, and the names of their classes, which `entries.label` counts.
+
+    bad: name -> why what bears it cannot be used. absent: rows of WebVid's lists whose files are not there.
+    """
+
+    entries: Entries
+    class_names: tuple[str, ...]
+    bad: dict[str, str]
+    absent: int = 0
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry], class_names: tuple[str, ...], bad: dict[str, str], absent: int = 0):
+        """class_names: all that the entries have, and perhaps more."""
+        return cls(Entries.of(entries, class_names), class_names, bad, absent)
+
+
+def used_classes(label: np.ndarray, class_names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Of the listed classes those that have a clip, and the clips' labels among these.
+
+    label: int [N], numbers of listed classes, -1 for none -> (names, int32 [N], len(names) for none).
+    """
+    used = np.bincount(label[label >= 0], minlength=len(class_names)) > 0
+    numbers = np.append(np.cumsum(used) - 1, np.count_nonzero(used)).astype(np.int32)  # -1 finds the last
+    return tuple(name for name, has in zip(class_names, used, strict=True) if has), numbers[label]
+
+
+def draw_text(texts: Sequence[str], rng: np.random.Generator) -> str | None:
+    """The one text, one of several that `rng` draws, or None where there is none."""
+    return texts[rng.integers(len(texts))] if len(texts) > 1 else texts[0] if texts else None

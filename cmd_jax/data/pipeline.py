@@ -19,8 +19,8 @@ def video_reader(source, tokenizer=None) -> Callable[[int, np.random.Generator],
     """
 
     def read(index, rng):
-        video, label = source.clip(index, rng)
-        ids = {} if tokenizer is None else {"ids": tokenizer([source.text(index, rng)])[0]}
+        video, label, text = source.clip(index, rng)
+        ids = {} if tokenizer is None else {"ids": tokenizer([text])[0]}
         return {"video": video, "label": np.int32(label), **ids}
 
     return read

@@ -20,18 +20,6 @@ class Entry(NamedTuple):
     texts: tuple[str, ...] = ()
 
 
-class Listing(NamedTuple):
-    """What a folder lists: the clips, and their classes in the order of the labels.
-
-    bad: name -> why what bears it cannot be used. absent: rows of WebVid's lists whose files are not there.
-    """
-
-    entries: list[Entry]
-    class_names: tuple[str, ...]
-    bad: dict[str, str]
-    absent: int = 0
-
-
 def check_root(root) -> str:
     """The folder's real path."""
     if not root:

@@ -1,7 +1,6 @@
 """The `shapes` dataset: one coloured shape moving over a dark plain background; generated, no files needed."""
 
 import hashlib
-import itertools
 import json
 
 import numpy as np
@@ -46,7 +45,8 @@ class ShapesSource:
     """`clips` generated clips of 48 classes, fixed by (seed, split, index); class label = index % 48.
 
     frames >= 2, height and width >= 16 (independent). The two splits draw from separate streams. UserError on values
-    outside. texts: each clip's caption, "a red circle moving left". `bad` (empty) is there for folder sources have it.
+    outside. A clip has one text, "a red circle moving left". labels, lengths (frames): int32 [N]. `bad` (empty) is
+    there for folder sources have it.
     """
 
     def __init__(
@@ -65,7 +65,9 @@ class ShapesSource:
         self.clips, self.frames, self.height, self.width = int(clips), int(frames), int(height), int(width)
         self.seed, self.split = int(seed), split
         self.class_names, self.bad = list(CLASS_NAMES), {}
-        self.texts = tuple(itertools.islice(itertools.cycle(CAPTIONS), self.clips))
+        self.has_texts = True
+        self.labels = np.arange(self.clips, dtype=np.int32) % np.int32(len(CLASS_NAMES))
+        self.lengths = np.full(self.clips, self.frames, np.int32)
         parameters = [VERSION, self.clips, self.frames, self.height, self.width, self.seed, split]
         self.fingerprint = hashlib.sha256(json.dumps(["shapes", *parameters]).encode()).hexdigest()
 
@@ -75,14 +77,14 @@ class ShapesSource:
     def name(self, index: int) -> str:
         return f"shapes-{self.split}-{index:06d}"
 
-    def text(self, index: int, rng=None) -> str:
-        return self.texts[index]
+    def texts(self, index: int) -> tuple[str]:
+        return (CAPTIONS[self.label(index)],)
 
     def label(self, index: int) -> int:
         return int(index) % len(CLASS_NAMES)
 
-    def clip(self, index: int, rng=None) -> tuple[np.ndarray, int]:
-        """Clip `index` -> (uint8 [T,H,W,3], label); `rng` is not used: a clip is the same whenever it is asked for."""
+    def clip(self, index: int, rng=None) -> tuple[np.ndarray, int, str]:
+        """Clip `index` -> (uint8 [T,H,W,3], label, text); `rng` is not used: a clip is the same whenever asked for."""
         if not 0 <= index < self.clips:
             raise IndexError(f"clip {index} of {self.clips}")
         label = self.label(index)
@@ -115,4 +117,4 @@ class ShapesSource:
         for channel, (back, front) in enumerate(zip(background, COLORS[color], strict=True)):
             video[..., channel] = back
             video[:, top:bottom, left:right, channel] = mask * np.float32(front - back) + np.float32(back + 0.5)
-        return video, label
+        return video, label, CAPTIONS[label]

@@ -4,7 +4,8 @@ import collections
 import os
 import re
 
-from cmd_jax.data.roots import Entry, Listing, folder_with, inside, names_in
+from cmd_jax.data.packed import Listing
+from cmd_jax.data.roots import Entry, folder_with, inside, names_in
 from cmd_jax.data.tables import lines
 from cmd_jax.errors import UserError, choose, nearest
 
@@ -61,7 +62,7 @@ def read(root: str, split: str, fold: int) -> Listing:
 
     index = os.path.join(lists, "classInd.txt")
     if not os.path.exists(index):
-        return Listing(entries, tuple(sorted({entry.label for rows in parts.values() for entry in rows})), {})
+        return Listing.of(entries, tuple(sorted({entry.label for rows in parts.values() for entry in rows})), {})
     numbered = [re.fullmatch(r"(\d+)\s+(.+)", content) for _, content in lines(index, "data.root")]
     if None in numbered or sorted(int(m[1]) for m in numbered) != list(range(1, len(numbered) + 1)):
         raise UserError(
@@ -72,7 +73,7 @@ def read(root: str, split: str, fold: int) -> Listing:
         if entry.label not in class_names:
             known = f"use for example {nearest(entry.label, class_names)[0]}" if class_names else "restore the file"
             raise UserError("data.root", index, f"it lacks the class {entry.label} of {entry.name}", known)
-    return Listing(entries, class_names, {})
+    return Listing.of(entries, class_names, {})
 
 
 def _as_they_lie(root: str, entries: list[Entry]) -> list[Entry]:

@@ -5,7 +5,8 @@ import logging
 import os
 import re
 
-from cmd_jax.data.roots import Entry, Listing, folder_with, inside, names_in, normal, some
+from cmd_jax.data.packed import Listing
+from cmd_jax.data.roots import Entry, folder_with, inside, names_in, normal, some
 from cmd_jax.data.tables import csv_rows
 from cmd_jax.errors import UserError
 
@@ -46,7 +47,7 @@ def read(root: str, split: str) -> Listing:
         raise UserError("data.root", root, problem, f"put them there; the folder holds {some(names_in(root))}")
     more = f"; {repeated} rows repeat another" if repeated else ""
     log.info("%s: %d videos are there, %d rows name one that is absent%s", read, len(texts), absent, more)
-    return Listing([Entry(name, texts=captions) for name, captions in texts.items()], (), videos.bad, absent)
+    return Listing.of([Entry(name, texts=captions) for name, captions in texts.items()], (), videos.bad, absent)
 
 
 def untitled(row: list[str]) -> list[str] | None:

@@ -224,8 +224,8 @@ class CompanionStages:
                 return len(open_source(data).class_names)
             if not data.root:  # which would be the present folder
                 raise UserError("data.root", "", "not given", "set it to count them")
-            entries = list_clips(data.root, data.layout, data.fold, data.split).entries
-            return len({entry.label for entry in entries} - {None})
+            label = list_clips(data.root, data.layout, data.fold, data.split).entries.label
+            return len(np.unique(label[label >= 0]))
         except UserError as error:
             self.console.print(f"classes counted as 0: {error}")
             return 0

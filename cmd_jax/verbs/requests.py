@@ -117,6 +117,6 @@ def open_clips(config, workdir: Path, count: int) -> Clips:
     """`count` clips from all over the data, or all there are."""
     source = leader_first(lambda: open_source(config.data, cache=workdir / "probe.jsonl"))
     picks = [int(i) for i in np.linspace(0, len(source), min(count, len(source)), endpoint=False)]
-    texts = [source.texts[i] for i in picks] if source.texts else None
+    texts = [source.texts(i)[0] for i in picks] if source.has_texts else None
     labels = np.array([source.label(i) for i in picks])
     return Clips(Videos(source, picks, config.seed), labels, texts, tuple(source.class_names))

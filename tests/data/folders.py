@@ -34,7 +34,18 @@ def names(source):
 
 
 def labels(source):
-    return [source.clip(index, np.random.default_rng(0))[1] for index in range(len(source))]
+    found = [source.clip(index, np.random.default_rng(0))[1] for index in range(len(source))]
+    assert source.labels.dtype == np.int32 and found == source.labels.tolist()
+    return found
+
+
+def texts(source):
+    """The first caption of each clip, None where not all have any."""
+    return tuple(source.texts(index)[0] for index in range(len(source))) if source.has_texts else None
+
+
+def drawn_texts(source, index, seeds):
+    return [source.clip(index, np.random.default_rng(seed))[2] for seed in range(seeds)]
 
 
 def manifest(root, text, name="metadata.csv"):

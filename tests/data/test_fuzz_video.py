@@ -121,7 +121,7 @@ for index in range(len(source)):
     for _ in range(3):
         begun = time.monotonic()
         try:
-            video, label = source.clip(index, rng)
+            video, label, _ = source.clip(index, rng)
             answer = {"shape": video.shape, "label": label}
         except UserError as error:
             answer = {"error": str(error)}

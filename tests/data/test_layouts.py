@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from data.folders import labels, manifest, names, probed, refused, source
+from data.folders import drawn_texts, labels, manifest, names, probed, refused, source, texts
 
 # Layouts
 
@@ -19,7 +19,7 @@ def test_class_folders(put):
     assert got.class_names == ("a cat", "b dog")
     assert names(got) == ["a cat/deep/er/x.avi", "b dog/1.AVI", "b dog/2.avi"]
     assert labels(got) == [0, 1, 1]
-    assert got.texts is None
+    assert texts(got) is None
     assert got.bad == {}
 
 
@@ -66,7 +66,7 @@ CSV = 'file_name,text,label\r\nsub/a.avi,"red, ""big""\r\nand round",apple\r\n./
 def test_metadata_csv_with_bom_crlf_and_quotes(put):
     got = source(manifest(put("sub/a.avi", "b.avi", "c.avi", "unlisted.avi"), b"\xef\xbb\xbf" + CSV.encode()))
     assert names(got) == ["sub/a.avi", "b.avi", "c.avi"]
-    assert got.texts == ('red, "big"\r\nand round', "grün", "")
+    assert texts(got) == ('red, "big"\r\nand round', "grün", "")
     assert got.class_names == ("apple", "pear")
     assert labels(got) == [0, 2, 1]
 
@@ -75,28 +75,30 @@ def test_metadata_jsonl(put):
     rows = [{"file_name": "a.avi", "text": "one\ntwo", "label": 10}, {"file_name": "b.avi", "text": "x", "label": 2}]
     root = manifest(put("a.avi", "b.avi"), "\ufeff" + "\r\n\r\n".join(map(json.dumps, rows)), "metadata.jsonl")
     got = source(root)
-    assert got.texts == ("one\ntwo", "x")
+    assert texts(got) == ("one\ntwo", "x")
     assert got.class_names == ("2", "10")
     assert labels(got) == [1, 0]
 
 
 def test_metadata_without_labels_is_unlabelled(put):
     got = source(manifest(put("a.avi"), "text,file_name\nhello,a.avi\n"))
-    assert (got.class_names, labels(got), got.texts) == ((), [0], ("hello",))
+    assert (got.class_names, labels(got), texts(got)) == ((), [0], ("hello",))
 
 
 def test_rows_of_one_file_are_captions_of_it(put, caplog):
     rows = "a.avi,one\nb.avi,x\n./a.avi,two\na.avi,one\na.avi,three\n"
     with caplog.at_level(logging.INFO):
         got = source(manifest(put("a.avi", "b.avi"), "file_name,text\n" + rows))
-    assert (names(got), got.texts) == (["a.avi", "b.avi"], ("one", "x"))
+    assert (names(got), texts(got)) == (["a.avi", "b.avi"], ("one", "x"))
     assert "4 captions of 2 files; 1 rows repeat another" in caplog.text
-    drawn = [got.text(0, np.random.default_rng(seed)) for seed in range(30)]
+    drawn = drawn_texts(got, 0, 30)
     assert {*drawn} == {"one", "two", "three"}
-    assert drawn == [got.text(0, np.random.default_rng(seed)) for seed in range(30)]
-    # A single caption draws nothing, so that a clip has the start that it would have without captions.
-    rng = np.random.default_rng(0)
-    assert (got.text(1, rng), rng.random()) == ("x", np.random.default_rng(0).random())
+    assert drawn == drawn_texts(got, 0, 30) and drawn_texts(got, 1, 3) == ["x"] * 3
+    for index in (0, 1):  # after the start, which is that of a clip without captions; a single one draws nothing
+        rng, again = np.random.default_rng(7), np.random.default_rng(7)
+        text, _ = got.clip(index, rng)[2], again.integers(0, 13)
+        assert text == got.texts(index)[again.integers(3) if index == 0 else 0]
+        assert rng.random() == again.random()
     fewer = source(manifest(put(), "file_name,text\na.avi,one\nb.avi,x\n"))
     assert got.fingerprint != fewer.fingerprint
 
@@ -105,10 +107,10 @@ def test_a_manifest_without_a_title_row(put, caplog):
     root = manifest(put("a.avi", "b c.avi"), 'a.avi,"a dog, running",dog\nb c.avi,a cat,cat\n')
     with caplog.at_level(logging.INFO):
         got = source(root)
-    assert (names(got), got.texts) == (["a.avi", "b c.avi"], ("a dog, running", "a cat"))
+    assert (names(got), texts(got)) == (["a.avi", "b c.avi"], ("a dog, running", "a cat"))
     assert (got.class_names, labels(got)) == (("cat", "dog"), [1, 0])
     assert "taken for file_name, text, label" in caplog.text
-    assert source(manifest(root, "a.avi,a dog\n")).texts == ("a dog",)
+    assert texts(source(manifest(root, "a.avi,a dog\n"))) == ("a dog",)
     refused("data.root", "where file_name is needed", manifest(root, "gone.avi,a dog\n"))
 
 
@@ -139,10 +141,10 @@ def test_metadata_below_folders_of_splits(put):
     manifest(root, '{"file_name": "c.avi", "text": "a cow"}\n', "test/metadata.jsonl")
     for layout in ("auto", "metadata"):
         got = source(root, layout=layout)
-        assert (names(got), got.texts) == (["train/a.avi", "train/sub/b.avi"], ("a dog", "a cat"))
+        assert (names(got), texts(got)) == (["train/a.avi", "train/sub/b.avi"], ("a dog", "a cat"))
         assert (got.class_names, labels(got)) == (("9", "10"), [1, 0])
-        assert source(root, layout=layout, split="test").texts == ("a cow",)
-        assert len(source(root, layout=layout, split="all").texts) == 3
+        assert texts(source(root, layout=layout, split="test")) == ("a cow",)
+        assert len(texts(source(root, layout=layout, split="all"))) == 3
         refused("data.split", "use test or train", root, layout=layout, split="val")
     assert source(root, layout="classes").class_names == ("sub",)
     (root / "train/link.avi").symlink_to(root / "test/c.avi")  # within the root, if not within the split
@@ -155,7 +157,7 @@ def test_metadata_below_folders_of_splits(put):
 
 def test_one_manifest_over_folders_of_splits(put, caplog):
     root = manifest(put("train/a.avi", "val/b.avi"), "file_name,text\ntrain/a.avi,a dog\nval/b.avi,a cat\n")
-    assert (source(root).texts, source(root, split="val").texts) == (("a dog",), ("a cat",))
+    assert (texts(source(root)), texts(source(root, split="val"))) == (("a dog",), ("a cat",))
     manifest(put("c.avi"), "file_name,text\ntrain/a.avi,a dog\nval/b.avi,a cat\nc.avi,a cow\n")
     with caplog.at_level(logging.INFO):
         assert len(source(root)) == 3

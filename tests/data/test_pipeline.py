@@ -29,7 +29,7 @@ class CountedSource:
     def clip(self, index, rng):
         video = np.full((T, H, W, 3), index, np.uint8)
         video[0, 0, 0, 0] = rng.integers(256)
-        return video, index % 5
+        return video, index % 5, None
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,8 @@ def test_fewer_clips_than_a_batch_is_an_error():
 
 def test_one_of_several_captions_is_drawn_by_seed_step_and_row():
     class Captioned(CountedSource):
-        def text(self, index, rng):
-            return f"{index} {rng.integers(1000)}"
+        def clip(self, index, rng):
+            return (*super().clip(index, rng)[:2], f"{index} {rng.integers(1000)}")
 
     read, plan = (
         video_reader(Captioned(4), lambda texts: np.array([[int(n) for n in texts[0].split()]])),
@@ -184,7 +184,7 @@ def test_a_process_reads_its_own_rows_of_the_one_batch(mesh, monkeypatch, parts)
         for step, batch in enumerate(read_batches(mesh, 3, 9, threads=3, prefetch=2), 3):
             assert list(batch) == rows
             for row, example in batch.items():
-                video, label = source.clip(int(plan.ids(step)[row]), plan.rng(step, row))
+                video, label, _ = source.clip(int(plan.ids(step)[row]), plan.rng(step, row))
                 assert np.array_equal(example["video"], video) and example["label"] == label
                 assert example["id"] == plan.ids(step)[row]
         assert step == 8

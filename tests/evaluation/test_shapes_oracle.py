@@ -12,7 +12,7 @@ FIELDS = ("shape", "color", "direction")
 
 def clips(count, frames=8, height=32, width=32, seed=0):
     source = ShapesSource(clips=count, frames=frames, height=height, width=width, seed=seed, split="test")
-    videos, labels = zip(*(source.clip(i, None) for i in range(count)), strict=True)
+    videos, labels, _ = zip(*(source.clip(i, None) for i in range(count)), strict=True)
     return np.stack(videos), np.asarray(labels), source.class_names
 
 
