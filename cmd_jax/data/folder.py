@@ -1,7 +1,6 @@
 """Clips from a folder of video files: UCF-101's layout, class folders, or lists with texts (paper section 4.1)."""
 
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -13,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from cmd_jax.data import probe as probing
-from cmd_jax.data import video
+from cmd_jax.data import timing, video
 from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.outcomes import Outcomes
-from cmd_jax.data.packed import draw_text, used_classes
+from cmd_jax.data.packed import Rows, draw_text, used_classes
 from cmd_jax.data.roots import check_root, some, stat_inside
 from cmd_jax.errors import UserError
 
@@ -45,7 +44,9 @@ class FolderSource:
     files are logged, kept in `bad` (name -> reason) and skipped.
 
     class_names: those with a usable clip, sorted, or in classInd's order; () without labels.
-    labels: int32 [N], len(class_names) for none. lengths: int32 [N], frames of each file.
+    fps: frames a second to which each file is brought by the times of its frames (`cmd_jax.data.timing`) before every
+    stride-th is taken; 0: all frames as they come.
+    labels: int32 [N], len(class_names) for none. lengths: int32 [N], frames of each file, at fps where that is given.
     has_texts: whether every clip has captions, as in metadata and webvid.
     absent: how many rows of WebVid's lists name a file that is not there, which is no fault; 0 in other layouts.
     fingerprint: SHA-256 over the shape of clips and how they are drawn, class names, and each usable clip's name, size,
@@ -63,6 +64,7 @@ class FolderSource:
         height: int,
         width: int,
         stride: int = 1,
+        fps: float = 0.0,
         layout: str = "auto",
         fold: int = 1,
         split: str = "train",
@@ -83,7 +85,7 @@ class FolderSource:
             raise UserError("data.probe_cap", probe_cap, "not a number of seconds", "give for example 3600; 0: any")
         self.root = check_root(root)
         self.frames, self.height, self.width, self.stride = frames, height, width, stride
-        self.random_start = random_start
+        self.fps, self.random_start = fps, random_start
 
         entries, listed, self.bad, self.absent = list_clips(self.root, layout, fold, split)
         stats = {}
@@ -92,13 +94,19 @@ class FolderSource:
                 stats[name] = stat_inside(self.root, name)
             except ValueError as error:
                 self.bad[name] = str(error)
-        facts = _probe(self.root, stats, probe_timeout, probe_cap or math.inf, cache and Path(cache), probe_command)
-        needed = (frames - 1) * stride + 1
+        limits = probe_timeout, probe_cap or math.inf
+        facts = _probe(self.root, stats, *limits, cache and Path(cache), probe_command, times=fps > 0)
+        needed, lengths = (frames - 1) * stride + 1, {}
         for name, fact in facts.items():
             if "error" in fact:
                 self.bad[name] = fact["error"]
-            elif fact["frames"] < needed:
-                length = f"has only {fact['frames']} frame{'s' * (fact['frames'] != 1)}"
+                continue
+            lengths[name] = fact["frames"]
+            if fps:
+                lengths[name] = timing.length_at(timing.seconds(fact["steps"], _tick(fact))[-1], fps)
+            if lengths[name] < needed:
+                length = f"has only {lengths[name]} frame{'s' * (lengths[name] != 1)}"
+                length += f" at data.fps={fps:g}" if fps else ""
                 if fact["declared"] > fact["frames"]:
                     length = f"is truncated: only {fact['frames']} of {fact['declared']} frames decode"
                 self.bad[name] = f"{length}; {needed} are needed"
@@ -109,12 +117,13 @@ class FolderSource:
         if len(self.class_names) < len(listed):
             empty = [name for name in listed if name not in {*self.class_names}]
             log.warning("classes without a usable clip are left out: %s", some(empty))
-        self.lengths = np.array([facts[name]["frames"] for name in self._entries.names], np.int32)
-        key_frames = [facts[name]["key_frames"] for name in self._entries.names]
-        self._key_frames = np.array([*itertools.chain(*key_frames)], np.int64).reshape(-1, 3)
-        self._key_edges = np.cumsum([0, *map(len, key_frames)])
+        self.lengths = np.array([lengths[name] for name in self._entries.names], np.int32)
+        self._key_frames = Rows.of([facts[name]["key_frames"] for name in self._entries.names], 3)
+        self._steps = Rows.of([facts[name]["steps"] for name in self._entries.names], 2) if fps else None
+        self._ticks = np.array([_tick(facts[name]) for name in self._entries.names]) if fps else None
         self.has_texts = bool((np.diff(self._entries.text_edges) > 0).all())
-        digest = hashlib.sha256(json.dumps([VERSION, frames, height, width, stride, random_start]).encode())
+        cut = [VERSION, frames, height, width, stride, random_start, *([fps] if fps else [])]
+        digest = hashlib.sha256(json.dumps(cut).encode())
         digest.update(b"\n" + json.dumps(self.class_names).encode())
         for (name, _, texts), length, label in zip(self._entries, self.lengths, self.labels, strict=True):
             row = [name, stats[name].st_size, int(length), int(label), texts]
@@ -145,10 +154,12 @@ class FolderSource:
         """
         last = int(self.lengths[index]) - (self.frames - 1) * self.stride - 1
         start = int(rng.integers(0, last + 1)) if self.random_start else 0
+        wanted = range(start, start + self.frames * self.stride, self.stride)
+        if self.fps:
+            wanted = timing.frames_at(timing.seconds(self._steps[index], self._ticks[index]), self.fps, wanted)
         path, size = os.path.join(self.root, self.name(index)), (self.height, self.width)
-        rows = self._key_frames[slice(*self._key_edges[index : index + 2])].tolist()
-        frames = video.read_frames(path, start, self.frames, self.stride, size, [video.KeyFrame(*row) for row in rows])
-        return frames, self.label(index), draw_text(self.texts(index), rng)
+        key_frames = [video.KeyFrame(*row) for row in self._key_frames[index].tolist()]
+        return video.read_frames(path, wanted, size, key_frames), self.label(index), draw_text(self.texts(index), rng)
 
     def _report_bad(self, total: int, max_bad_fraction: float):
         bad = len(self.bad)
@@ -179,13 +190,15 @@ def _probe(
     cap: float,
     cache: Path | None,
     command: Sequence[str],
+    times: bool,
 ) -> dict[str, dict]:
     """Facts of each file (see probe.probe), from the cache where it knows the file by this size and time."""
     outcomes, facts, todo = Outcomes(cache), {}, {}
     for name, status in stats.items():
         key = [status.st_size, status.st_mtime_ns]
         known = outcomes.of(name, key)
-        if known and known.get("hung", timeout) >= timeout and known.get("endless", cap) >= cap:
+        told = known and ("error" in known or "steps" in known or not times)
+        if told and known.get("hung", timeout) >= timeout and known.get("endless", cap) >= cap:
             facts[name] = known
         else:
             todo[os.path.join(root, name)] = name, key
@@ -194,7 +207,7 @@ def _probe(
     log.info("testing %d of %d files in %s", len(todo), len(stats), root)
     noted = time.monotonic()
     with outcomes.appending() as keep:
-        for done, (path, fact) in enumerate(probing.probe(list(todo), timeout, command, cap), 1):
+        for done, (path, fact) in enumerate(probing.probe(list(todo), timeout, command, cap, times), 1):
             name, key = todo[path]
             facts[name] = fact
             if not fact.get("transient"):
@@ -203,3 +216,8 @@ def _probe(
                 noted = time.monotonic()
                 log.info("tested %d of %d files", done, len(todo))
     return facts
+
+
+def _tick(facts: dict) -> float:
+    """Seconds of one of a file's units of time."""
+    return facts["tick"][0] / facts["tick"][1]

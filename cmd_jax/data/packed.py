@@ -2,6 +2,7 @@
 cluster reads its own part of a listing straight from the disk."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,21 @@ class Packed(Sequence[str]):
         edges = np.concatenate([[0], np.cumsum(lengths)])
         places = np.arange(edges[-1]) + np.repeat(starts - edges[:-1], lengths)
         return Packed(self.data[places], edges)
+
+
+class Rows:
+    """Rows of n numbers, some for each clip. data: int64 [K, n]; edges: int64 [N + 1], where each clip's are."""
+
+    def __init__(self, data: np.ndarray, edges: np.ndarray):
+        self.data, self.edges = data, edges
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Sequence[int]]], n: int) -> "Rows":
+        data = np.array([*itertools.chain(*rows)], np.int64).reshape(-1, n)
+        return cls(data, np.cumsum([0, *map(len, rows)], dtype=np.int64))
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.data[self.edges[index] : self.edges[index + 1]]
 
 
 class Entries(Sequence[Entry]):

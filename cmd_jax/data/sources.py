@@ -26,6 +26,7 @@ def open_source(data, cache: Path | None = None) -> Source:
         data.root,
         **shape,
         stride=data.stride,
+        fps=data.fps,
         layout=data.layout,
         fold=data.fold,
         max_bad_fraction=data.max_bad_fraction,

@@ -165,28 +165,25 @@ def shown(stream: av.VideoStream, frame: av.VideoFrame) -> tuple[int, int, Fract
 
 def read_frames(
     path: str,
-    start: int,
-    count: int,
-    stride: int = 1,
+    wanted: Sequence[int],
     size: tuple[int, int] | None = None,
     key_frames: Sequence[KeyFrame] = (),
 ) -> np.ndarray:
-    """Frames start, start+stride, ... of a file -> uint8 RGB [T,H,W,3] with T = count.
+    """The frames of a file at the indices `wanted` [T], which may repeat but not fall -> uint8 RGB [T,H,W,3].
 
     H and W are the `size` that each frame is fitted to, or without one those of the file, be its pixels square or not.
     Frames are counted in presentation order whatever their time stamps. Decoding begins at the last of `key_frames`
-    (in order; those to which a seek leads, as `cmd_jax.data.seeking` finds them) that is not beyond the start, or else
-    at the file's first frame, and ends at the last frame asked for. Raises UserError if the frames cannot be had.
+    (in order; those to which a seek leads, as `cmd_jax.data.seeking` finds them) that is not beyond the first frame
+    asked for, or else at the file's first, and ends at the last one asked for. Raises UserError if they cannot be had.
     """
-    nearest = bisect.bisect_right(key_frames, start, key=lambda key_frame: key_frame.index) - 1
-    wanted = range(start, start + count * stride, stride)
+    wanted = [int(index) for index in wanted]
+    nearest = bisect.bisect_right(key_frames, wanted[0], key=lambda key_frame: key_frame.index) - 1
     try:
         images = _read(path, wanted, size, key_frames[nearest]) if nearest >= 0 else []
-        images = images if len(images) == count else _read(path, wanted, size, None)
-        if len(images) < count:
-            raise VideoError(
-                f"gives {len(images)} of the {count} frames {start}, {start + stride}, ... that it gave before"
-            )
+        images = images if len(images) == len(wanted) else _read(path, wanted, size, None)
+        if len(images) < len(wanted):
+            frames = ", ".join(map(str, wanted[:2])) + ", ..." * (len(wanted) > 2)
+            raise VideoError(f"gives {len(images)} of the {len(wanted)} frames {frames} that it gave before")
         return np.stack(images)
     except VideoError as error:
         raise UserError(
@@ -194,17 +191,17 @@ def read_frames(
         ) from error
 
 
-def _read(path: str, wanted: range, size: tuple[int, int] | None, key_frame: KeyFrame | None) -> list[np.ndarray]:
+def _read(path: str, wanted: list[int], size: tuple[int, int] | None, key_frame: KeyFrame | None) -> list[np.ndarray]:
     """As many of the wanted frames as there are, decoding from a key frame or the first frame."""
     images, sizes, reformatter = [], set(), VideoReformatter()
     with open_video(path) as (container, stream):
         frames = decode_from(container, stream, key_frame) if key_frame else enumerate(decode(container, stream))
         for index, frame in frames:
-            if index in wanted:
+            if index == wanted[len(images)]:
                 image, (*shape, aspect) = to_rgb(frame, reformatter), shown(stream, frame)
                 sizes.add(tuple(shape))
-                images.append(fit(image[None], *size, aspect)[0] if size else image)
-            if index >= wanted[-1]:
+                images += [fit(image[None], *size, aspect)[0] if size else image] * wanted.count(index)
+            if len(images) == len(wanted):
                 break
     if len(sizes) > 1:
         raise VideoError("changes its frame size")
