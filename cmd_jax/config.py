@@ -164,6 +164,8 @@ def check(config: ConfigDict) -> ConfigDict:
     """The checks that need no data: of each value, of sizes that patches must divide, and of what goes together."""
     check_trained(config)
     _check_pretrained(config)
+    if config.get("init_skip") and not config.init:
+        raise UserError("init_skip", config.init_skip, "there is nothing to leave it out of", "give init=PATH")
     if config.stage == "autoencoder":
         _check_inputs(config)
     return config

@@ -98,6 +98,10 @@ TRAIN = dict(
     keep=key(2, "newest checkpoints that stay", at_least=1),
     preview_every=key(500, "updates between pictures; 0: none", at_least=0),
 )
+START = dict(
+    init=path("a trained stage whose weights to start from, folder or weights file; empty: random ones"),
+    init_skip=key("", "parameters of it to leave out, patterns like label/* separated by commas"),
+)
 OPTIMIZER = dict(
     learning_rate=key(1e-4, "of Adam", above=0),
     b1=key(0.9, "decay of Adam's mean of gradients", at_least=0, below=1),
@@ -219,6 +223,7 @@ DECLARED = {  # stage -> {denoiser, of those that have one: declarations}
     "autoencoder": {  # paper section 3.1, appendix B
         "": _stage(
             "autoencoder",
+            **START,
             train=TRAIN,
             optimizer=changed(OPTIMIZER, learning_rate=1e-5, b1=0.5, b2=0.9),
             model=AUTOENCODER_MODEL,
@@ -229,6 +234,7 @@ DECLARED = {  # stage -> {denoiser, of those that have one: declarations}
     "content": {  # section 3.2: a DiT from scratch, or a pretrained UNet, whose files say what it predicts and how
         "dit": _stage(
             "content",
+            **START,
             train=TRAIN,
             optimizer=changed(OPTIMIZER, clip_norm=1.0),
             denoiser=_denoiser("dit", ("dit", "unet")),
@@ -239,6 +245,7 @@ DECLARED = {  # stage -> {denoiser, of those that have one: declarations}
         ),
         "unet": _stage(
             "content",
+            **START,
             train=TRAIN,
             optimizer=OPTIMIZER,
             denoiser=_denoiser("unet", ("dit", "unet")),
@@ -250,6 +257,7 @@ DECLARED = {  # stage -> {denoiser, of those that have one: declarations}
     "motion": {  # section 3.2
         "dit": _stage(
             "motion",
+            **START,
             train=TRAIN,
             optimizer=changed(OPTIMIZER, clip_norm=1.0),
             denoiser=_denoiser("dit"),

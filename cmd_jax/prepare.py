@@ -69,7 +69,8 @@ def check_same_run(folder: Path, config):
     old, new = (flatten_dict(json.loads(text), sep=".") for text in texts)
     # train.* first: optimizer.steps follows train.steps, which is what the user knows.
     for key in sorted(old.keys() | new.keys(), key=lambda key: (not key.startswith("train."), key)):
-        if old.get(key) != new.get(key) and not key.startswith(free):
+        moved = key.startswith(free) or (key == "init" and old.get(key) and new.get(key))
+        if old.get(key) != new.get(key) and not moved:
             raise UserError(
                 key, new.get(key), f"the run in {folder} was started with {old.get(key)}",
                 "resume with that value, or start anew in another --workdir",

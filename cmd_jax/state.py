@@ -63,21 +63,28 @@ def abstract_state(stage, optimizer, mesh, rules) -> TrainState:
     return abstract(partial(_boxed, stage, optimizer), mesh, rules)
 
 
-def init_state(stage, optimizer, seed: int, mesh, rules, pretrained=None) -> TrainState:
+def overlay(params: dict, given: dict) -> dict:
+    """A tree of parameters with those of another one, which has a part of its names, in their place."""
+    inner = {name: overlay(x, given[name]) for name, x in params.items() if isinstance(x, dict) and name in given}
+    return params | given | inner
+
+
+def init_state(stage, optimizer, seed: int, mesh, rules, given=None) -> TrainState:
     """A fresh state, born sharded: no device ever holds more than its part of a split parameter.
 
-    pretrained: parameters to start from, laid out by the rules; None: random ones.
+    given: parameters to start from, or a part of them, laid out by the rules; all others are random.
     """
 
-    def make(key, pretrained):
+    def make(key, given):
         state = nn.unbox(_boxed(stage, optimizer, key))
-        if pretrained is None:
+        if given is None:
             return state
-        return state.replace(params=pretrained, ema=jax.tree.map(jnp.copy, pretrained))
+        params = overlay(state.params, given)
+        return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, optimizer, mesh, rules))
     key = derive(jax.random.key(seed), "parameters")
-    return jax.jit(make, out_shardings=shardings)(key, pretrained)
+    return jax.jit(make, out_shardings=shardings)(key, given)
 
 
 def _split(batch, count: int, index):

@@ -16,6 +16,7 @@ from cmd_jax.config import to_json
 from cmd_jax.data.pipeline import BatchPlan, Waited, batches
 from cmd_jax.errors import Stopped, UserError
 from cmd_jax.files import read_json, versions, write_json, write_text
+from cmd_jax.initial import given_params
 from cmd_jax.keys import derive
 from cmd_jax.models.frames import to_uint8
 from cmd_jax.prepare import check_same_run, prepare
@@ -77,7 +78,7 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
             console.print(line)
         where = partial(position, config, fingerprint=prepared.metadata.data.fingerprint)
         checkpoints = opened.enter_context(contextlib.closing(Checkpoints(folder, config.train.keep)))
-        state = first_state(program, config, checkpoints, where, console)
+        state = first_state(program, config, prepared.metadata, checkpoints, where, console)
         start = int(state.step)
         if start >= config.train.steps and broadcast_from_leader(is_finished(folder, start)):
             console.print(f"{config.stage} is trained already")
@@ -102,14 +103,15 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
     raise Stopped(stopped)
 
 
-def first_state(program: "Program", config, checkpoints: Checkpoints, where, console) -> TrainState:
-    """That of the newest checkpoint, which must be of this run; else a fresh one, pretrained where the stage says so.
+def first_state(program: "Program", config, metadata, checkpoints: Checkpoints, where, console) -> TrainState:
+    """That of the newest checkpoint, which must be of this run; else a fresh one, whose parameters are those of
+    config.init, pretrained where the stage says so, or random.
 
-    where(step): the position of this run.
+    metadata: of this run. where(step): its position.
     """
     stage, optimizer, mesh, rules = program.stage, program.optimizer, program.mesh, config.rules
     if checkpoints.latest() is None:
-        given = stage.pretrained(partial(abstract, mesh=mesh, rules=rules))
+        given = given_params(config, stage, metadata, partial(abstract, mesh=mesh, rules=rules), console)
         return init_state(stage, optimizer, config.seed, mesh, rules, given)
     state, earlier = checkpoints.restore(abstract_state(stage, optimizer, mesh, rules))
     check_continues(earlier, where(int(state.step)), console)

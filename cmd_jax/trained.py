@@ -2,8 +2,9 @@
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -102,7 +103,9 @@ def load_trained(
     like = shardings and shardings(config, metadata)
     if path.suffix == ".safetensors":
         if like:
-            return Trained(config, _read_placed(path, like), metadata)
+            with open_params(path) as (shapes, read):
+                check_tree(f"weights {path.name}", shapes, like, "give the weights that belong to their config")
+                return Trained(config, read(like), metadata)
         params = {name: array.astype(np.float32) for name, array in read_state_dict(path).items()}
         return Trained(config, unflatten(params), metadata)
     with contextlib.closing(Checkpoints(path, read_only=True, items=("ema",))) as checkpoints:
@@ -186,21 +189,32 @@ def _grouped(values: dict) -> dict:
     return values
 
 
-def _read_placed(path: Path, like: dict) -> dict:
-    """Tensors of a safetensors file as float32 arrays laid out as `like`; only the parts for devices here are read."""
+@contextlib.contextmanager
+def open_params(path: Path) -> Iterator[tuple[dict, Callable[[dict], dict]]]:
+    """The EMA parameters in a stage's folder or weights file, none of them read yet -> (their shapes, read).
+
+    shapes: a tree of ShapeDtypeStructs. read(like): a part of that tree as float32 arrays laid out as `like`,
+    ShapeDtypeStructs with shardings; only what the devices here need is read.
+    """
+    if path.suffix != ".safetensors":
+        with contextlib.closing(Checkpoints(path, read_only=True, items=("ema",))) as checkpoints:
+            yield checkpoints.shapes("ema"), partial(checkpoints.restore_item, "ema", part=True)
+        return
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: jax.ShapeDtypeStruct(s.get_shape(), np.float32) for name, s in slices.items()}
-            check_tree(f"weights {path.name}", unflatten(found), like, "give the weights that belong to their config")
 
-            def read(name: str, wanted):
+            def array(name: str, wanted):
                 def part(index):
                     return np.asarray(slices[name][index] if index else file.get_tensor(name)).astype(np.float32)
 
                 return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
 
-            return unflatten({name: read(name, wanted) for name, wanted in flatten(like).items()})
+            def read(like):
+                return unflatten({name: array(name, wanted) for name, wanted in flatten(like).items()})
+
+            shapes = {name: jax.ShapeDtypeStruct(s.get_shape(), np.float32) for name, s in slices.items()}
+            yield unflatten(shapes), read
     except (SafetensorError, OSError) as e:
         raise UserError("weights", path, f"damaged or incomplete ({e})", "fetch or write the file again") from e
 

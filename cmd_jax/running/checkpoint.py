@@ -186,10 +186,11 @@ class Checkpoints:
         state = TrainState(**{name: self.restore_item(name, getattr(like, name)) for name in ITEMS})
         return state, read_json(self.folder / str(self.latest()) / RUN, "checkpoint", like=RUN_LIKE)
 
-    def restore_item(self, name: str, like=None):
+    def restore_item(self, name: str, like=None, part: bool = False):
         """One item of the newest whole checkpoint; without `like`, as host arrays.
 
-        UserError if there is none, or for the first array that is not as `like` wants it.
+        UserError if there is none, or for the first array that is not as `like` wants it. part: `like` is a part of
+        what `shapes` says; nothing else is read, or compared.
         """
         if name not in self._items:
             raise ValueError(f"{name} is none of the items {self._items}, of which the bytes are compared")
@@ -197,9 +198,11 @@ class Checkpoints:
         if like is None:
             like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), saved)
         config = read_json(folder / RUN, "checkpoint", like=RUN_LIKE).get("config")
-        check_tree(f"checkpoint {folder.name}: {name}", saved, like, "use the config it was trained with", config)
+        if not part:
+            check_tree(f"checkpoint {folder.name}: {name}", saved, like, "use the config it was trained with", config)
         like = {"value": like}
-        args = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+        restore_args = ocp.checkpoint_utils.construct_restore_args(like)
+        args = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=part)
         return self._handlers[name].restore(literal(folder / name), args=args)["value"]
 
     def shapes(self, name: str):
