@@ -175,7 +175,7 @@ def test_numbers_out_of_range_are_refused(stage, field, value, problem):
         ("content", "optimizer.decay", "constant, cosine"),
         ("content", "mesh.preset", "dp, fsdp, tp, fsdp_tp"),
         ("content", "pretrained.dtype", "float32, bfloat16"),
-        ("sample", "data.source", "shapes, folder"),
+        ("sample", "data.source", "shapes, folder, dataset"),
         ("sample", "sampling.motion_solver", "ddim, ddpm, dpmpp, euler, heun"),
     ],
 )

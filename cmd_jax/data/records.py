@@ -199,13 +199,22 @@ class Records:
         return int(self.edges[-1])
 
     def __getitem__(self, place: int) -> bytes:
-        shard = int(np.searchsorted(self.edges, place, "right")) - 1
+        shard, row = self._split(place)
         reader = self._readers.get(shard) or self._open(shard)
         try:
-            return reader.read([int(place - self.edges[shard])])[0]
+            return reader.read([row])[0]
         except (RuntimeError, ValueError, IndexError) as error:
-            problem = f"record {place - self.edges[shard]} cannot be read ({str(error).splitlines()[0][:100]})"
+            problem = f"record {row} cannot be read ({str(error).splitlines()[0][:100]})"
             raise UserError("shard", self.paths[shard], problem, REMEDY) from error
+
+    def where(self, place: int) -> tuple[Path, int]:
+        """The file, and the number of the record in it."""
+        shard, row = self._split(place)
+        return self.paths[shard], row
+
+    def _split(self, place: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self.edges, place, "right")) - 1
+        return shard, int(place - self.edges[shard])
 
     def _open(self, shard: int) -> ArrayRecordReader:
         with self._lock:

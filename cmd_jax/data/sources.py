@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from cmd_jax.data.dataset import DatasetSource
 from cmd_jax.data.folder import FolderSource
 from cmd_jax.data.pipeline import local_rows, to_global
 from cmd_jax.data.shapes import ShapesSource
@@ -13,23 +14,24 @@ from cmd_jax.errors import choose
 from cmd_jax.sharding import replicated
 
 STATISTICS_CLIPS = 1024
-Source = ShapesSource | FolderSource
+Source = ShapesSource | FolderSource | DatasetSource
 
 
 def open_source(data, cache: Path | None = None) -> Source:
     """The source of a config's `data` group. `cache` remembers which files of a folder could be read."""
-    choose("data.source", data.source, ("shapes", "folder"))
+    choose("data.source", data.source, ("shapes", "folder", "dataset"))
     shape = {"frames": data.frames, "height": data.height, "width": data.width, "split": data.split}
     if data.source == "shapes":
         return ShapesSource(clips=data.clips, seed=data.seed, **shape)
+    files = {"stride": data.stride, "fps": data.fps, "max_bad_fraction": data.max_bad_fraction}
+    if data.source == "dataset":
+        return DatasetSource(data.root, **shape, **files)
     return FolderSource(
         data.root,
         **shape,
-        stride=data.stride,
-        fps=data.fps,
+        **files,
         layout=data.layout,
         fold=data.fold,
-        max_bad_fraction=data.max_bad_fraction,
         probe_timeout=data.probe_timeout,
         probe_cap=data.probe_cap,
         cache=cache,

@@ -1,0 +1,247 @@
+"""Clips from a dataset that `cmd-jax ingest` made: windows of its records, without a video decoder.
+
+It lies in DIR/clips/1.0.0: shards of records (`cmd_jax.data.records`), and of each split index-SPLIT.npz:
+
+    counts, sizes   int64 [shards]: records, and bytes
+    sha256          uint8 [shards, 32]
+    length          int32 [N]: frames of a record
+    label           int32 [N]: number of a listed class, or -1
+    key             uint64 [N]: see `cmd_jax.data.splits`
+    text_count      int32 [N]
+    plan            uint8: JSON, {"id": digest of the plan, "fields": all that the records depend on}
+
+A record has `video` (raw: one bytes of T H W 3; jpeg, png: T images), `label`, `name`, `texts` and `fps`.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cmd_jax.data.packed import draw_text, used_classes
+from cmd_jax.data.records import VERSION, Records, Shards, parse
+from cmd_jax.data.roots import some
+from cmd_jax.errors import UserError
+from cmd_jax.files import COUNT, parse_json
+
+READING = 1  # raise it whenever the same records give other clips
+NAME = "clips"
+CODECS = ("raw", "jpeg", "png")
+PLAN = {
+    "id": str,
+    "fields": {
+        "height": COUNT, "width": COUNT, "fps": float, "codec": str, "clips": COUNT, "class_names": [str], "bad": dict,
+        ...: object,
+    },
+}  # fmt: skip
+COLUMNS = {
+    "counts": np.int64, "sizes": np.int64, "sha256": np.uint8, "length": np.int32, "label": np.int32, "key": np.uint64,
+    "text_count": np.int32, "plan": np.uint8,
+}  # fmt: skip
+MAKE = "make it with cmd-jax ingest"
+
+log = logging.getLogger(__name__)
+
+
+class DatasetSource:
+    """The clips of a dataset's split, in its order; as `FolderSource` has them of the folder it was made of.
+
+    root: DIR. The window of a clip starts where a folder's would, so that both give the same batches where the codec is
+    exact, and clips of fewer frames than a window has are left out. height, width: must be the dataset's. fps: its own,
+    or 0.
+
+    class_names: those of the clips used. labels: int32 [N], len(class_names) for none. lengths: int32 [N], frames of
+    the records. has_texts: whether every clip has captions. bad: empty; ingest's report has what it could not use.
+    fingerprint: SHA-256 over the plan's id, the shards' SHA-256s and how windows are cut.
+
+    UserError (data.root, data.split, data.height...) for what is no dataset, not whole, or of other frames, and where
+    ingest and this leave out more than `max_bad_fraction` of all clips.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        *,
+        frames: int,
+        height: int,
+        width: int,
+        stride: int = 1,
+        fps: float = 0.0,
+        split: str = "train",
+        max_bad_fraction: float = 0.05,
+        random_start: bool = True,
+    ):
+        self.frames, self.height, self.width, self.stride = frames, height, width, stride
+        self.random_start, self.bad = random_start, {}
+        self.folder = open_folder(root)
+        index = read_index(self.folder, split)
+        self.index = index.path
+        plan = index.plan["fields"]
+        self._check_cut(plan, fps)
+        self.codec = plan["codec"]
+        shards = Shards(self.folder, split, len(index["counts"]))
+        self._records = Records([shards.path(k) for k in range(shards.count)], index["sizes"], index["counts"])
+        if not len(self._records) == len(index["length"]) == len(index["label"]) == len(index["text_count"]):
+            raise UserError("data.root", index.path, "its columns are not of one length", index.REMEDY)
+
+        self._needed = (frames - 1) * stride + 1
+        usable = index["length"] >= self._needed
+        total = plan["clips"] + len(plan["bad"])
+        self._places = np.flatnonzero(usable).astype(np.int32)
+        self._check_bad(total, index["length"], max_bad_fraction)
+        self.lengths = index["length"][self._places]
+        self.class_names, self.labels = used_classes(index["label"][self._places], plan["class_names"])
+        if len(self.class_names) < len(plan["class_names"]):
+            empty = [name for name in plan["class_names"] if name not in {*self.class_names}]
+            log.warning("classes without a usable clip are left out: %s", some(empty))
+        self.has_texts = bool((index["text_count"][self._places] > 0).all())
+        cut = json.dumps(["dataset", READING, index.plan["id"], frames, stride, random_start])
+        self.fingerprint = hashlib.sha256(cut.encode() + index["sha256"].tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def name(self, index: int) -> str:
+        """The file's name relative to the root that the dataset was made of."""
+        return _text(self._parsed(index)["name"][0])
+
+    def label(self, index: int) -> int:
+        """Its class; len(class_names), the null class, where it has none."""
+        return int(self.labels[index])
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """Its captions."""
+        return tuple(map(_text, self._parsed(index)["texts"]))
+
+    def keys(self) -> np.ndarray:
+        """uint64 [N], see `cmd_jax.data.splits`."""
+        return read_columns(self.index, ["key"])["key"][self._places]
+
+    def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int, str | None]:
+        """-> (video uint8 RGB [T,H,W,3], its `label`, its caption or None), drawn as a FolderSource draws them."""
+        return self._cut(index, self._parsed(index), rng)
+
+    def _parsed(self, index: int) -> dict[str, list]:
+        return parse(self._records[int(self._places[index])])
+
+    def _cut(self, index: int, record: dict[str, list], rng: np.random.Generator):
+        length = int(self.lengths[index])
+        last = length - self._needed
+        start = int(rng.integers(0, last + 1)) if self.random_start else 0
+        wanted = slice(start, start + self._needed, self.stride)
+        try:
+            video = self._decode(record["video"], length, wanted)
+        except (OSError, ValueError, SyntaxError) as error:
+            shard, row = self._records.where(int(self._places[index]))
+            problem = f"record {row} is not what its index says ({error})"
+            raise UserError("shard", shard, problem, "run cmd-jax ingest again in another folder") from error
+        return video, self.label(index), draw_text([*map(_text, record["texts"])], rng)
+
+    def _decode(self, video: list[memoryview], length: int, wanted: slice) -> np.ndarray:
+        """Of a record's `length` frames those wanted: uint8 [T,H,W,3], in memory of their own."""
+        if self.codec == "raw":
+            return np.frombuffer(video[0], np.uint8).reshape(length, self.height, self.width, 3)[wanted].copy()
+        if len(video) != length:
+            raise ValueError(f"{len(video)} images where {length} should be")
+        out = np.empty((self.frames, self.height, self.width, 3), np.uint8)
+        for frame, image in zip(out, video[wanted], strict=True):
+            with Image.open(io.BytesIO(image), formats=(self.codec,)) as picture:
+                frame[:] = np.asarray(picture)
+        return out
+
+    def _check_cut(self, plan: dict, fps: float):
+        for name, value in (("height", self.height), ("width", self.width)):
+            if plan[name] != value:
+                problem = f"the dataset in {self.folder} has {name}={plan[name]}"
+                raise UserError(f"data.{name}", value, problem, "use that, or make another with cmd-jax ingest")
+        if fps and plan["fps"] != fps:
+            theirs = f"fps={plan['fps']:g}" if plan["fps"] else "its clips' own frame rates (fps=0)"
+            problem = f"the dataset in {self.folder} has {theirs}"
+            raise UserError("data.fps", fps, problem, f"use {plan['fps']:g}, or make another with cmd-jax ingest")
+        if plan["codec"] not in CODECS:
+            problem = f"its codec {plan['codec']} is none of {', '.join(CODECS)}"
+            raise UserError("data.root", self.folder, problem, "read it with the version of cmd-jax that made it")
+
+    def _check_bad(self, total: int, lengths: np.ndarray, max_bad_fraction: float):
+        """Warn of the clips that are too short; UserError where these and what ingest left out are too many."""
+        short, bad = len(lengths) - len(self._places), total - len(self._places)
+        if short:
+            log.warning(
+                "%d of %d clips in %s are left out: the shortest has %d frames; %d are needed",
+                short, total, self.folder, lengths.min(), self._needed,
+            )  # fmt: skip
+        if bad > max_bad_fraction * total or bad == total:
+            allowed = "" if bad == total else f", more than data.max_bad_fraction={max_bad_fraction:g}"
+            problem = f"{bad} of {total} clips cannot be used{allowed}: {short} have fewer than {self._needed} frames"
+            problem += f", {bad - short} were left out by ingest"
+            raise UserError("data.root", self.folder, problem, "use fewer data.frames, or raise data.max_bad_fraction")
+
+
+def _text(view) -> str:
+    return bytes(view).decode("utf-8", "surrogateescape")
+
+
+class Index(dict):
+    """The columns of a split (see the module) but `key` and `plan`, by name. plan: as `PLAN`."""
+
+    REMEDY = "bring the file back, or remove it and run cmd-jax ingest again"
+
+    def __init__(self, path: Path):
+        super().__init__(read_columns(path, [name for name in COLUMNS if name != "key"]))
+        self.path = path
+        self.plan = parse_json(self.pop("plan").tobytes(), "data.root", path, self.REMEDY, PLAN)
+
+
+def read_columns(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+    """Of an index. UserError where it is damaged."""
+    try:
+        with np.load(path) as file:
+            columns = {name: file[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        problem = f"cannot be read ({str(error).splitlines()[0][:100]})"
+        raise UserError("data.root", path, problem, Index.REMEDY) from error
+    for name, column in columns.items():
+        if column.dtype != COLUMNS[name] or column.ndim != 1 + (name == "sha256"):
+            raise UserError("data.root", path, f"its {name} is {column.dtype} {list(column.shape)}", Index.REMEDY)
+    return columns
+
+
+def open_folder(root: str | os.PathLike) -> Path:
+    """DIR/clips/1.0.0 of a dataset DIR; UserError where there is none, or only another kind of folder."""
+    if not root:
+        raise UserError("data.root", root, "missing", "give the folder of a dataset, what cmd-jax ingest had as --out")
+    root = Path(root).expanduser()
+    folder = root / NAME / VERSION
+    if folder.is_dir():
+        return folder
+    if not root.is_dir():
+        missing = "is not a folder" if root.exists() else "no such folder"
+        raise UserError("data.root", root, missing, "give the folder of a dataset")
+    if any(root.glob("*/*/dataset_info.json")):
+        problem, remedy = "its datasets are not clips, perhaps latents", "give it as latents.store"
+    elif any(root.glob("dataset_info.json")) or any(root.glob(".ingest")):
+        problem, remedy = "is the inside of a dataset", f"give data.root={root.parent.parent}"
+    elif any(root.glob("*/dataset_info.json")):
+        problem, remedy = "is the inside of a dataset", f"give data.root={root.parent}"
+    else:
+        problem, remedy = "holds no dataset", f"{MAKE}, or set data.source=folder for a folder of videos"
+    raise UserError("data.root", root, problem, remedy)
+
+
+def read_index(folder: Path, split: str) -> Index:
+    """Of a finished split; UserError for one that is absent or not finished."""
+    shards = Shards(folder, split, 0)
+    splits = sorted(path.stem.removeprefix("index-") for path in folder.glob("index-*.npz"))
+    if split in splits and (folder / "dataset_info.json").exists():
+        return Index(shards.index)
+    if split in splits or shards.work.exists():
+        problem = f"its split {split} is not finished"
+        raise UserError("data.root", folder, problem, "run cmd-jax ingest again until it says that it is")
+    remedy = f"use {' or '.join(splits)}" if splits else MAKE
+    raise UserError("data.split", split, f"the dataset in {folder} has no such split", remedy)

@@ -1,0 +1,66 @@
+"""Datasets as cmd-jax ingest makes them, of what a FolderSource reads."""
+
+import io
+import json
+
+import numpy as np
+from PIL import Image
+
+from cmd_jax.data import video
+from cmd_jax.data.dataset import NAME
+from cmd_jax.data.layouts import list_clips
+from cmd_jax.data.records import VERSION, Shards, example, write_shard
+
+
+def encoded(frames, codec):
+    """uint8 [T,H,W,3] -> the feature `video` of a record."""
+    if codec == "raw":
+        return frames.tobytes()
+    images = []
+    for frame in frames:
+        file = io.BytesIO()
+        Image.fromarray(frame).save(file, codec, quality=95, subsampling=0)
+        images.append(file.getvalue())
+    return images
+
+
+def write_records(out, clips, class_names=(), *, codec="raw", split="train", shards=3, finished=True, plan=None):
+    """clips: (frames uint8 [T,H,W,3], number of a class or -1, name, texts) each, of one size. Returns the folder."""
+    shape = clips[0][0].shape[1:3] if clips else (1, 1)
+    made = Shards(out / NAME / VERSION, split, shards)
+    parts = [clips[k * len(clips) // shards : (k + 1) * len(clips) // shards] for k in range(shards)]
+    facts = []
+    for k, part in enumerate(parts):
+        records = (
+            example({"video": encoded(v, codec), "label": label, "name": name, "texts": texts, "fps": []})
+            for v, label, name, texts in part
+        )
+        facts.append(write_shard(made, k, records, dict))
+    fields = {"height": shape[0], "width": shape[1], "fps": 0.0, "codec": codec, "class_names": list(class_names)}
+    plan = {"id": "0" * 64, "fields": fields | {"clips": len(clips), "bad": {}} | (plan or {})}
+    index = {
+        "counts": np.array([len(part) for part in parts]),
+        "sizes": np.array([fact["bytes"] for fact in facts]),
+        "sha256": np.array([list(bytes.fromhex(fact["sha256"])) for fact in facts], np.uint8),
+        "length": np.array([len(v) for v, *_ in clips], np.int32),
+        "label": np.array([label for _, label, *_ in clips], np.int32),
+        "key": np.arange(len(clips), dtype=np.uint64),
+        "text_count": np.array([len(texts) for *_, texts in clips], np.int32),
+        "plan": np.frombuffer(json.dumps(plan).encode(), np.uint8),
+    }
+    np.savez(made.index, **index)
+    if finished:
+        (made.folder / "dataset_info.json").write_text("{}")
+    return made.folder
+
+
+def write_from(source, root, out, layout="auto", **settings):
+    """What a FolderSource of the root reads, whole."""
+    listing = list_clips(str(root), layout, 1, "train")
+    label = dict(zip(listing.entries.names, listing.entries.label.tolist(), strict=True))
+    size, clips = (source.height, source.width), []
+    for index, length in enumerate(source.lengths.tolist()):
+        name = source.name(index)
+        frames = video.read_frames(str(root / name), range(length), size)
+        clips.append((frames, label[name], name, source.texts(index)))
+    return write_records(out, clips, listing.class_names, **settings)
