@@ -80,7 +80,8 @@ def test_only_the_images_of_the_window_are_decoded(tmp_path, monkeypatch, codec)
 def test_reading_needs_neither_a_decoder_nor_tensorflow(made):
     code = (
         "import sys, numpy as np; from cmd_jax.data.dataset import DatasetSource; "
-        f"DatasetSource({str(made[1])!r}, frames=4, height=24, width=32, max_bad_fraction=0.5).clip(0, np.random.default_rng(0)); "
+        f"source = DatasetSource({str(made[1])!r}, frames=4, height=24, width=32, max_bad_fraction=0.5); "
+        "source.clip(0, np.random.default_rng(0)); "
         "print([m for m in ('av', 'tensorflow', 'tensorflow_datasets', 'google.protobuf', 'jax') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
