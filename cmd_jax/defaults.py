@@ -85,15 +85,17 @@ DATA = dict(
     threads=key(2, "clips that are read at a time", at_least=1),
     prefetch=key(2, "batches read ahead", at_least=1),
 )
+INGEST = dict(
+    codec=choice("raw", "how a dataset keeps frames: as they are, or each as a picture", ("raw", "jpeg", "png")),
+    quality=key(95, "of jpeg, whose colours are kept at full size", at_least=1, at_most=100),
+    frames=key(512, "most of a record, the middle ones of a longer clip; 0: all", at_least=0),
+    shard_clips=key(0, "clips of a shard; 0: 256, or fewer for 64 shards", at_least=0),
+    pixels=key(2**25, "of a frame of a file: larger ones are refused", at_least=1, at_most=SIDE**2),
+    description=key("", "of the dataset, for those who get it"),
+    citation=key("", "what to cite for it"),
+)
 
 # Groups of training.
-
-HELD_OUT = dict(
-    validation=key(
-        0.0, "part of the clips that training does not see; scenes of UCF-101 go whole", at_least=0, below=1
-    ),
-    validation_seed=key(0, "which ones; the same in all stages", at_least=0),
-)
 
 TRAIN = dict(
     steps=key(1000, "updates", at_least=1),
@@ -219,7 +221,7 @@ def _stage(name: str, **groups: Key | dict[str, Key]) -> dict:
         seed=key(0, "of all that is random", at_least=0, at_most=SEEDS - 1),
         rules=key(RULES, "logical axes of parameters and activations -> mesh axes"),
     )
-    return common | dict(data=DATA | HELD_OUT, mesh=MESH, processes=PROCESSES, pretrained=PRETRAINED) | groups
+    return common | dict(data=DATA, ingest=INGEST, mesh=MESH, processes=PROCESSES, pretrained=PRETRAINED) | groups
 
 
 def _denoiser(default: str, choices=("dit",)) -> Key:

@@ -30,7 +30,7 @@ def atomic_path(path, sync: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".tmp-{os.getpid()}-{path.name}"
+    temporary = path.parent / f"{temporary_prefix()}{path.name}"
     try:
         yield temporary
         if sync:
@@ -44,6 +44,15 @@ def atomic_path(path, sync: bool = True) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_prefix(pid: int | str | None = None) -> str:
+    """With which the names of temporary files begin of this process, or of another one of this machine.
+
+    Containers and hosts that share a folder may well have processes of the same number.
+    """
+    host = os.uname().nodename.replace("-", "_").replace("/", "_")
+    return f".tmp-{os.getpid() if pid is None else pid}@{host}-"
 
 
 def sync_path(path: Path):

@@ -24,6 +24,10 @@ def run(flags, overrides: dict[str, str]) -> int:
         from cmd_jax.verbs.convert import convert
 
         return convert(flags)
+    if verb == "ingest":
+        from cmd_jax.verbs.ingest import ingest
+
+        return ingest(flags, overrides)
     workdir = Path(flags.workdir).expanduser().absolute() if flags.workdir else None
     if verb == "doctor":
         from cmd_jax.verbs.doctor import doctor

@@ -269,6 +269,7 @@ def test_every_key_has_a_meaning_and_a_range_that_holds_its_default(stage, denoi
         # A text that may be empty is a path, a choice, or one of the words of a user.
         free = key.default == "" and not key.path and not key.choices
         words = ("sampling.classes", "sampling.prompt", "sampling.negative", "sampling.title", "init_skip")
+        words += ("ingest.description", "ingest.citation")
         assert not free or name in words
 
 

@@ -8,8 +8,8 @@ PACKAGE = Path(__file__).parents[1] / "cmd_jax"
 # From the ground up: a room imports only what stands before it, and itself.
 ROOMS = (
     "errors", "keys", "files", "diffusion", "models", "sharding", "state", "running", "interop", "data", "evaluation",
-    "declare", "defaults", "builders", "config", "report", "pretrained", "stages", "trained", "initial", "sample",
-    "loading", "prepare", "train", "planning", "verbs", "main",
+    "ingest", "declare", "defaults", "builders", "config", "report", "pretrained", "stages", "trained", "initial",
+    "sample", "loading", "prepare", "train", "planning", "verbs", "main",
 )  # fmt: skip
 LONGEST = 400  # lines
 

@@ -17,7 +17,6 @@ from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.outcomes import Outcomes
 from cmd_jax.data.packed import Rows, draw_text, used_classes
 from cmd_jax.data.roots import check_root, some, stat_inside
-from cmd_jax.data.splits import keys_of
 from cmd_jax.errors import UserError
 
 VERSION = 1  # raise it whenever the same files give other clips
@@ -105,12 +104,8 @@ class FolderSource:
             lengths[name] = fact["frames"]
             if fps:
                 lengths[name] = timing.length_at(timing.seconds(fact["steps"], _tick(fact))[-1], fps)
-            if lengths[name] < needed:
-                length = f"has only {lengths[name]} frame{'s' * (lengths[name] != 1)}"
-                length += f" at data.fps={fps:g}" if fps else ""
-                if fact["declared"] > fact["frames"]:
-                    length = f"is truncated: only {fact['frames']} of {fact['declared']} frames decode"
-                self.bad[name] = f"{length}; {needed} are needed"
+            if shortage := video.shortage(lengths[name], needed, fps, fact["frames"], fact["declared"]):
+                self.bad[name] = shortage
         self._report_bad(len(self.bad.keys() | {*entries.names}), max_bad_fraction)
 
         self._entries = entries.take(np.flatnonzero([name not in self.bad for name in entries.names]))
@@ -137,10 +132,6 @@ class FolderSource:
     def name(self, index: int) -> str:
         """The file's name relative to the root."""
         return self._entries.names[index]
-
-    def keys(self) -> np.ndarray:
-        """By what clips are held out: uint64 [N], see `splits.cut`."""
-        return keys_of(self._entries.names)
 
     def label(self, index: int) -> int:
         """Its class; len(class_names), the null class, where the file has none."""

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from cmd_jax.data import seeking, timing, video
-from cmd_jax.data.supervised import Supervised, answered, is_error, serve
+from cmd_jax.data.supervised import Ended, Supervised, answered, is_error, serve
 
 COMMAND = (sys.executable, "-m", "cmd_jax.data.probe")
 MOST_CHILDREN = 8
@@ -47,7 +47,7 @@ def probe(
     frames too, as "steps" (`timing.Steps.runs`) of "tick" seconds, a fraction. A file that hangs its child, or crashes
     two in turn, costs that file only.
     """
-    todo, done, stopped = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    todo, done = queue.SimpleQueue(), queue.SimpleQueue()
     for path in paths:
         todo.put(path)
     children = [
@@ -56,10 +56,10 @@ def probe(
 
     def work(child: Supervised):
         try:
-            while not stopped.is_set():
+            while True:
                 path = todo.get_nowait()
                 done.put((path, child.ask({"path": path, "times": times})[0]))
-        except queue.Empty:
+        except (queue.Empty, Ended):
             pass
         except Exception as error:  # noqa: BLE001  whatever it is, the parent's thread must hear of it
             done.put((None, error))
@@ -76,7 +76,6 @@ def probe(
                 raise facts
             yield path, facts
     finally:
-        stopped.set()
         for child in children:
             child.stop()
         for worker in workers:

@@ -6,9 +6,11 @@ dataset_info.json. Reading needs neither TFDS nor TensorFlow.
 """
 
 import contextlib
+import glob
 import hashlib
 import os
 import resource
+import shutil
 import struct
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +21,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from cmd_jax.errors import UserError
-from cmd_jax.files import COUNT, atomic_path, read_json, write_json
+from cmd_jax.files import COUNT, atomic_path, read_json, sync_path, temporary_prefix, write_json
 
 OPTIONS = "group_size:1,uncompressed"  # a record is read alone, and hardly anything in it can be compressed
 VERSION = "1.0.0"
@@ -100,8 +102,8 @@ def write_shard(shards: Shards, k: int, records: Iterable[bytes], facts: Callabl
 
 def remove_leftovers(path: Path):
     """Remove temporary files of `path` whose processes, of this machine, are dead."""
-    for temporary in path.parent.glob(f".tmp-*-{path.name}"):
-        pid = temporary.name.split("-")[1]
+    for temporary in path.parent.glob(f"{temporary_prefix('*')}{glob.escape(path.name)}"):
+        pid = temporary.name.removeprefix(".tmp-").partition("@")[0]
         with contextlib.suppress(PermissionError):
             try:
                 os.kill(int(pid), 0)
@@ -109,18 +111,21 @@ def remove_leftovers(path: Path):
                 temporary.unlink(missing_ok=True)
 
 
-def example(features: Mapping[str, bytes | str | Sequence[bytes] | Sequence[str] | int | Sequence[int]]) -> bytes:
-    """An Example of lists of bytes, texts or whole numbers, the same bytes whatever the order of the names."""
+def example(features: Mapping[str, bytes | str | int | float | Sequence[bytes] | Sequence[str]]) -> bytes:
+    """An Example of bytes, texts, numbers, or lists of one kind, the same bytes whatever the order of the names."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     message = tf_example_pb2.Example()
     for name, value in features.items():
-        values = [value] if isinstance(value, bytes | str | int) else list(value)
+        values = [value] if isinstance(value, bytes | str | int | float) else list(value)
         feature = message.features.feature[name]
         if values and isinstance(values[0], int):
             feature.int64_list.value.extend(values)
+        elif values and isinstance(values[0], float):
+            feature.float_list.value.extend(values)
         else:
-            feature.bytes_list.value.extend(v.encode() if isinstance(v, str) else v for v in values)
+            texts = (v.encode("utf-8", "surrogateescape") if isinstance(v, str) else v for v in values)
+            feature.bytes_list.value.extend(texts)
     return message.SerializeToString(deterministic=True)
 
 
@@ -246,22 +251,33 @@ def write_dataset(
     what else there is to know, as JSON. It is written last of all: what has no dataset_info.json is not finished.
     """
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
-    def info(split: str, counts: Sequence[int], size: int):
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=folder, dataset_name=folder.parent.name, split=split, filetype_suffix="array_record"
+    name, version = folder.parent.name, folder.name
+    template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, filetype_suffix="array_record")
+    identity = DatasetIdentity(name=name, version=tfds.core.Version(version), data_dir=str(folder), module_name="")
+    about = dict(description=description, citation=citation, metadata=tfds.core.MetadataDict(metadata or {}))
+    info = tfds.core.DatasetInfo(builder=identity, features=features, **about)
+    info.set_file_format("array_record")
+    info.set_splits(
+        tfds.core.SplitDict(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[int(n) for n in counts],
+                num_bytes=int(size),
+                filename_template=template.replace(split=split),
+            )
+            for split, (counts, size) in splits.items()
         )
-        return tfds.core.SplitInfo(
-            name=split, shard_lengths=[int(n) for n in counts], num_bytes=int(size), filename_template=template
-        )
-
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=features,
-        version=folder.name,
-        split_infos=[info(split, *rest) for split, rest in splits.items()],
-        check_data=False,
-        description=description,
-        citation=citation,
-        metadata=tfds.core.MetadataDict(metadata or {}),
     )
+    drafts = folder / f"{temporary_prefix()}metadata"
+    shutil.rmtree(drafts, ignore_errors=True)
+    drafts.mkdir(parents=True)
+    try:
+        info.write_to_directory(drafts)
+        for path in sorted(drafts.iterdir(), key=lambda path: path.name == "dataset_info.json"):
+            sync_path(path)
+            os.replace(path, folder / path.name)
+        sync_path(folder)
+    finally:
+        shutil.rmtree(drafts, ignore_errors=True)

@@ -43,6 +43,10 @@ class Endless(Exception):
     """The child went on for too long."""
 
 
+class Ended(Exception):
+    """`stop` was called."""
+
+
 class Child:
     """One child process; `ask` sends a request and waits for the answer."""
 
@@ -159,7 +163,7 @@ class Supervised:
     def ask(self, request: dict) -> tuple[dict, bytes]:
         """(answer, payload); of what hangs its child, or crashes two in turn: ({"error": reason}, nothing).
 
-        With "hung": timeout or "endless": cap where it came to that.
+        With "hung": timeout or "endless": cap where it came to that. Raises Ended after `stop`.
         """
         for _ in range(2):  # a crash may be the fault of an earlier request: it counts if a fresh child repeats it
             if self.child is None:
@@ -180,12 +184,14 @@ class Supervised:
                 said = f"more than data.probe_cap={self.cap:g} s"
                 answer = {"error": f"takes too long to decode ({said})", "endless": self.cap}
             self.close()
-            if answer.keys() & {"hung", "endless"} or self.stopped:
+            if self.stopped:
+                raise Ended
+            if answer.keys() & {"hung", "endless"}:
                 break
         return answer, b""
 
     def stop(self):
-        """From another thread: end the request that is being answered, by an error, and all that follow."""
+        """From another thread: end the request that is being answered, and all that follow."""
         self.stopped = True
         if child := self.child:
             child.process.kill()

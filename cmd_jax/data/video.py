@@ -37,8 +37,12 @@ class VideoError(ValueError):
 
 
 @contextlib.contextmanager
-def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The open container and its main video stream; VideoError where there is none or its frames are too large."""
+def open_video(path: str, pixels: int = 0) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """The open container and its main video stream; VideoError where there is none or its frames are too large.
+
+    pixels: most of a frame; 0: any number. To a stream that grows beyond them on the way that is damage: it ends there.
+    """
+    limit = {"max_pixels": str(pixels)} if pixels else {}
     try:
         size = os.stat(path).st_size
     except (OSError, ValueError) as error:
@@ -46,7 +50,7 @@ def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, av.Vide
     if size == 0:
         raise VideoError("is empty (zero bytes)")
     try:
-        container = av.open(os.path.abspath(path), options=SAFE_INPUT, metadata_errors="replace")
+        container = av.open(os.path.abspath(path), options=SAFE_INPUT | limit, metadata_errors="replace")
     except av.error.PermissionError as error:
         raise VideoError("cannot be read (permission denied)") from error
     except (av.error.FFmpegError, ValueError) as error:
@@ -57,9 +61,13 @@ def open_video(path: str) -> Iterator[tuple[av.container.InputContainer, av.Vide
             raise VideoError("has no video stream" + (" (audio only)" if container.streams.audio else ""))
         width, height = stream.codec_context.width, stream.codec_context.height
         if not width or not height:
-            raise VideoError("claims no frame size, or an impossible one")
+            impossible = f"one of more than ingest.pixels={pixels}" if pixels else "an impossible one"
+            raise VideoError(f"claims no frame size, or {impossible}")
         if max(width, height) > LONGEST_SIDE:
             raise VideoError(f"claims frames of {width}x{height}; more than {LONGEST_SIDE} pixels a side is refused")
+        if pixels and width * height > pixels:
+            raise VideoError(f"claims frames of {width}x{height}; more than ingest.pixels={pixels} are refused")
+        stream.codec_context.options = limit
         # One thread: the same frames come out everywhere, and the loader already runs one decoder per worker.
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
         yield container, stream
@@ -100,6 +108,19 @@ def steady(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
         yield frame
     if shape is None:
         raise VideoError("holds no frame that decodes")
+
+
+def shortage(length: int, needed: int, fps: float, frames: int, declared: int) -> str:
+    """What is wrong with a clip of `length` frames at `fps`, if more are needed.
+
+    frames, declared: that its file has, and that its header promises, 0 if it doesn't say.
+    """
+    if length >= needed:
+        return ""
+    said = f"has only {length} frame{'s' * (length != 1)}" + (f" at data.fps={fps:g}" if fps else "")
+    if declared > frames:
+        said = f"is truncated: only {frames} of {declared} frames decode"
+    return f"{said}; {needed} are needed"
 
 
 class KeyFrame(NamedTuple):
@@ -214,12 +235,14 @@ def fit(frames: np.ndarray, height: int, width: int, aspect: Fraction = Fraction
     aspect: width of a pixel of the frames as a part of its height. The crop is cut from the pixels as they are, so that
     one resize gives square ones.
     """
-    _, h, w, _ = frames.shape
+    return np.stack([np.asarray(fitted(frame, height, width, aspect)) for frame in frames])
+
+
+def fitted(frame: np.ndarray, height: int, width: int, aspect: Fraction = Fraction(1)) -> Image.Image:
+    """`fit` of one frame, uint8 [H,W,3]."""
+    h, w, _ = frame.shape
     crop_h = min(h, max(1, round(w * aspect * height / width)))
     crop_w = min(w, max(1, round(h * width / (height * aspect))))
     top, left = (h - crop_h) // 2, (w - crop_w) // 2
-    frames = frames[:, top : top + crop_h, left : left + crop_w]
-    if (crop_h, crop_w) == (height, width):
-        return np.ascontiguousarray(frames)
-    resize = Image.Resampling.BICUBIC
-    return np.stack([np.asarray(Image.fromarray(frame).resize((width, height), resize)) for frame in frames])
+    image = Image.fromarray(frame[top : top + crop_h, left : left + crop_w])
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)

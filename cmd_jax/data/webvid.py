@@ -24,7 +24,7 @@ def read(root: str, split: str) -> Listing:
     any case, or either ("all"). A row without page_dir is of a video that was never fetched. Rows that name a video
     again give it further captions; those that repeat its caption too count once.
     """
-    paths, videos = [os.path.join(root, name) for name in _lists_of(root, split)], Videos(root)
+    paths, videos = [os.path.join(root, name) for name in lists_of(root, split)], Videos(root)
     texts: dict[str, tuple[str, ...]] = {}  # by name
     rows, absent, repeated, example = 0, 0, 0, ""
     for path in paths:
@@ -124,7 +124,7 @@ def _csv_files(root: str) -> list[str]:
     return [name for name in names_in(root) if name.lower().endswith(".csv") and not name.startswith(".")]
 
 
-def _lists_of(root: str, split: str) -> list[str]:
+def lists_of(root: str, split: str) -> list[str]:
     by_word = {word: [name for name in _csv_files(root) if word in name.lower()] for word in WORDS["all"]}
     if both := set(by_word["train"]) & set(by_word["val"]):
         problem = "its name holds both train and val"

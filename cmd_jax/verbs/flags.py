@@ -23,11 +23,12 @@ class Flag(NamedTuple):
 
 
 class Verb(NamedTuple):
-    """example: of its arguments."""
+    """example: of its arguments. passed: a prefix of flags that go on to others, as `flags.passed`."""
 
     help: str
     example: str
     flags: tuple[Flag, ...]
+    passed: str = ""
 
 
 CONFIG = Flag("config", "FILE[:ARG]", "required; or NAME of a shipped file; ARG is stage[,key=value...]", needed=True)
@@ -73,6 +74,22 @@ VERBS = {
         f"{QUICKSTART}:sample --workdir=runs/shapes",
         (CONFIG, WORKDIR, *CLUSTER),
     ),
+    "ingest": Verb(
+        "decode clips once, into a dataset that TFDS reads too",
+        "--config=ucf101:autoencoder --source=UCF-101 --out=data/ucf101\n"
+        "         cmd-jax ingest --config=webvid --source=webvid --out=data/webvid --part=1/500\n"
+        "         cmd-jax ingest --config=webvid --source=webvid --out=data/webvid"
+        " --beam=FlinkRunner --beam.flink_master=HOST:8081",
+        (
+            CONFIG,
+            Flag("source", "DIR|CSV", "the clips; without it those of data.source"),
+            Flag("out", "DIR", "required; where the dataset grows, a split at a time (data.split)", needed=True),
+            Flag("workers", "N", "decoders at a time; default: the cores", type=int, default=0),
+            Flag("part", "I/N", "write the I-th of N parts of the shards; whoever ends last finishes the dataset"),
+            Flag("beam", "RUNNER", "write them with Apache Beam; its own flags: --beam.FLAG=VALUE"),
+        ),
+        passed="--beam.",
+    ),
     "doctor": Verb(
         "show how the model lies on the devices, and what is not split",
         f"{QUICKSTART}:content",
@@ -95,7 +112,19 @@ VERBS = {
         (),  # see `add_flags` of its module
     ),
 }
-PATHS = ("config", "workdir", "prompts_file", "input", "output", "architecture", "classes", "pretrained", "unet")
+PATHS = (
+    "config",
+    "workdir",
+    "source",
+    "out",
+    "prompts_file",
+    "input",
+    "output",
+    "architecture",
+    "classes",
+    "pretrained",
+    "unet",
+)
 POSITIONAL = ("input", "output")
 
 
@@ -133,9 +162,12 @@ def build_parser() -> Parser:
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """Known flags, and what the `--config.key=value` and flags with keys set in the config."""
     known, rest = build_parser().parse_known_args(arguments)
-    flags, overrides = VERBS[known.verb].flags, {}
+    flags, overrides, passed = VERBS[known.verb].flags, {}, VERBS[known.verb].passed
+    known.passed = [f"--{word.removeprefix(passed)}" for word in rest if passed and word.startswith(passed)]
     for word in rest:
         name, equals, value = word.partition("=")
+        if passed and name.startswith(passed):
+            continue
         if not name.startswith("--config.") or not equals:
             check_blank(word, arguments)
             choices = [f"--{flag.name}={flag.metavar}" for flag in flags] + ["--debug", "--config.KEY=VALUE"]

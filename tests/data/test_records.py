@@ -8,6 +8,7 @@ from cmd_jax.data.packed import Entries, Packed
 from cmd_jax.data.records import VERSION, Records, Shards, example, finished, parse, write_dataset, write_shard
 from cmd_jax.data.roots import Entry
 from cmd_jax.errors import UserError
+from cmd_jax.files import temporary_prefix
 
 COUNTS = (2, 0, 3)
 
@@ -60,7 +61,7 @@ def test_a_finished_shard_is_not_written_again(shards):
 
 def test_what_a_dead_process_left_is_removed_and_a_living_one_s_stays(shards):
     shards.facts_path(0).unlink()
-    dead, alive = (shards.folder / f".tmp-{pid}-{shards.path(0).name}" for pid in (2**22 + 1, 1))
+    dead, alive = (shards.folder / f"{temporary_prefix(pid)}{shards.path(0).name}" for pid in (2**22 + 1, 1))
     dead.touch(), alive.touch()
     write_shard(shards, 0, map(example, rows(0)), dict)
     assert not dead.exists() and alive.exists()

@@ -24,7 +24,7 @@ LIST = f"""{HEADER}
 def trusting(monkeypatch):
     """No file is decoded: `_probe` takes all for good ones of 20 frames."""
     facts = {"frames": 20, "declared": 20, "width": 64, "height": 48, "key_frames": []}
-    monkeypatch.setattr(folder, "_probe", lambda root, stats, *_: dict.fromkeys(stats, facts))
+    monkeypatch.setattr(folder, "_probe", lambda root, stats, *_, **__: dict.fromkeys(stats, facts))
 
 
 @pytest.fixture

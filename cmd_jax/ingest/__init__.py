@@ -1,0 +1,1 @@
+"""From clips to shards of a dataset, decoded once."""

@@ -1,0 +1,188 @@
+"""One pass from a video file to the frames of a record: decoded, converted, fitted and encoded, frame by frame.
+
+`Decoder` is the parent's side. `python -m cmd_jax.ingest.decoder` is the child (see `cmd_jax.data.supervised`), which
+is given a "path" and a "cut".
+"""
+
+import io
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+
+from cmd_jax.data import timing, video
+from cmd_jax.data.supervised import LARGEST_PAYLOAD, Supervised, serve
+
+COMMAND = (sys.executable, "-m", "cmd_jax.ingest.decoder")
+
+
+class Cut(NamedTuple):
+    """What becomes of every clip.
+
+    height, width: that frames are fitted to. fps: frames a second, by their time stamps; 0: all there are. codec: raw,
+    jpeg or png; quality: of jpeg, 1 to 100. frames: most of a record, the middle ones of a longer clip; 0: any number.
+    needed: a clip with fewer is not used. pixels: larger frames are refused before anything is allocated for them.
+    """
+
+    height: int
+    width: int
+    fps: float
+    codec: str
+    quality: int
+    frames: int
+    needed: int
+    pixels: int
+
+
+class Clip(NamedTuple):
+    """What a record holds of a clip.
+
+    parts: its frames as files of the codec; of raw, one part, uint8 [T,H,W,3]. fps: frames a second, 0 if not known.
+    whole: frames that the clip had, of which `frames` were kept. cpu: seconds that it took.
+    """
+
+    frames: int
+    parts: Sequence[bytes]
+    fps: float
+    whole: int
+    cpu: float
+
+    def pixels(self, cut: Cut) -> np.ndarray:
+        """uint8 [T,H,W,3]."""
+        return decoded(self.parts, cut.codec, cut.height, cut.width)
+
+
+class BadClip(Exception):
+    """Why a clip is left out, in plain words."""
+
+
+class Decoder:
+    """Clips of files, decoded by a child; for one thread.
+
+    timeout: seconds without a further frame after which a file hangs. cap: seconds that a file may take.
+    """
+
+    def __init__(self, cut: Cut, timeout: float, cap: float = math.inf, command: Sequence[str] = COMMAND):
+        self.cut = cut
+        self.child = Supervised(command, timeout, cap, self._is_clip)
+
+    def read(self, path: str) -> Clip:
+        """Raises BadClip."""
+        answer, payload = self.child.ask({"path": path, "cut": self.cut})
+        if "error" in answer:
+            raise BadClip(answer["error"])
+        edges = itertools.accumulate(answer["sizes"], initial=0)
+        parts = [payload[a:b] for a, b in itertools.pairwise(edges)] if len(answer["sizes"]) > 1 else [payload]
+        return Clip(answer["frames"], parts, answer["fps"], answer["whole"], answer["cpu"])
+
+    def _is_clip(self, answer: dict) -> bool:
+        frames, whole, fps, cpu, sizes = (answer.get(key) for key in ("frames", "whole", "fps", "cpu", "sizes"))
+        numbers = [frames, whole, *sizes] if isinstance(sizes, list) else [None]
+        if any(type(n) is not int or n < 0 for n in numbers) or {type(fps), type(cpu)} != {float}:
+            return False
+        raw = frames * self.cut.height * self.cut.width * 3
+        fits = sizes == [raw] if self.cut.codec == "raw" else len(sizes) == frames
+        return fits and sum(sizes) == answer.get("payload", 0)
+
+    def stop(self):
+        """From another thread."""
+        self.child.stop()
+
+    def close(self):
+        self.child.close()
+
+
+def encoded(frame: Image.Image, cut: Cut) -> bytes:
+    """A fitted frame as the cut's codec has it."""
+    if cut.codec == "raw":
+        return frame.tobytes()
+    file = io.BytesIO()
+    options = {"jpeg": dict(quality=cut.quality, subsampling=0), "png": dict(compress_level=1)}
+    frame.save(file, cut.codec, **options[cut.codec])
+    return file.getvalue()
+
+
+def decoded(parts: Sequence[bytes], codec: str, height: int, width: int) -> np.ndarray:
+    """Frames of a record -> uint8 [T,H,W,3]."""
+    if codec == "raw":
+        return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, height, width, 3)
+    return np.stack([np.asarray(Image.open(io.BytesIO(part)).convert("RGB")) for part in parts])
+
+
+# The child's side.
+
+
+def middle(count: int, most: int) -> range:
+    """The places of the middle `most` of `count` frames; all of them if most is 0."""
+    first = max(0, (count - most) // 2) if most else 0
+    return range(first, min(count, first + most) if most else count)
+
+
+def handle(request: dict, progress: Callable[[], None]) -> tuple[dict, list[bytes]]:
+    """Which frames are the middle ones is known at the end: it is guessed first, and where that fails, known then."""
+    begun, path, cut = time.process_time(), request["path"], Cut(*request["cut"])
+    wanted = None
+    for _ in range(2):
+        count, kept, wanted, fps = _pass(path, cut, wanted, progress)
+        if wanted == (right := middle(count, cut.frames)):
+            break
+        wanted = right
+    else:
+        raise video.VideoError("gives other frames when it is decoded again")
+    parts = [b"".join(kept)] if cut.codec == "raw" else kept
+    answer = {"frames": len(kept), "whole": count, "fps": fps, "sizes": [len(part) for part in parts]}
+    return answer | {"cpu": time.process_time() - begun}, parts
+
+
+def _pass(path: str, cut: Cut, wanted: range | None, progress: Callable[[], None]):
+    """-> (frames of the clip, those that are wanted, encoded, the places of these, frames a second).
+
+    wanted: None where it is to be guessed.
+    """
+    kept, count, held, last, image = [], 0, 0, None, b""
+    reformatter, decoded_frames = VideoReformatter(), 0
+
+    def told(frames):
+        nonlocal decoded_frames
+        for frame in frames:
+            progress()
+            decoded_frames += 1
+            yield frame
+
+    with video.open_video(path, cut.pixels) as (container, stream):
+        if wanted is None:
+            guess = middle(_promised(stream, cut.fps), cut.frames) if cut.frames else range(0)
+            wanted = guess or range(cut.frames or sys.maxsize)
+        frames = told(video.steady(video.decode(container, stream)))
+        for index, frame in timing.at_rate(frames, stream, cut.fps) if cut.fps else enumerate(frames):
+            if count in wanted:
+                if index != last:
+                    rgb, (*_, aspect) = video.to_rgb(frame, reformatter), video.shown(stream, frame)
+                    image, last = encoded(video.fitted(rgb, cut.height, cut.width, aspect), cut), index
+                kept.append(image)
+                held += len(kept[-1])
+                if held > LARGEST_PAYLOAD:
+                    size = f"{LARGEST_PAYLOAD >> 30} GiB"
+                    raise video.VideoError(f"is too long for a record of at most {size}: lower ingest.frames")
+            count += 1
+        if shortage := video.shortage(count, cut.needed, cut.fps, decoded_frames, stream.frames):
+            raise video.VideoError(shortage)
+        fps = cut.fps or float(stream.average_rate or 0)
+    wanted = range(wanted.start, min(wanted.stop, count))
+    return count, kept, wanted, fps
+
+
+def _promised(stream, fps: float) -> int:
+    """How many frames the header says that there are, 0 if it doesn't."""
+    rate = float(stream.average_rate or 0)
+    return timing.length_at((stream.frames - 1) / rate, fps) if fps and rate and stream.frames else stream.frames
+
+
+if __name__ == "__main__":
+    serve(handle)

@@ -1,0 +1,109 @@
+"""The end of a split: when all shards are there, its index, and what TFDS wants to know of all finished splits."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from cmd_jax.data.records import write_dataset
+from cmd_jax.errors import UserError
+from cmd_jax.files import atomic_path
+from cmd_jax.ingest.plan import Plan, used
+from cmd_jax.ingest.plan import finished as finished_plans
+from cmd_jax.ingest.shard import finished
+
+DESCRIPTION = "Clips, decoded and cut by cmd-jax ingest."
+
+
+def finish(plan: Plan, max_bad_fraction: float, description: str = "", citation: str = "") -> list[dict] | None:
+    """The facts of all shards, once the split is whole and on the disk as such; None while shards are missing.
+
+    Whoever finds all shards finished may call it, several at once too: all write the same. UserError where more than
+    max_bad_fraction of the clips were left out; the shards stay.
+    """
+    facts = []
+    for k in range(plan.shards.count):
+        facts.append(finished(plan, k))
+        if facts[-1] is None:
+            return None
+    check_bad(plan, facts, max_bad_fraction)
+    write_arrays(plan.shards.index, index_of(plan, facts))
+    while True:
+        plans = finished_plans(plan.folder)
+        _write_metadata(plan, plans, description, citation)
+        if plans == finished_plans(plan.folder):  # unless another split was finished in between
+            return facts
+
+
+def check_bad(plan: Plan, facts: list[dict], max_bad_fraction: float):
+    """UserError where too many clips were left out, or all."""
+    bad = plan.bad | {name: reason for fact in facts for name, reason in fact["bad"].items()}
+    total = len(plan.entries) + len(plan.bad)
+    if len(bad) <= max_bad_fraction * total and len(bad) < total:
+        return
+    name, reason = min(bad.items())
+    allowed = "" if len(bad) == total else f", more than data.max_bad_fraction={max_bad_fraction:g}"
+    problem = f"{len(bad)} of {total} files cannot be used{allowed}, the first: {name} {reason}"
+    raise UserError("data.root", plan.root, problem, "mend or remove them, or raise data.max_bad_fraction")
+
+
+def index_of(plan: Plan, facts: list[dict]) -> dict[str, np.ndarray]:
+    """The columns of a split: of each shard, and of each clip, in the order of the listing.
+
+    counts, sizes   int64 [shards]: records, and bytes
+    sha256          uint8 [shards, 32]
+    length          int32 [N]: frames of a record
+    label           int32 [N]: number of a listed class, or -1
+    key             uint64 [N]: what a validation split goes by
+    text_count      int32 [N]
+    plan            uint8: the plan's id and fields, as JSON
+    """
+    places = used(facts, plan)
+    entries = plan.entries
+    return {
+        "counts": np.array([fact["records"] for fact in facts], np.int64),
+        "sizes": np.array([fact["bytes"] for fact in facts], np.int64),
+        "sha256": np.array([list(bytes.fromhex(fact["sha256"])) for fact in facts], np.uint8).reshape(-1, 32),
+        "length": np.array([n for fact in facts for n in fact["lengths"]], np.int32),
+        "label": np.asarray(entries.label, np.int32)[places],
+        "text_count": np.diff(entries.text_edges)[places].astype(np.int32),
+        "plan": np.frombuffer(json.dumps({"id": plan.id, "fields": plan.fields}).encode(), np.uint8),
+    }
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]):
+    """An .npz, of the same bytes for the same arrays."""
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
+        for name, array in arrays.items():
+            with file.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+
+
+def features_of(plan: Plan):
+    """tfds.features of a record."""
+    import tensorflow_datasets as tfds
+
+    cut, text = plan.cut, tfds.features.Text()
+    shape, kind = (cut.height, cut.width, 3), tfds.features
+    if cut.codec == "raw":
+        video = kind.Tensor(shape=(None, *shape), dtype=np.uint8, encoding="bytes")
+    else:
+        video = kind.Sequence(kind.Image(shape=shape, encoding_format=cut.codec))
+    names = [name.replace("\n", " ") for name in plan.class_names]
+    label = kind.ClassLabel(names=names) if names else kind.Scalar(np.int64)
+    return kind.FeaturesDict(
+        {"video": video, "label": label, "name": text, "texts": kind.Sequence(text), "fps": kind.Scalar(np.float32)}
+    )
+
+
+def _write_metadata(plan: Plan, plans: dict[str, dict], description: str, citation: str):
+    """Of the finished splits: `plans` as `plan.finished` has them."""
+    splits, told = {}, {}
+    for split, made in plans.items():
+        with np.load(plan.shards._replace(split=split).index) as index:
+            splits[split] = index["counts"].tolist(), int(index["sizes"].sum())
+            told[split] = {"plan": made["id"], "clips": len(index["length"]), "listed": made["fields"]["clips"]}
+    metadata = {"class_names": list(plan.class_names), "cut": plan.cut._asdict(), "splits": told}
+    text = {"description": description or DESCRIPTION, "citation": citation}
+    write_dataset(plan.folder, features_of(plan), splits, metadata=metadata, **text)

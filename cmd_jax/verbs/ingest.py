@@ -1,0 +1,49 @@
+"""`cmd-jax ingest`: clips, decoded once, become a dataset in DIR/clips/1.0.0 that training and TFDS read."""
+
+import argparse
+from pathlib import Path
+
+from cmd_jax.config import load
+from cmd_jax.errors import UserError
+from cmd_jax.ingest.engines import cores, part_of, run_pool
+from cmd_jax.ingest.finish import finish
+from cmd_jax.ingest.plan import make_plan, source_of
+from cmd_jax.ingest.shard import Limits, finished
+from cmd_jax.report.console import make_console
+from cmd_jax.report.ingest import Note, report
+
+
+def ingest(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
+    """Write the shards of the flags' part that are not there yet, and if then all are there, finish the split -> 0."""
+    if flags.source:
+        overrides = overrides | source_overrides(flags.source, overrides, load(flags.config, overrides).data.split)
+    config, console = load(flags.config, overrides), make_console()
+    out = Path(flags.out).expanduser().absolute()
+    plan = make_plan(config, out, keep_listing=flags.part is not None)
+    shards, limits = part_of(flags.part, plan.shards.count), Limits(config.data.probe_timeout, config.data.probe_cap)
+    missing = [k for k in shards if finished(plan, k) is None]
+    count = plan.shards.count
+    console.print(
+        f"{plan.folder}: split {plan.split}, {len(plan.entries):,} clips in {count:,} shards, {len(missing):,} to write"
+    )
+    if missing:
+        clips = sum(len(plan.places(k)) for k in missing)
+        with Note(console, clips) as note:
+            run_pool(plan, missing, flags.workers or cores(), limits, note.clip)
+    # A part that is not the last has nothing to finish, nor to report.
+    facts = finish(plan, config.data.max_bad_fraction, config.ingest.description, config.ingest.citation)
+    if facts is None:
+        left = sum(finished(plan, k) is None for k in range(count))
+        console.print(f"{left:,} of {count:,} shards are left to others; the last to end finishes the dataset")
+    else:
+        report(plan, facts, out, console)
+    return 0
+
+
+def source_overrides(source: str, overrides: dict[str, str], split: str) -> dict[str, str]:
+    """What --source sets of the config."""
+    for name in ("data.source", "data.root"):
+        if name in overrides:
+            raise UserError("--source", source, f"--config.{name} is given too", "give one of the two")
+    root, layout = source_of(source, split)
+    return {"data.source": "folder", "data.root": root} | ({"data.layout": layout} if layout else {})
