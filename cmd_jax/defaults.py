@@ -97,6 +97,13 @@ INGEST = dict(
 
 # Groups of training.
 
+HELD_OUT = dict(
+    validation=key(
+        0.0, "part of the clips that training does not see; scenes of UCF-101 go whole", at_least=0, below=1
+    ),
+    validation_seed=key(0, "which ones; the same in all stages", at_least=0),
+)
+
 TRAIN = dict(
     steps=key(1000, "updates", at_least=1),
     batch_size=key(256, "clips of one update, all devices together", at_least=1),
@@ -221,7 +228,8 @@ def _stage(name: str, **groups: Key | dict[str, Key]) -> dict:
         seed=key(0, "of all that is random", at_least=0, at_most=SEEDS - 1),
         rules=key(RULES, "logical axes of parameters and activations -> mesh axes"),
     )
-    return common | dict(data=DATA, ingest=INGEST, mesh=MESH, processes=PROCESSES, pretrained=PRETRAINED) | groups
+    groups = dict(data=DATA | HELD_OUT, ingest=INGEST, mesh=MESH, processes=PROCESSES, pretrained=PRETRAINED) | groups
+    return common | groups
 
 
 def _denoiser(default: str, choices=("dit",)) -> Key:

@@ -17,6 +17,8 @@ from cmd_jax.config import from_dict, to_json
 from cmd_jax.data.latents import LatentStatistics, latents_of
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.sources import STATISTICS_CLIPS, Source, encode_clips, latent_reader, open_source
+from cmd_jax.data.splits import Split, cut
+from cmd_jax.defaults import HELD_OUT
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, versions, write_json
 from cmd_jax.interop.lpips import load_lpips
@@ -82,7 +84,8 @@ class Prepared(NamedTuple):
 
     stage: AutoencoderStage | DiffusionStage
     read: Callable[[int, np.random.Generator], dict]  # (index of a clip, rng) -> an example of a batch
-    clips: int  # indices of an epoch, which may go through the source more than once
+    clips: int  # how many examples, which may go through the source more than once
+    split: Split  # of their indices
     source: Source
     metadata: Metadata  # a resumed run keeps what it began with
 
@@ -104,9 +107,12 @@ def prepare(config, workdir: Path, mesh, console, resuming: bool) -> Prepared:
     if earlier.data and earlier.data.fingerprint != source.fingerprint:
         where, problem = config.data.root or config.data.source, "the dataset changed since this run was started"
         raise UserError("data", where, problem + ", or clips are read otherwise by another cmd_jax", ELSEWHERE)
-    metadata = Metadata(tuple(source.class_names), DataMetadata(source.fingerprint, len(source)))
+    split = Split.whole(len(source))
+    if config.data.validation:
+        split = cut(source.keys(), config.data.validation, config.data.validation_seed)
+    metadata = Metadata(tuple(source.class_names), DataMetadata(source.fingerprint, len(split.train)))
     prepare_stage = prepare_autoencoder if config.stage == "autoencoder" else prepare_denoiser
-    prepared = prepare_stage(config, workdir, source, mesh, console, metadata, earlier)
+    prepared = prepare_stage(config, workdir, source, split, mesh, console, metadata, earlier)
     if is_leader():
         write_metadata(folder, prepared.metadata)
     return prepared
@@ -118,7 +124,7 @@ def part_of(folder: str, kind: type[Part], earlier: Part | None) -> Part:
 
 
 def prepare_autoencoder(
-    config, workdir: Path, source: Source, mesh, console, metadata: Metadata, earlier: Metadata
+    config, workdir: Path, source: Source, split: Split, mesh, console, metadata: Metadata, earlier: Metadata
 ) -> Prepared:
     """metadata: of the data. earlier: what a resumed run began with."""
     lpips, space = load_lpips(config.loss.vgg, config.loss.lpips_heads) if config.loss.vgg else None, Pixels()
@@ -132,14 +138,15 @@ def prepare_autoencoder(
         space = load_space(config.pretrained, partial(abstract, mesh=mesh, rules=config.rules))
     stage, read = AutoencoderStage(config, lpips, space), video_reader(source)
     if not config.latents.cache_clips:
-        return Prepared(stage, read, len(source), source, metadata)
+        return Prepared(stage, read, len(source), split, source, metadata)
     encode = lambda params, batch: {"frames": space.encode(params, batch["video"])}  # noqa: E731
-    latents = encoded_clips(config, workdir, source, (read, encode, space.params), metadata, mesh, console)
-    return Prepared(stage, latent_reader(latents), config.latents.cache_clips, source, metadata)
+    latents = encoded_clips(config, workdir, source, split, (read, encode, space.params), metadata, mesh, console)
+    count = config.latents.cache_clips
+    return Prepared(stage, latent_reader(latents), count, split.of_examples(count), source, metadata)
 
 
 def prepare_denoiser(
-    config, workdir: Path, source: Source, mesh, console, metadata: Metadata, earlier: Metadata
+    config, workdir: Path, source: Source, split: Split, mesh, console, metadata: Metadata, earlier: Metadata
 ) -> Prepared:
     """As `prepare_autoencoder`."""
     shardings = partial(abstract, mesh=mesh, rules=config.rules)
@@ -178,12 +185,17 @@ def prepare_denoiser(
         return out
 
     if count or normalized:
-        latents = encoded_clips(config, workdir, source, (read, encode, params), metadata, mesh, console)
-    statistics = earlier.statistics or (LatentStatistics.of(latents) if normalized else None)
+        latents = encoded_clips(config, workdir, source, split, (read, encode, params), metadata, mesh, console)
+    if count:
+        split = split.of_examples(count)
+    statistics = earlier.statistics
+    if normalized and not statistics:
+        seen = split.train if count else slice(None)
+        statistics = LatentStatistics.of({name: latents[name][seen] for name in ("content", "motion")})
     stage = diffusion_stage(config, autoencoder, conditions, statistics, image_model)
     metadata = replace(metadata, statistics=stage.statistics)
     read, clips = (latent_reader(latents), count) if count else (read, len(source))
-    return Prepared(stage, read, clips, source, metadata)
+    return Prepared(stage, read, clips, split, source, metadata)
 
 
 def open_autoencoder(path: Path, config, shardings, console) -> tuple[Trained, FrozenAutoencoder]:
@@ -195,6 +207,9 @@ def open_autoencoder(path: Path, config, shardings, console) -> tuple[Trained, F
     trained = load_trained(path, "autoencoder", of_autoencoder)
     if path.is_dir() and not (path / "summary.json").exists():
         console.print(f"the autoencoder in {path} is not trained to its end; this stage will belong to it as it is now")
+    held_out = [f"data.{name}={trained.config.data[name]}" for name in HELD_OUT]
+    if config.data.validation and any(config.data[name] != trained.config.data[name] for name in HELD_OUT):
+        console.print(f"the autoencoder was trained with {', '.join(held_out)}: it may know clips held out here")
     for side in ("frames", "height", "width"):
         if config.data[side] != trained.config.data[side]:
             raise UserError(
@@ -205,8 +220,8 @@ def open_autoencoder(path: Path, config, shardings, console) -> tuple[Trained, F
     return trained, FrozenAutoencoder(trained.config, trained.params, space)
 
 
-def encoded_clips(config, workdir: Path, source: Source, encoding, metadata: Metadata, mesh, console) -> dict:
-    """What `encoding` makes of the first latents.cache_clips clips, or with 0 of some, all over the data.
+def encoded_clips(config, workdir, source: Source, split: Split, encoding, metadata: Metadata, mesh, console) -> dict:
+    """What `encoding` makes of the first latents.cache_clips clips, or with 0 of some of training, all over the data.
 
     encoding: (read, encode, params) as of `encode_clips`. Both denoisers share the file that keeps what it makes.
     """
@@ -216,7 +231,7 @@ def encoded_clips(config, workdir: Path, source: Source, encoding, metadata: Met
             "latents.cache_clips", count, f"fewer than the {len(source)} clips of the data",
             "use at least that many, or 0 to encode every batch anew",
         )  # fmt: skip
-    spread = np.linspace(0, len(source), STATISTICS_CLIPS, endpoint=False).astype(int)
+    spread = split.train[np.linspace(0, len(split.train), STATISTICS_CLIPS, endpoint=False).astype(int)]
     indices = np.arange(count) % len(source) if count else spread
 
     def encode():
@@ -237,11 +252,13 @@ def provenance_of(config, metadata: Metadata, mesh) -> dict:
     models = {part.part: part.identity() for part in (metadata.vae, metadata.text_encoder) if part}
     if autoencoder := metadata.autoencoder:
         models |= {"autoencoder_params": autoencoder.params, "autoencoder_config": autoencoder.config}
+    held_out = {f"data.{name}": config.data[name] for name in HELD_OUT}
     what = {
         "data": metadata.data.fingerprint,
         "seed": config.seed,
         "clips": config.latents.cache_clips or f"{STATISTICS_CLIPS} all over the data",
         "batch_size": config.train.batch_size,
+        **(held_out if config.data.validation and not config.latents.cache_clips else {}),
         "pretrained": {"dtype": config.pretrained.dtype, "vae_frames": config.pretrained.vae_frames},
         "mesh": dict(mesh.shape),
         "rules": config.rules,

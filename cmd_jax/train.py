@@ -72,7 +72,7 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
         if resuming:
             leader_alone(lambda: check_same_run(folder, config))
         prepared = prepare(config, workdir, mesh, console, resuming)
-        plan = BatchPlan(prepared.clips, config.train.batch_size, config.seed)
+        plan = BatchPlan(prepared.split.train, config.train.batch_size, config.seed)
         program = Program(prepared.stage, make_optimizer(config.optimizer), config.train, mesh, config.seed)
         for line in replicated_report(layout(program.params, mesh, config.rules), config.mesh.report_above):
             console.print(line)

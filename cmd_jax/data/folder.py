@@ -17,6 +17,7 @@ from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.outcomes import Outcomes
 from cmd_jax.data.packed import Rows, draw_text, used_classes
 from cmd_jax.data.roots import check_root, some, stat_inside
+from cmd_jax.data.splits import keys_of
 from cmd_jax.errors import UserError
 
 VERSION = 1  # raise it whenever the same files give other clips
@@ -132,6 +133,10 @@ class FolderSource:
     def name(self, index: int) -> str:
         """The file's name relative to the root."""
         return self._entries.names[index]
+
+    def keys(self) -> np.ndarray:
+        """By what clips are held out: uint64 [N], see `splits.cut`."""
+        return keys_of(self._entries.names)
 
     def label(self, index: int) -> int:
         """Its class; len(class_names), the null class, where the file has none."""

@@ -27,15 +27,19 @@ def video_reader(source, tokenizer=None) -> Callable[[int, np.random.Generator],
 
 
 class BatchPlan:
-    """Which clips make the batch of which step: epoch after epoch, each in an order drawn from (seed, epoch)."""
+    """Which clips make the batch of which step: epoch after epoch, each in an order drawn from (seed, epoch).
 
-    def __init__(self, clips: int, batch_size: int, seed: int):
-        if clips < batch_size:
+    clips: how many there are, or the indices of those to take, int [N].
+    """
+
+    def __init__(self, clips: int | np.ndarray, batch_size: int, seed: int):
+        self.indices, self.clips = (None, clips) if isinstance(clips, int) else (clips, len(clips))
+        if self.clips < batch_size:
             raise UserError(
-                "train.batch_size", batch_size, f"more than the {clips} usable clips: no batch per epoch",
-                f"use at most {clips}, or add clips",
+                "train.batch_size", batch_size, f"more than the {self.clips} usable clips: no batch per epoch",
+                f"use at most {self.clips}, or add clips",
             )  # fmt: skip
-        self.clips, self.batch_size, self.seed = clips, batch_size, seed
+        self.batch_size, self.seed = batch_size, seed
         self._orders: dict[int, np.ndarray] = {}
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -49,7 +53,8 @@ class BatchPlan:
     def id(self, step: int, row: int) -> int:
         """Index of the clip in a row of the batch at `step`."""
         epoch, place = divmod(step * self.batch_size + row, self.clips)
-        return int(self._order(epoch)[place])
+        place = self._order(epoch)[place]
+        return int(place if self.indices is None else self.indices[place])
 
     def ids(self, step: int) -> np.ndarray:
         """Clip indices of the batch at `step`: int [B]."""

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 
+from cmd_jax.data.splits import keys_of
 from cmd_jax.errors import UserError, choose
 
 SHAPES = ("circle", "square", "triangle")
@@ -79,6 +80,10 @@ class ShapesSource:
 
     def texts(self, index: int) -> tuple[str]:
         return (CAPTIONS[self.label(index)],)
+
+    def keys(self) -> np.ndarray:
+        """By what clips are held out: uint64 [N], see `splits.cut`."""
+        return keys_of(map(self.name, range(self.clips)))
 
     def label(self, index: int) -> int:
         return int(index) % len(CLASS_NAMES)

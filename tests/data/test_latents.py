@@ -19,6 +19,7 @@ from cmd_jax.data.folder import FolderSource
 from cmd_jax.data.latents import LatentStatistics, path_of, read_latents, write_latents
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.shapes import ShapesSource
+from cmd_jax.data.splits import Split
 from cmd_jax.models.autoencoder import Autoencoder
 from cmd_jax.prepare import LIBRARIES, provenance_of
 from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, VAEMetadata, describe
@@ -184,9 +185,8 @@ def frame_means(workdir, source, mesh, **changes):
     config = tiny.config_of("content", **{"latents__cache_clips": 4, **changes})
     encode = lambda params, batch: {"means": jnp.mean(batch["video"].astype(jnp.float32), axis=(2, 3, 4))}  # noqa: E731
     metadata, console = Metadata(data=DataMetadata(source.fingerprint, 4)), make_console(quiet=True)
-    return prepare.encoded_clips(config, workdir, source, (video_reader(source), encode, {}), metadata, mesh, console)[
-        "means"
-    ]
+    encoding, split = (video_reader(source), encode, {}), Split.whole(len(source))
+    return prepare.encoded_clips(config, workdir, source, split, encoding, metadata, mesh, console)["means"]
 
 
 def test_a_run_with_another_stride_or_size_reads_its_clips_anew(mesh, tmp_path, caplog, monkeypatch):
