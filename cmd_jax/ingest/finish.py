@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cmd_jax.data.records import write_dataset
+from cmd_jax.data.splits import keys_of
 from cmd_jax.errors import UserError
 from cmd_jax.files import atomic_path
 from cmd_jax.ingest.plan import Plan, used
@@ -67,6 +68,7 @@ def index_of(plan: Plan, facts: list[dict]) -> dict[str, np.ndarray]:
         "sha256": np.array([list(bytes.fromhex(fact["sha256"])) for fact in facts], np.uint8).reshape(-1, 32),
         "length": np.array([n for fact in facts for n in fact["lengths"]], np.int32),
         "label": np.asarray(entries.label, np.int32)[places],
+        "key": keys_of(entries.names.take(places)),
         "text_count": np.diff(entries.text_edges)[places].astype(np.int32),
         "plan": np.frombuffer(json.dumps({"id": plan.id, "fields": plan.fields}).encode(), np.uint8),
     }

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from data.clip_files import numbered, numbers, quarters, write_clip, write_sound
+from data.folders import names
 from ingest.datasets import LIMITS, config, digests, ingested, records_of
 
 from cmd_jax.data.folder import FolderSource
+from cmd_jax.data.splits import keys_of
 from cmd_jax.errors import UserError
 from cmd_jax.ingest import engines
 from cmd_jax.ingest.decoder import decoded, middle
@@ -39,9 +41,13 @@ def made(folder, tmp_path_factory):
     return out, *ingested(config(folder), out, workers=2)
 
 
+def opened(folder):
+    return FolderSource(folder, frames=4, height=24, width=32, max_bad_fraction=0.9)
+
+
 def test_records_are_the_clips_of_the_folder_in_its_order(folder, made):
     out, plan, facts = made
-    source = FolderSource(folder, frames=4, height=24, width=32, max_bad_fraction=0.9)
+    source = opened(folder)
     rows = records_of(plan, facts)
     assert [bytes(row["name"][0]).decode() for row in rows] == [source.name(i) for i in range(len(source))]
     for i, row in enumerate(rows):
@@ -56,13 +62,14 @@ def test_records_are_the_clips_of_the_folder_in_its_order(folder, made):
     assert left_out == source.bad and len(left_out) == 3
 
 
-def test_the_index_has_a_row_for_each_clip(made):
+def test_the_index_has_a_row_for_each_clip(folder, made):
     out, plan, facts = made
     with np.load(plan.shards.index) as index:
         columns = dict(index)
     assert columns["length"].tolist() == [20, 21, 22, 23, 24, 8]
     assert columns["label"].tolist() == [0] * 5 + [1]
     assert columns["text_count"].tolist() == [0] * 6
+    assert columns["key"].tolist() == keys_of(names(opened(folder))).tolist()
     assert columns["counts"].sum() == 6 and len(columns["counts"]) == plan.shards.count == 9
     assert columns["sha256"].tobytes().hex() == "".join(fact["sha256"] for fact in facts)
     assert columns["sizes"].tolist() == [plan.shards.path(k).stat().st_size for k in range(9)]
