@@ -1,15 +1,18 @@
 """From a source of clips to global batches on the mesh. What is in the batch at step n depends on seed and n alone."""
 
-import contextlib
+import functools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
-import grain
 import jax
 import numpy as np
 
 from cmd_jax.errors import UserError
 from cmd_jax.sharding import batch_sharding
+
+TURN = 0.004  # seconds of a thread's turn; to hand over what it has read takes a hundredth of that
 
 
 def video_reader(source, tokenizer=None) -> Callable[[int, np.random.Generator], dict]:
@@ -62,7 +65,21 @@ class BatchPlan:
 
     def rng(self, step: int, row: int) -> np.random.Generator:
         """The generator for everything random about one example (its start frame)."""
-        return np.random.default_rng((self.seed, 1, step, row))
+        return Draws((self.seed, 1, step, row))
+
+
+class Draws:
+    """The numpy generator of a seed, made when something is drawn: to make it takes longer than to read latents."""
+
+    def __init__(self, seed: tuple[int, ...]):
+        self._seed = seed
+
+    @functools.cached_property
+    def _generator(self) -> np.random.Generator:
+        return np.random.default_rng(self._seed)
+
+    def __getattr__(self, name: str):
+        return getattr(self._generator, name)
 
 
 def to_global(rows: dict[int, dict], batch_size: int, mesh) -> dict[str, jax.Array]:
@@ -87,21 +104,38 @@ def local_rows(batch_size: int, mesh) -> list[int]:
 def batches(read, plan: BatchPlan, mesh, *, start: int, stop: int, threads: int, prefetch: int) -> Iterator[dict]:
     """Global batches of steps start..stop-1, read ahead while the device computes.
 
-    Each process reads the rows of its own devices, a clip a thread at a time; `prefetch` batches of them are read or in
-    reading. "id" int32 [B] says which clips they are.
+    Each process reads the rows of its own devices, by so many threads; `prefetch` batches of them are read or in
+    reading. "id" int32 [B] says which clips they are. A thread reads some rows in turn where one takes less than what
+    handing it over takes.
     """
     wanted = local_rows(plan.batch_size, mesh)
+    total, ahead, turn = (stop - start) * len(wanted), max(threads, prefetch * len(wanted)), 1
 
-    def load(position: int) -> dict:
-        step, place = divmod(position, len(wanted))
-        index = plan.id(start + step, wanted[place])
-        return {"id": np.int32(index), **read(index, plan.rng(start + step, wanted[place]))}
+    def load(positions: range) -> tuple[list[dict], float]:
+        """-> (examples, seconds of each)."""
+        begun, examples = time.perf_counter(), []
+        for position in positions:
+            step, place = divmod(position, len(wanted))
+            index = plan.id(start + step, wanted[place])
+            examples.append({"id": np.int32(index), **read(index, plan.rng(start + step, wanted[place]))})
+        return examples, (time.perf_counter() - begun) / len(positions)
 
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch * len(wanted)))
-    clips = grain.MapDataset.range((stop - start) * len(wanted)).map(load).to_iter_dataset(options)
-    with contextlib.closing(iter(clips.batch(len(wanted), batch_fn=list))) as examples:
-        for rows in examples:
-            yield to_global(dict(zip(wanted, rows, strict=True)), plan.batch_size, mesh)
+    pool, reading, rows, given, taken = ThreadPoolExecutor(threads), deque(), [], 0, 0
+    try:
+        while taken < total:
+            while given < total and (given + turn <= taken + ahead or not reading):
+                positions = range(given, min(given + turn, total))
+                reading.append(pool.submit(load, positions))
+                given = positions.stop
+            examples, seconds = reading.popleft().result()
+            turn = max(1, min(int(TURN / max(seconds, 1e-9)), ahead // (2 * threads)))
+            rows += examples
+            taken += len(examples)
+            while len(rows) >= len(wanted):
+                batch, rows = rows[: len(wanted)], rows[len(wanted) :]
+                yield to_global(dict(zip(wanted, batch, strict=True)), plan.batch_size, mesh)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Waited:

@@ -86,6 +86,15 @@ def test_draws_differ_between_steps_rows_and_seeds():
     assert len(draws) == 12
 
 
+def test_a_generator_is_made_when_something_is_drawn(monkeypatch):
+    ours, numpy_s = BatchPlan(9, 2, 7).rng(3, 1), np.random.default_rng((7, 1, 3, 1))
+    for _ in range(3):
+        assert ours.integers(1000) == numpy_s.integers(1000) and ours.random() == numpy_s.random()
+    assert np.array_equal(ours.permutation(9), numpy_s.permutation(9))
+    monkeypatch.setattr(np.random, "default_rng", None)
+    BatchPlan(9, 2, 7).rng(3, 1)
+
+
 def test_a_thread_at_another_epoch_may_replace_the_table_of_orders_at_any_moment():
     class Evicted(BatchPlan):
         _orders = property(lambda self: {}, lambda self, table: None)
@@ -172,6 +181,40 @@ def test_the_clips_of_a_batch_are_read_at_the_same_time_by_as_many_threads(mesh)
     (batch,) = read_batches(mesh, 4, 5, threads=3, prefetch=1, batch_size=6, read=slow)
     assert max(most) == 3
     assert np.asarray(batch["id"]).tolist() == BatchPlan(11, 6, seed=0).ids(4).tolist()
+
+
+def test_rows_that_take_no_time_are_read_many_in_a_turn(mesh, monkeypatch):
+    """And those that take longer one by one, so that all threads work at a batch."""
+    turns = []
+
+    class Counted(pipeline.ThreadPoolExecutor):
+        def submit(self, load, positions):
+            turns.append(len(positions))
+            return super().submit(load, positions)
+
+    monkeypatch.setattr(pipeline, "ThreadPoolExecutor", Counted)
+    monkeypatch.setattr(pipeline, "to_global", lambda rows, *_: [rows[row]["id"] for row in sorted(rows)])
+    plan = BatchPlan(1000, 64, 0)
+    for seconds, most in ((0, 32), (2 * pipeline.TURN, 1)):
+        turns.clear()
+        read = lambda index, rng, seconds=seconds: time.sleep(seconds) or {}  # noqa: E731
+        got = list(batches(read, plan, mesh, start=2, stop=8 if most > 1 else 3, threads=2, prefetch=2))
+        assert got == [plan.ids(2 + n).tolist() for n in range(len(got))]
+        assert max(turns) == most and sum(turns) == 64 * len(got)
+
+
+def test_threads_end_with_their_consumer(mesh):
+    before = threading.active_count()
+    for stop in (3, 10**6):
+        got = read_batches(mesh, 0, stop, threads=3)
+        for _ in range(3):
+            next(got)
+        got.close()
+    for _ in range(100):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.02)
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("parts", [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 3], [1], [2]], [[0, 1, 2, 3], [0, 1, 2, 3]]])

@@ -41,6 +41,28 @@ def test_records_come_back_by_place(shards):
         assert [bytes(text).decode() for text in parsed["texts"]] == row["texts"]
 
 
+def test_an_example_is_read_as_protobuf_reads_it():
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    message = tf_example_pb2.Example()
+    features = message.features.feature
+    features["empty"].SetInParent()
+    features["none"].bytes_list.SetInParent()
+    features["no numbers"].int64_list.SetInParent()
+    features["numbers"].int64_list.value.extend([0, 127, 128, 300, 2**63 - 1, -1, -(2**63)])
+    features["floats"].float_list.value.extend([0.5, -1e30])
+    features["bytes"].bytes_list.value.extend([b"", b"x" * 127, b"y" * 128, b"z" * 70_000])
+    found = parse(record := message.SerializeToString(deterministic=True))
+    kinds = {"numbers": "int64_list", "no numbers": "int64_list", "floats": "float_list"}
+    expected = {n: list(getattr(f, kinds.get(n, "bytes_list")).value) for n, f in features.items()}
+    assert found == expected and found["floats"] == [0.5, float(np.float32(-1e30))]
+    for end in (0, 1, 3, 20, 500, len(record) - 1):
+        with pytest.raises(ValueError, match="."):
+            parse(record[:end])
+    with pytest.raises(ValueError, match="tag"):
+        parse(b"\n\x02\x0b\x00")
+
+
 def test_tfds_opens_them_without_our_code(shards, tmp_path):
     text = tfds.features.Text()
     features = tfds.features.FeaturesDict({"id": np.int64, "video": text, "texts": tfds.features.Sequence(text)})
