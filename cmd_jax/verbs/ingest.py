@@ -1,6 +1,7 @@
 """`cmd-jax ingest`: clips, decoded once, become a dataset in DIR/clips/1.0.0 that training and TFDS read."""
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 from cmd_jax.config import load
@@ -15,6 +16,7 @@ from cmd_jax.report.ingest import Note, report
 
 def ingest(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     """Write the shards of the flags' part that are not there yet, and if then all are there, finish the split -> 0."""
+    check_engine(flags)
     if flags.source:
         overrides = overrides | source_overrides(flags.source, overrides, load(flags.config, overrides).data.split)
     config, console = load(flags.config, overrides), make_console()
@@ -26,11 +28,13 @@ def ingest(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     console.print(
         f"{plan.folder}: split {plan.split}, {len(plan.entries):,} clips in {count:,} shards, {len(missing):,} to write"
     )
-    if missing:
-        clips = sum(len(plan.places(k)) for k in missing)
-        with Note(console, clips) as note:
+    if missing and flags.beam:
+        from cmd_jax.ingest.beam import run_beam  # which many do not have
+
+        run_beam(plan, missing, limits, flags.beam, flags.passed)
+    elif missing:
+        with Note(console, sum(len(plan.places(k)) for k in missing)) as note:
             run_pool(plan, missing, flags.workers or cores(), limits, note.clip)
-    # A part that is not the last has nothing to finish, nor to report.
     facts = finish(plan, config.data.max_bad_fraction, config.ingest.description, config.ingest.citation)
     if facts is None:
         left = sum(finished(plan, k) is None for k in range(count))
@@ -38,6 +42,21 @@ def ingest(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     else:
         report(plan, facts, out, console)
     return 0
+
+
+def check_engine(flags: argparse.Namespace):
+    """UserError where the flags name two engines, or one that is not installed."""
+    if flags.workers < 0:
+        raise UserError("--workers", flags.workers, "not a number of decoders", "give one, or leave it out")
+    if flags.passed and not flags.beam:
+        raise UserError("--beam", "", f"missing, and {flags.passed[0]} is for Beam", "give a runner, like FnApiRunner")
+    if not flags.beam:
+        return
+    for name in ("part", "workers"):
+        if getattr(flags, name):
+            raise UserError(f"--{name}", getattr(flags, name), "is not for --beam", "leave out one of the two")
+    if importlib.util.find_spec("apache_beam") is None:
+        raise UserError("--beam", flags.beam, "Apache Beam is not installed", "pip install 'cmd-jax[beam]'")
 
 
 def source_overrides(source: str, overrides: dict[str, str], split: str) -> dict[str, str]:
