@@ -164,6 +164,9 @@ def check(config: ConfigDict) -> ConfigDict:
     """The checks that need no data: of each value, of sizes that patches must divide, and of what goes together."""
     check_trained(config)
     _check_pretrained(config)
+    if "train" in config and config.train.validate_every and not config.data.validation:
+        problem, remedy = "no clips are held out for it", "set data.validation=0.02, or this to 0"
+        raise UserError("train.validate_every", config.train.validate_every, problem, remedy)
     if config.get("init_skip") and not config.init:
         raise UserError("init_skip", config.init_skip, "there is nothing to leave it out of", "give init=PATH")
     if config.stage == "autoencoder":

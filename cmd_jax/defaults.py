@@ -113,6 +113,8 @@ TRAIN = dict(
     checkpoint_every=key(500, "updates between checkpoints", at_least=1),
     keep=key(2, "newest checkpoints that stay", at_least=1),
     preview_every=key(500, "updates between pictures; 0: none", at_least=0),
+    validate_every=key(0, "updates between measurements of the loss on clips held out; 0: none", at_least=0),
+    validation_clips=key(1024, "of these at most so many, up to whole batches", at_least=1),
 )
 START = dict(
     init=path("a trained stage whose weights to start from, folder or weights file; empty: random ones"),

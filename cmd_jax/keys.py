@@ -27,6 +27,7 @@ NAMES = (
     "content",  # of a sample
     "motion",  # of a sample, by variant
     "solver",  # noise that a step of sampling adds, by number
+    "validation",  # by the number of the batch
 )
 FIRST = 2**31  # number of the first name; indices lie below
 

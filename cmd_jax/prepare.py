@@ -52,6 +52,7 @@ from cmd_jax.trained import (
 
 # What may change between the runs of one stage folder, and what too where the learning rate does not depend on it.
 RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")
+RESUMABLE += ("train.validate_every", "train.validation_clips")
 RESUMABLE += ("data.prefetch", "data.root", "data.probe_", "mesh.", "processes.", "rules", "latents.autoencoder")
 RESUMABLE += ("pretrained.path", "diffusion.clip")  # the latter matters to sampling only
 RESUMABLE += ("train.accumulate", "model.remat")  # fewer devices may need them

@@ -130,6 +130,16 @@ def train_step(state: TrainState, frozen, batch, step, key, *, loss_fn, optimize
     return state, {"loss": loss, "gradient_norm": norm, "applied": applied, **metrics}
 
 
+def measure(params, frozen, batch, key, *, loss_fn, accumulate=1) -> dict:
+    """{"loss", metrics...} of a batch, without an update; in as many microbatches as a training step takes."""
+
+    def one(i):
+        loss, metrics = loss_fn(params, frozen, _split(batch, accumulate, i), derive(key, "microbatch", i))
+        return {"loss": loss, **metrics}
+
+    return jax.tree.map(partial(jnp.mean, axis=0), jax.lax.map(one, jnp.arange(accumulate)))
+
+
 def make_step(stage, optimizer, options, mesh, state: TrainState):
     """The jitted program of a training step: (state, frozen, batch, step, key, asked) -> (state, metrics).
 

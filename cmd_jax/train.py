@@ -43,6 +43,7 @@ from cmd_jax.sharding import (
 )
 from cmd_jax.state import TrainState, abstract, abstract_state, init_state, make_optimizer, make_step
 from cmd_jax.trained import Trained, export
+from cmd_jax.validation import Validation
 
 
 def train(config, workdir: Path | str, end_process: Callable | None = None) -> dict:
@@ -91,7 +92,8 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
             prepared.read, plan, mesh, start=start, stop=config.train.steps,
             threads=config.data.threads, prefetch=config.data.prefetch,
         )  # fmt: skip
-        loop = Loop(program, plan, Saves(checkpoints, where, start), log, stop, peers)
+        validation = Validation(program, prepared, config) if config.train.validate_every else None
+        loop = Loop(program, plan, Saves(checkpoints, where, start), log, stop, peers, validation)
         state = loop.run(state, data)
         if int(state.step) >= config.train.steps:
             with peers.busy():
@@ -192,8 +194,8 @@ class Saves:
 class Loop:
     """The steps from a state to train.steps, or to a request to stop."""
 
-    def __init__(self, program: Program, plan: BatchPlan, saves: Saves, log: StepLog, stop, peers):
-        self.program, self.plan, self.saves, self.log = program, plan, saves, log
+    def __init__(self, program: Program, plan: BatchPlan, saves: Saves, log: StepLog, stop, peers, validation=None):
+        self.program, self.plan, self.saves, self.log, self.validation = program, plan, saves, log, validation
         self.stop, self.peers, self.first_step = stop, peers, None
 
     def run(self, state: TrainState, data: Iterator[dict]) -> TrainState:
@@ -202,17 +204,23 @@ class Loop:
         start, self.data = int(state.step), Waited(data)
         self.stop.running = True
         with self.log.progress:
+            # What a run that was ended at its step did not come to.
+            if self._validates(start) and broadcast_from_leader(start not in self.log.metrics.validated):
+                self._validate(state, start)
             for step, batch in zip(range(start, options.steps), self.data, strict=False):
                 state, values = self.program.step(state, batch, step, asked=self.stop.signal is not None)
                 jax.tree.map(lambda x: x.copy_to_host_async(), values)
                 if pending:
                     stopping = self._look(state, *pending)
                 pending, done = (step, values, batch), step + 1
-                if done % options.checkpoint_every == 0 or stopping or step == start:
+                looked = done % options.checkpoint_every == 0 or self._validates(done)
+                if looked or stopping or step == start:
                     stopping |= self._look(state, *pending)
                     pending = None
                 if done % options.checkpoint_every == 0 and not stopping:
                     self.saves.save(state)
+                if self._validates(done) and (not stopping or done == options.steps):
+                    self._validate(state, done)
                 if options.preview_every and (done % options.preview_every == 0 or done == options.steps):
                     with self.peers.busy():
                         self.log.metrics.preview(done, self.program.preview(state, batch, done))
@@ -224,6 +232,14 @@ class Loop:
             self.saves.save(state)
             self.saves.checkpoints.wait()
         return state
+
+    def _validates(self, done: int) -> bool:
+        every, last = self.program.options.validate_every, self.program.options.steps
+        return bool(self.validation and done) and (done % every == 0 or done == last)
+
+    def _validate(self, state: TrainState, done: int):
+        with self.peers.busy():
+            self.log.validated(done, self.validation(state.ema))
 
     def _look(self, state: TrainState, step: int, values: dict, batch) -> bool:
         """Log a finished step, or raise for a refused one -> whether any process was asked to stop."""

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "cmd_jax"
 ROOMS = (
     "errors", "keys", "files", "diffusion", "models", "sharding", "state", "running", "interop", "data", "evaluation",
     "ingest", "declare", "defaults", "builders", "config", "report", "pretrained", "stages", "trained", "initial",
-    "sample", "loading", "prepare", "train", "planning", "verbs", "main",
+    "sample", "loading", "prepare", "validation", "train", "planning", "verbs", "main",
 )  # fmt: skip
 LONGEST = 400  # lines
 

@@ -16,6 +16,7 @@ grouped = pytest.mark.xdist_group("processes")  # by the run that they compare w
 LONG = ("--config.train.steps=100000",)
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 STEADY = ("--config.optimizer.decay=constant", "--config.optimizer.learning_rate=1e-3", *MESH)  # train.steps may change
+STEADY += ("--config.data.validation=0.25",)
 
 
 def checkpoints(folder):
@@ -24,9 +25,10 @@ def checkpoints(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that was left alone: 12 steps on 2 processes x 4 devices."""
+    """The run that was left alone, but for three validations: 12 steps on 2 processes x 4 devices."""
     folder = tmp_path_factory.mktemp("whole")
     more = ("--config.train.steps=12", "--config.train.checkpoint_every=4", "--config.train.keep=3", *STEADY)
+    more += ("--config.train.validate_every=4",)
     with Job(folder, *train(folder, "autoencoder", *more)) as job:
         assert job.wait() == [0, 0], job.out(0) + job.out(1)
     return folder
@@ -61,6 +63,9 @@ def test_killed_peer_is_named_and_the_job_resumes_bit_for_bit(whole, tmp_path):
         assert f"resuming autoencoder at step {begun} of 12" in job.out(0)
     ended, wanted = (read_json(f / "autoencoder" / "summary.json") for f in (tmp_path, whole))
     assert ended["digests"] == wanted["digests"]
+    lines = [json.loads(line) for line in (whole / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    assert [*losses] == [4, 8, 12] and losses[12] < losses[8] < losses[4]
     first = {line["step"]: line for line in steps(whole / "autoencoder")}
     assert all(first[line["step"]] == line for line in steps(folder))
 

@@ -82,6 +82,21 @@ class Draws:
         return getattr(self._generator, name)
 
 
+class FixedPlan:
+    """The same batches whenever they are asked for: of indices, int [N], in their order, the last one filled up from
+    the first on. Every window is drawn once and for all, and is none that training draws."""
+
+    def __init__(self, indices: np.ndarray, batch_size: int, seed: int):
+        self.batch_size, self.seed, self.batches = batch_size, seed, -(-len(indices) // batch_size)
+        self._indices = np.resize(indices, self.batches * batch_size)
+
+    def id(self, step: int, row: int) -> int:
+        return int(self._indices[step * self.batch_size + row])
+
+    def rng(self, step: int, row: int) -> np.random.Generator:
+        return Draws((self.seed, 3, step, row))
+
+
 def to_global(rows: dict[int, dict], batch_size: int, mesh) -> dict[str, jax.Array]:
     """Examples by global row (at least this process's) -> arrays [B, ...] split over the mesh."""
     sharding = batch_sharding(mesh)
@@ -101,7 +116,9 @@ def local_rows(batch_size: int, mesh) -> list[int]:
     return sorted({row for (index,) in shards for row in range(*index.indices(batch_size))})
 
 
-def batches(read, plan: BatchPlan, mesh, *, start: int, stop: int, threads: int, prefetch: int) -> Iterator[dict]:
+def batches(
+    read, plan: BatchPlan | FixedPlan, mesh, *, start: int, stop: int, threads: int, prefetch: int
+) -> Iterator[dict]:
     """Global batches of steps start..stop-1, read ahead while the device computes.
 
     Each process reads the rows of its own devices, by so many threads; `prefetch` batches of them are read or in

@@ -17,6 +17,7 @@ from cmd_jax.files import parse_json, write_text
 from cmd_jax.report.video import image_grid, video_grid, write_gif, write_png
 
 PREVIEW_CLIPS = 8  # shown at most, each time
+LINE = {"step": int, "wall_seconds?": float, "validation_loss?": float, ...: object}  # of metrics.jsonl
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +26,14 @@ class Metrics:
     """metrics.jsonl, ledger.jsonl, TensorBoard events and previews after `step`.
 
     A failing writer is reported once, and left out. writes=False: nothing is written; for all processes but one.
-    wall_seconds: what the steps up to `step` took.
+    wall_seconds: what the steps up to `step` took. validated: {step: loss} of the validations up to it.
     """
 
     WRITERS = ("metrics.jsonl", "ledger.jsonl", "TensorBoard", "previews")
 
     def __init__(self, folder: Path, step: int, writes: bool = True):
         self.folder, self.broken, self.wall_seconds = folder, set() if writes else set(self.WRITERS), 0.0
+        self.validated: dict[int, float] = {}
         self._guard("metrics.jsonl", self._open_lines, step)
         self._guard("ledger.jsonl", self._open_ledger, step)
         self._guard("TensorBoard", self._open_events)
@@ -41,10 +43,12 @@ class Metrics:
         path, kept = self.folder / "metrics.jsonl", []
         for line in path.read_bytes().splitlines() if path.exists() else ():
             with contextlib.suppress(UserError):  # the last line may be torn
-                record = parse_json(line, "metrics", path, like={"step": int, "wall_seconds?": float, ...: object})
+                record = parse_json(line, "metrics", path, like=LINE)
                 if record["step"] <= step:
                     kept.append(line.decode("utf-8-sig") + "\n")
                     self.wall_seconds = record.get("wall_seconds", 0.0)
+                    if "validation_loss" in record:
+                        self.validated[record["step"]] = record["validation_loss"]
         write_text(path, "".join(kept))
         self.lines = open(path, "a")  # noqa: SIM115
 
@@ -122,7 +126,7 @@ class StepLog:
     def __init__(self, stage: str, options, start: int, name_of, metrics: Metrics, flight, console):
         self.stage, self.options, self.name_of = stage, options, name_of
         self.metrics, self.flight, self.console = metrics, flight, console
-        self.begun = time.perf_counter()
+        self.begun, self.note = time.perf_counter(), ""  # the note: of the last validation
         self.first = self.last = None  # (step, time, seconds waited) of the first and last line of this run
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -170,10 +174,25 @@ class StepLog:
         self.metrics.scalars(done, values | {"wall_seconds": round(self.wall_seconds(), 1)})
         self._show(done, values)
 
+    def validated(self, done: int, values: dict[str, float]):
+        """values: the loss and its metrics on the clips held out, after `done` steps."""
+        values = {f"validation_{name}": value for name, value in values.items()}
+        self.metrics.scalars(done, values | {"wall_seconds": round(self.wall_seconds(), 1)})
+        losses = self.metrics.validated
+        losses[done] = values["validation_loss"]
+        best = min(losses, key=losses.get)
+        self.note = "".join(
+            f"  {k} {v:.4g}" for k, v in values.items() if k.removeprefix("validation_") not in self.QUIET
+        )
+        if best != done:
+            self.note += f" (at {best} it was {losses[best]:.4g})"
+        if not self.console.is_terminal:
+            self.console.print(f"{self.stage} {done}/{self.options.steps}{self.note}")
+
     def _show(self, done, values):
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k not in self.QUIET)
         if self.console.is_terminal:
-            self.progress.update(self.task, completed=done, shown=shown)
+            self.progress.update(self.task, completed=done, shown=shown + self.note)
             return
         if "steps_per_second" in values:
             left = (self.options.steps - done) / values["steps_per_second"]
