@@ -128,21 +128,45 @@ def remove_leftovers(path: Path):
 
 
 def example(features: Mapping[str, bytes | str | int | float | Sequence[bytes] | Sequence[str]]) -> bytes:
-    """An Example of bytes, texts, numbers, or lists of one kind, the same bytes whatever the order of the names."""
-    from tensorflow_datasets.proto import tf_example_pb2
+    """An Example of bytes, texts, numbers, or lists of one kind, the same bytes whatever the order of the names.
 
-    message = tf_example_pb2.Example()
-    for name, value in features.items():
-        values = [value] if isinstance(value, bytes | str | int | float) else list(value)
-        feature = message.features.feature[name]
-        if values and isinstance(values[0], int):
-            feature.int64_list.value.extend(values)
-        elif values and isinstance(values[0], float):
-            feature.float_list.value.extend(values)
-        else:
-            texts = (v.encode("utf-8", "surrogateescape") if isinstance(v, str) else v for v in values)
-            feature.bytes_list.value.extend(texts)
-    return message.SerializeToString(deterministic=True)
+    What is bytes may be any buffer of them. As in `parse`, protobuf would copy them more often than it takes to write.
+    """
+    entries = []
+    for name in sorted(features):
+        value = features[name]
+        values = [value] if isinstance(value, str | int | float | bytes | bytearray | memoryview) else value
+        feature = _message(2, _message(_kind(values), _values(values)))
+        entries += _message(1, [*_message(1, [name.encode()]), *feature])
+    return b"".join(_message(1, entries))
+
+
+def _kind(values: Sequence) -> int:
+    """The number of the list that a Feature keeps them in: of bytes, floats, or whole numbers."""
+    first = values[0] if len(values) else b""
+    return 3 if isinstance(first, int) else 2 if isinstance(first, float) else 1
+
+
+def _values(values: Sequence) -> list:
+    kind = _kind(values)
+    if kind == 1:
+        pieces = (v.encode("utf-8", "surrogateescape") if isinstance(v, str) else v for v in values)
+        return [part for piece in pieces for part in _message(1, [piece])]
+    packed = struct.pack(f"<{len(values)}f", *values) if kind == 2 else b"".join(map(_as_varint, values))
+    return _message(1, [packed])
+
+
+def _message(number: int, parts: list) -> list:
+    """The parts of a field: its tag and length, and its content."""
+    return [bytes([number << 3 | 2]) + _as_varint(sum(map(len, parts))), *parts]
+
+
+def _as_varint(value: int) -> bytes:
+    value, out = value & (1 << 64) - 1, bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
 
 
 def parse(record: bytes) -> dict[str, list]:

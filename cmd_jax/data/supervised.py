@@ -75,7 +75,7 @@ class Child:
                 "python", " ".join(command), problem, "check that this command starts in a shell"
             ) from error
 
-    def ask(self, request: dict, timeout: float, cap: float) -> tuple[dict, bytes]:
+    def ask(self, request: dict, timeout: float, cap: float) -> tuple[dict, bytearray]:
         """The child's answer and payload, however long it says that it decodes, but for `cap` seconds at most.
 
         Raises Crash, Hang after `timeout` seconds without a word, or Endless.
@@ -90,9 +90,14 @@ class Child:
         size = answer.get("payload", 0)
         if type(size) is not int or not 0 <= size <= LARGEST_PAYLOAD:
             raise Crash(f"it answered {str(answer)[:80]}")
-        while len(self.unread) < size:
-            self._read(time.monotonic() + timeout, end)
-        return answer, self._take(size)
+        payload = bytearray(size)
+        filled = min(size, len(self.unread))
+        payload[:filled] = self._take(filled)
+        with memoryview(payload) as view:
+            while filled < size:
+                self._wait(time.monotonic() + timeout, end)
+                filled += self._some(os.readv(self.process.stdout.fileno(), [view[filled:]]))
+        return answer, payload
 
     def _answer(self, timeout: float, end: float) -> dict:
         """The child's next line."""
@@ -101,7 +106,8 @@ class Child:
             searched = len(self.unread)
             if searched > LARGEST_LINE:
                 raise Crash("its answer has no end")
-            self._read(deadline, end)
+            self._wait(deadline, end)
+            self.unread += self._some(os.read(self.process.stdout.fileno(), PIPE))
         line = self._take(length + 1)
         try:
             answer = json.loads(line)
@@ -111,20 +117,22 @@ class Child:
             raise Crash(f"it answered {line[:80]!r}")
         return answer
 
-    def _read(self, deadline: float, end: float):
-        """Wait for more bytes, until the earlier of the two."""
+    def _wait(self, deadline: float, end: float):
+        """Until there are more bytes, or to the earlier of the two."""
         output, left = self.process.stdout.fileno(), min(deadline, end) - time.monotonic()
         poll = select.poll()
         poll.register(output, select.POLLIN)
         if left <= 0 or not poll.poll(left * 1000 if left < math.inf else None):
             raise Hang if deadline < end else Endless
-        piece = os.read(output, PIPE)
-        if not piece:
+
+    def _some(self, read):
+        """What was read, if it is anything."""
+        if not read:
             raise Crash(self._death())
-        self.unread += piece
+        return read
 
     def _take(self, size: int) -> bytes:
-        taken = bytes(memoryview(self.unread)[:size])
+        taken = bytes(self.unread[:size])
         del self.unread[:size]
         return taken
 
@@ -160,7 +168,7 @@ class Supervised:
         self.command, self.timeout, self.cap, self.valid = command, timeout, cap, valid
         self.child, self.stopped = None, False
 
-    def ask(self, request: dict) -> tuple[dict, bytes]:
+    def ask(self, request: dict) -> tuple[dict, bytearray]:
         """(answer, payload); of what hangs its child, or crashes two in turn: ({"error": reason}, nothing).
 
         With "hung": timeout or "endless": cap where it came to that. Raises Ended after `stop`.
@@ -188,7 +196,7 @@ class Supervised:
                 raise Ended
             if answer.keys() & {"hung", "endless"}:
                 break
-        return answer, b""
+        return answer, bytearray()
 
     def stop(self):
         """From another thread: end the request that is being answered, and all that follow."""

@@ -216,12 +216,13 @@ def _read(path: str, wanted: list[int], size: tuple[int, int] | None, key_frame:
     """As many of the wanted frames as there are, decoding from a key frame or the first frame."""
     images, sizes, reformatter = [], set(), VideoReformatter()
     with open_video(path) as (container, stream):
+        fitter = Fitter(stream, *size) if size else None
         frames = decode_from(container, stream, key_frame) if key_frame else enumerate(decode(container, stream))
         for index, frame in frames:
             if index == wanted[len(images)]:
-                image, (*shape, aspect) = to_rgb(frame, reformatter), shown(stream, frame)
-                sizes.add(tuple(shape))
-                images += [fit(image[None], *size, aspect)[0] if size else image] * wanted.count(index)
+                image = np.asarray(fitter(frame)) if fitter else to_rgb(frame, reformatter)
+                sizes.add(shown(stream, frame)[:2])
+                images += [image] * wanted.count(index)
             if len(images) == len(wanted):
                 break
     if len(sizes) > 1:
@@ -235,14 +236,41 @@ def fit(frames: np.ndarray, height: int, width: int, aspect: Fraction = Fraction
     aspect: width of a pixel of the frames as a part of its height. The crop is cut from the pixels as they are, so that
     one resize gives square ones.
     """
-    return np.stack([np.asarray(fitted(frame, height, width, aspect)) for frame in frames])
+    top, left, crop_h, crop_w = _centre(*frames.shape[1:3], height, width, aspect)
+    frames = frames[:, top : top + crop_h, left : left + crop_w]
+    return np.stack([np.asarray(_resized(Image.fromarray(frame), height, width)) for frame in frames])
 
 
-def fitted(frame: np.ndarray, height: int, width: int, aspect: Fraction = Fraction(1)) -> Image.Image:
-    """`fit` of one frame, uint8 [H,W,3]."""
-    h, w, _ = frame.shape
+def _centre(h: int, w: int, height: int, width: int, aspect: Fraction) -> tuple[int, int, int, int]:
+    """(top, left, rows, columns) of the crop of h rows and w columns that `fit` makes."""
     crop_h = min(h, max(1, round(w * aspect * height / width)))
     crop_w = min(w, max(1, round(h * width / (height * aspect))))
-    top, left = (h - crop_h) // 2, (w - crop_w) // 2
-    image = Image.fromarray(frame[top : top + crop_h, left : left + crop_w])
+    return (h - crop_h) // 2, (w - crop_w) // 2, crop_h, crop_w
+
+
+def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+class Fitter:
+    """`to_rgb` and `fit` in one, for the frames of one file: as many copies of a frame fewer as its size allows."""
+
+    def __init__(self, stream: av.VideoStream, height: int, width: int):
+        self._stream, self._size, self._reformatter = stream, (height, width), VideoReformatter()
+        self._crops = {}
+
+    def __call__(self, frame: av.VideoFrame) -> Image.Image:
+        """RGB, height x width."""
+        turn = _turn(frame)
+        if turn[1] or turn[0] < 0 or turn[3] < 0:
+            *_, aspect = shown(self._stream, frame)
+            return Image.fromarray(fit(to_rgb(frame, self._reformatter)[None], *self._size, aspect)[0])
+        key = frame.width, frame.height
+        if key not in self._crops:
+            *_, aspect = shown(self._stream, frame)
+            self._crops[key] = _centre(frame.height, frame.width, *self._size, aspect)
+        top, left, rows, columns = self._crops[key]
+        (plane,) = self._reformatter.reformat(frame, format="rgb24", threads=1).planes
+        image = Image.new("RGB", (columns, rows), None)
+        image.frombytes(memoryview(plane)[top * plane.line_size + 3 * left :], "raw", "RGB", plane.line_size, 1)
+        return _resized(image, *self._size)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from cmd_jax.data import timing, video
@@ -48,7 +47,7 @@ class Clip(NamedTuple):
     """
 
     frames: int
-    parts: Sequence[bytes]
+    parts: Sequence[bytes | memoryview]
     fps: float
     whole: int
     cpu: float
@@ -78,7 +77,7 @@ class Decoder:
         if "error" in answer:
             raise BadClip(answer["error"])
         edges = itertools.accumulate(answer["sizes"], initial=0)
-        parts = [payload[a:b] for a, b in itertools.pairwise(edges)] if len(answer["sizes"]) > 1 else [payload]
+        parts = [memoryview(payload)[a:b] for a, b in itertools.pairwise(edges)]
         return Clip(answer["frames"], parts, answer["fps"], answer["whole"], answer["cpu"])
 
     def _is_clip(self, answer: dict) -> bool:
@@ -135,9 +134,9 @@ def handle(request: dict, progress: Callable[[], None]) -> tuple[dict, list[byte
         wanted = right
     else:
         raise video.VideoError("gives other frames when it is decoded again")
-    parts = [b"".join(kept)] if cut.codec == "raw" else kept
-    answer = {"frames": len(kept), "whole": count, "fps": fps, "sizes": [len(part) for part in parts]}
-    return answer | {"cpu": time.process_time() - begun}, parts
+    sizes = [len(frame) for frame in kept]
+    answer = {"frames": len(kept), "whole": count, "fps": fps, "sizes": [sum(sizes)] if cut.codec == "raw" else sizes}
+    return answer | {"cpu": time.process_time() - begun}, kept
 
 
 def _pass(path: str, cut: Cut, wanted: range | None, progress: Callable[[], None]):
@@ -146,7 +145,7 @@ def _pass(path: str, cut: Cut, wanted: range | None, progress: Callable[[], None
     wanted: None where it is to be guessed.
     """
     kept, count, held, last, image = [], 0, 0, None, b""
-    reformatter, decoded_frames = VideoReformatter(), 0
+    decoded_frames = 0
 
     def told(frames):
         nonlocal decoded_frames
@@ -159,12 +158,12 @@ def _pass(path: str, cut: Cut, wanted: range | None, progress: Callable[[], None
         if wanted is None:
             guess = middle(_promised(stream, cut.fps), cut.frames) if cut.frames else range(0)
             wanted = guess or range(cut.frames or sys.maxsize)
+        fitter = video.Fitter(stream, cut.height, cut.width)
         frames = told(video.steady(video.decode(container, stream)))
         for index, frame in timing.at_rate(frames, stream, cut.fps) if cut.fps else enumerate(frames):
             if count in wanted:
                 if index != last:
-                    rgb, (*_, aspect) = video.to_rgb(frame, reformatter), video.shown(stream, frame)
-                    image, last = encoded(video.fitted(rgb, cut.height, cut.width, aspect), cut), index
+                    image, last = encoded(fitter(frame), cut), index
                 kept.append(image)
                 held += len(kept[-1])
                 if held > LARGEST_PAYLOAD:

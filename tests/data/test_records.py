@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 
 from cmd_jax.data.packed import Entries, Packed
 from cmd_jax.data.records import VERSION, Records, Shards, example, finished, parse, write_dataset, write_shard
@@ -61,6 +62,26 @@ def test_an_example_is_read_as_protobuf_reads_it():
             parse(record[:end])
     with pytest.raises(ValueError, match="tag"):
         parse(b"\n\x02\x0b\x00")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"z": b"", "a": [b"x" * 300, b""], "text": "ü", "texts": ["a", "b"], "no": []},
+        {"one": -1, "large": [2**63 - 1, 0, 127, 128, -(2**63)], "x": 0.1, "some": [1.5, -2.0]},
+    ],
+)
+def test_examples_are_what_protobuf_reads(row):
+    message = tf_example_pb2.Example()
+    for name, value in row.items():
+        values = value if isinstance(value, list) else [value]
+        kind = {int: "int64_list", float: "float_list"}.get(type(values[0]) if values else None, "bytes_list")
+        values = [v.encode() if isinstance(v, str) else v for v in values]
+        getattr(message.features.feature[name], kind).value.extend(values)
+        getattr(message.features.feature[name], kind).SetInParent()
+    assert tf_example_pb2.Example.FromString(example(row)) == message
+    assert example(dict(reversed(row.items()))) == example(row)
+    assert example({"a": bytearray(b"xy")}) == example({"a": [memoryview(b"xy")]}) == example({"a": b"xy"})
 
 
 def test_tfds_opens_them_without_our_code(shards, tmp_path):

@@ -6,6 +6,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 from data.clip_files import CODECS, numbered, numbers, quarters, write_clip, write_huge_header, write_sound
 
 from cmd_jax.data import probe, video
@@ -220,3 +221,17 @@ def test_decoding_leaves_no_frames_and_threads_behind(tmp_path):
 def test_a_file_gone_since_the_probe_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"data\.root=.*gone\.avi: the file cannot be read"):
         video.read_frames(str(tmp_path / "gone.avi"), range(4))
+
+
+@pytest.mark.parametrize("aspect", [0, 2, Fraction(5, 8)])
+@pytest.mark.parametrize("rotation", [0, 90])
+def test_frames_are_fitted_at_once_as_step_by_step(tmp_path, aspect, rotation):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 50, 66, 3), np.uint8)
+    path = write_clip(tmp_path / "a.mov", noise, codec="mpeg4", aspect=aspect, rotation=rotation)
+    for size in ((24, 32), (50, 66), (31, 17), (80, 40)):
+        with video.open_video(str(path)) as (container, stream):
+            fitter, reformatter = video.Fitter(stream, *size), VideoReformatter()
+            for frame in video.decode(container, stream):
+                image = video.to_rgb(frame, reformatter)[None]
+                wanted = video.fit(image, *size, video.shown(stream, frame)[2])[0]
+                assert np.array_equal(np.asarray(fitter(frame)), wanted)
