@@ -214,7 +214,8 @@ def read_json(
         if path.exists() and not path.is_file():  # to open a named pipe would wait for ever
             raise UserError(field, path, "not a file", missing)
         with open(path, "rb") as file:
-            text = file.read(LARGEST_JSON + 1)
+            # The room is taken before it is known how much there is to read.
+            text = file.read(min(os.fstat(file.fileno()).st_size, LARGEST_JSON) + 1)
     except FileNotFoundError:
         raise UserError(field, path, "no such file", missing) from None
     except OSError as e:

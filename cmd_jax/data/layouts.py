@@ -1,14 +1,18 @@
 """What a folder of clips holds, and what its clips are called: class folders and manifests; UCF-101, WebVid."""
 
 import collections
+import itertools
 import logging
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from cmd_jax.data import ucf101, video, webvid
-from cmd_jax.data.packed import Listing
+from cmd_jax.data.grouped import Conflict, Rows
+from cmd_jax.data.packed import Entries, Listing
 from cmd_jax.data.roots import COPY, Entry, check_root, inside, names_in, normal, some
 from cmd_jax.data.tables import csv_columns, csv_rows, json_rows, lines
 from cmd_jax.errors import UserError, choose
@@ -130,23 +134,24 @@ def _read_classes(root: str, split: str, guess: bool) -> Listing:
     """
     tree = _walk(root)
     parts = _parts(root, {_top(name) for name in [*tree.videos, *_manifests(tree.lists), *tree.bad]}, split)
-    entries, classes = [], set()
+    parts_of, classes = [], set()
     for base in [f"{part}/" for part in parts] or [""]:
         inner = Tree(*([name for name in names if name.startswith(base)] for names in tree[:3]), {})
         manifests = [name for name in _manifests(inner.lists) if guess and os.path.dirname(name) == base.rstrip("/")]
         if guess:
             _refuse_parent(root, base.rstrip("/"), inner, manifests)
         if manifests:
-            entries += _manifest_entries(root, base)
+            parts_of.append(_manifest_entries(root, base))
+            classes |= {*parts_of[-1].labels}
             continue
         names = [name.removeprefix(base) for name in inner.videos]
         labels = [_top(name) if "/" in name else None for name in names]
         if not any(labels) and all(flat := [FLAT.fullmatch(name) for name in names]):
             labels = [match[1] for match in flat]
-        entries += [Entry(base + name, label) for name, label in zip(names, labels, strict=True)]
-        classes |= {_top(name.removeprefix(base)) for name in inner.folders}
+        parts_of.append([Entry(base + name, label) for name, label in zip(names, labels, strict=True)])
+        classes |= {*labels} | {_top(name.removeprefix(base)) for name in inner.folders}
     bad = {name: why for name, why in tree.bad.items() if not parts or _top(name) in parts}
-    return Listing.of(entries, _in_order(classes | {entry.label for entry in entries}), bad)
+    return Listing.of(itertools.chain(*parts_of), _in_order(classes), bad)
 
 
 def _parts(root: str, tops: set[str], split: str) -> list[str]:
@@ -193,8 +198,9 @@ def _read_metadata(root: str, split: str) -> Listing:
     """What the manifest in the root lists, or those in its folders of splits."""
     if any(os.path.exists(os.path.join(root, name)) for name in MANIFESTS):
         entries = _manifest_entries(root, "")
-        if parts := _parts(root, {_top(entry.name) for entry in entries}, split):
-            entries = [entry for entry in entries if _top(entry.name) in parts]
+        if parts := _parts(root, {*map(_top, entries.names)}, split):
+            entries = entries.take(np.flatnonzero([_top(name) in parts for name in entries.names]))
+        read = [entries]
     else:
         below = _manifests(_walk(root).lists)
         folders = {os.path.dirname(name) for name in below}
@@ -202,31 +208,33 @@ def _read_metadata(root: str, split: str) -> Listing:
             remedy = f"give data.root={os.path.join(root, os.path.dirname(below[0]))}" if below else "write one"
             problem = f"no {' or '.join(MANIFESTS)} in {root}"
             raise UserError("data.layout", "metadata", problem, f"{remedy}, or use another data.layout")
-        entries = [entry for part in _parts(root, folders, split) for entry in _manifest_entries(root, f"{part}/")]
-    return Listing.of(entries, _in_order({entry.label for entry in entries}), {})
+        read = [_manifest_entries(root, f"{part}/") for part in _parts(root, folders, split)]
+    used = {entries.labels[n] for entries in read for n in np.unique(entries.label).tolist() if n >= 0}
+    return Listing.of(itertools.chain(*read), _in_order(used), {})
 
 
-def _manifest_entries(root: str, base: str) -> list[Entry]:
+def _manifest_entries(root: str, base: str) -> Entries:
     """What the manifest in root/base lists. Rows that name a file again give it further captions, or repeat one."""
     paths = [path for path in (os.path.join(root, base, name) for name in MANIFESTS) if os.path.exists(path)]
     if len(paths) > 1:
         raise UserError("data.root", os.path.join(root, base), f"holds both {' and '.join(MANIFESTS)}", "keep one")
-    (path,), entries, rows = paths, {}, 0
+    (path,), rows = paths, Rows()
     for line, name, text, label in (_csv_manifest if path.endswith(".csv") else _json_manifest)(path):
-        where, rows = f"{path} line {line}", rows + 1
-        name = inside(root, base + normal(name, where), where)
-        entry = entries.setdefault(name, Entry(name, label))
-        if entry.label != label:
-            problem = f"{name} has the label {entry.label} in an earlier row, and {label} here"
-            raise UserError("data.root", where, problem, "give all rows of a file one label")
-        if text not in entry.texts:
-            entries[name] = Entry(name, label, (*entry.texts, text))
-    if not rows:
+        where = f"{path} line {line}"
+        rows.add(line, inside(root, base + normal(name, where), where), text, label)
+    if not len(rows):
         raise UserError("data.root", path, "it has no rows", "write one row a video: file_name, text and perhaps label")
-    captions = sum(len(entry.texts) for entry in entries.values())
-    if captions != len(entries) or rows != captions:
-        log.info("%s: %d captions of %d files; %d rows repeat another", path, captions, len(entries), rows - captions)
-    return list(entries.values())
+    try:
+        entries = rows.entries()
+    except Conflict as conflict:
+        line, name, before, label = conflict.args
+        problem = f"{name} has the label {before} in an earlier row, and {label} here"
+        raise UserError("data.root", f"{path} line {line}", problem, "give all rows of a file one label") from conflict
+    repeated = len(rows) - len(entries.texts)
+    if repeated or len(entries.texts) != len(entries):
+        counts = len(entries.texts), len(entries), repeated
+        log.info("%s: %d captions of %d files; %d rows repeat another", path, *counts)
+    return entries
 
 
 def _csv_manifest(path: str):

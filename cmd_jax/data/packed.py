@@ -3,6 +3,7 @@ cluster reads its own part of a listing straight from the disk."""
 
 import hashlib
 import itertools
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cmd_jax.data.roots import Entry
+
+BLOCK = 2**12  # texts that are moved at a time: their places take eight times the room of what is moved
 
 
 class Packed(Sequence[str]):
@@ -23,12 +26,10 @@ class Packed(Sequence[str]):
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Packed":
-        data, lengths = bytearray(), []
+        packer = Packer()
         for text in texts:
-            piece = text.encode("utf-8", "surrogateescape")
-            data += piece
-            lengths.append(len(piece))
-        return cls(np.frombuffer(data, np.uint8), np.cumsum([0, *lengths], dtype=np.int64))
+            packer.add(text)
+        return packer.packed()
 
     def __len__(self) -> int:
         return len(self.edges) - 1
@@ -39,10 +40,40 @@ class Packed(Sequence[str]):
 
     def take(self, which: np.ndarray) -> "Packed":
         """Those at `which`, int [M], in that order."""
-        starts, lengths = self.edges[which], np.diff(self.edges)[which]
-        edges = np.concatenate([[0], np.cumsum(lengths)])
-        places = np.arange(edges[-1]) + np.repeat(starts - edges[:-1], lengths)
-        return Packed(self.data[places], edges)
+        edges = _edges(self.edges[which + 1] - self.edges[which])
+        data = np.empty(edges[-1], np.uint8)
+        for first in range(0, len(which), BLOCK):
+            part = which[first : first + BLOCK]
+            data[edges[first] : edges[first + len(part)]] = self.data[_places(self.edges, part)]
+        return Packed(data, edges)
+
+
+class Packer:
+    """Texts that are being packed, one by one."""
+
+    def __init__(self):
+        self._data, self._lengths = bytearray(), array("q")
+
+    def add(self, text: str):
+        piece = text.encode("utf-8", "surrogateescape")
+        self._data += piece
+        self._lengths.append(len(piece))
+
+    def packed(self) -> Packed:
+        return Packed(np.frombuffer(self._data, np.uint8), _edges(self._lengths))
+
+
+def _edges(lengths) -> np.ndarray:
+    """int [N] -> int64 [N + 1], where things of these lengths, one after the other, begin and end."""
+    edges = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=edges[1:])
+    return edges
+
+
+def _places(edges: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """The places of what lies between the edges of `which`, int [M], in that order: int64."""
+    starts, lengths = edges[which], edges[which + 1] - edges[which]
+    return np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
 
 
 class Rows:
@@ -54,7 +85,7 @@ class Rows:
     @classmethod
     def of(cls, rows: Sequence[Sequence[Sequence[int]]], n: int) -> "Rows":
         data = np.array([*itertools.chain(*rows)], np.int64).reshape(-1, n)
-        return cls(data, np.cumsum([0, *map(len, rows)], dtype=np.int64))
+        return cls(data, _edges([*map(len, rows)]))
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.data[self.edges[index] : self.edges[index + 1]]
@@ -71,15 +102,17 @@ class Entries(Sequence[Entry]):
         self.names, self.labels, self.label, self.texts, self.text_edges = names, labels, label, texts, text_edges
 
     @classmethod
-    def of(cls, entries: Sequence[Entry], labels: Sequence[str] = ()) -> "Entries":
-        """labels: those to begin with, in their order."""
+    def of(cls, entries: Iterable[Entry], labels: Iterable[str] = ()) -> "Entries":
+        """labels: those to begin with, in their order. The entries are gone through once."""
         number = {name: i for i, name in enumerate(labels)}
-        label = np.array(
-            [-1 if e.label is None else number.setdefault(e.label, len(number)) for e in entries], np.int32
-        )
-        edges = np.cumsum([0, *(len(e.texts) for e in entries)], dtype=np.int64)
-        texts = Packed.of(text for e in entries for text in e.texts)
-        return cls(Packed.of(e.name for e in entries), Packed.of(number), label, texts, edges)
+        names, texts, label, counts = Packer(), Packer(), array("i"), array("q")
+        for name, of_name, captions in entries:
+            names.add(name)
+            label.append(-1 if of_name is None else number.setdefault(of_name, len(number)))
+            for caption in captions:
+                texts.add(caption)
+            counts.append(len(captions))
+        return cls(names.packed(), Packed.of(number), np.array(label, np.int32), texts.packed(), _edges(counts))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -98,10 +131,9 @@ class Entries(Sequence[Entry]):
 
     def take(self, which: np.ndarray) -> "Entries":
         """Those at `which`, int [M], in that order."""
-        starts, counts = self.text_edges[which], np.diff(self.text_edges)[which]
-        edges = np.concatenate([[0], np.cumsum(counts)])
-        places = np.arange(edges[-1]) + np.repeat(starts - edges[:-1], counts)
-        return Entries(self.names.take(which), self.labels, self.label[which], self.texts.take(places), edges)
+        edges = _edges(self.text_edges[which + 1] - self.text_edges[which])
+        texts = self.texts.take(_places(self.text_edges, which))
+        return Entries(self.names.take(which), self.labels, self.label[which], texts, edges)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What `save` keeps, by file name."""
@@ -112,29 +144,30 @@ class Entries(Sequence[Entry]):
     def digest(self) -> str:
         """SHA-256 over all of it."""
         digest = hashlib.sha256()
-        for name, array in self.arrays().items():
-            digest.update(f"{name} {array.shape} ".encode() + np.ascontiguousarray(array).data)
+        for name, column in self.arrays().items():
+            digest.update(f"{name} {column.shape} ".encode())
+            digest.update(np.ascontiguousarray(column).data)
         return digest.hexdigest()
 
     def save(self, folder: Path):
         """Write a file an array into an existing folder."""
-        for name, array in self.arrays().items():
-            np.save(folder / f"{name}.npy", array)
+        for name, column in self.arrays().items():
+            np.save(folder / f"{name}.npy", column)
 
     @classmethod
     def load(cls, folder: Path) -> "Entries":
         """What `save` wrote, read from the disk as it is needed."""
 
-        def array(name: str) -> np.ndarray:
+        def column(name: str) -> np.ndarray:
             path = folder / f"{name}.npy"
             try:
                 return np.load(path, mmap_mode="r")
             except ValueError:  # what is empty cannot be mapped
                 return np.load(path)
 
-        packed = (Packed(array(f"{name}.data"), array(f"{name}.edges")) for name in ("names", "labels", "texts"))
+        packed = (Packed(column(f"{name}.data"), column(f"{name}.edges")) for name in ("names", "labels", "texts"))
         names, labels, texts = packed
-        return cls(names, labels, array("label"), texts, array("text_edges"))
+        return cls(names, labels, column("label"), texts, column("text_edges"))
 
 
 class Listing(NamedTuple):
@@ -149,7 +182,7 @@ class Listing(NamedTuple):
     absent: int = 0
 
     @classmethod
-    def of(cls, entries: Sequence[Entry], class_names: tuple[str, ...], bad: dict[str, str], absent: int = 0):
+    def of(cls, entries: Iterable[Entry], class_names: tuple[str, ...], bad: dict[str, str], absent: int = 0):
         """class_names: all that the entries have, and perhaps more."""
         return cls(Entries.of(entries, class_names), class_names, bad, absent)
 

@@ -22,10 +22,12 @@ def read_text(path: str, field: str) -> str:
         return file.read()
 
 
-def lines(path: str, field: str) -> list[tuple[int, str]]:
+def lines(path: str, field: str) -> Iterator[tuple[int, str]]:
     """(line number, stripped line) of the lines that are not blank."""
     with _open(path, field, newline=None) as file:
-        return [(number, line.strip()) for number, line in enumerate(file, 1) if line.strip()]
+        for number, line in enumerate(file, 1):
+            if line := line.strip():
+                yield number, line
 
 
 def csv_columns(path: str, field: str, example: str, untitled: Untitled = lambda row: None) -> list[str]:

@@ -1,17 +1,22 @@
 """WebVid's layout: CSV files in the root list mp4 files `page_dir/videoid.mp4`, of which many may be absent."""
 
+import bisect
 import csv
 import logging
 import os
 import re
+from array import array
+from collections.abc import Iterable
 
+from cmd_jax.data.grouped import Rows
 from cmd_jax.data.packed import Listing
-from cmd_jax.data.roots import Entry, folder_with, inside, names_in, normal, some
+from cmd_jax.data.roots import folder_with, inside, names_in, normal, some
 from cmd_jax.data.tables import csv_rows
 from cmd_jax.errors import UserError
 
 HEADER = "videoid,contentUrl,duration,page_dir,name"
 COLUMNS = ("videoid", "page_dir", "name")  # those that are read
+NUMBER = re.compile("0|[1-9][0-9]{0,17}")
 WORDS = {"train": ("train",), "val": ("val",), "test": ("val",), "all": ("train", "val")}  # in the names of its lists
 
 log = logging.getLogger(__name__)
@@ -25,29 +30,28 @@ def read(root: str, split: str) -> Listing:
     again give it further captions; those that repeat its caption too count once.
     """
     paths, videos = [os.path.join(root, name) for name in lists_of(root, split)], Videos(root)
-    texts: dict[str, tuple[str, ...]] = {}  # by name
-    rows, absent, repeated, example = 0, 0, 0, ""
+    found, rows, absent, example = Rows(), 0, 0, ""
     for path in paths:
         for line, (video_id, page, text) in csv_rows(path, "data.root", COLUMNS, HEADER, untitled):
             rows += 1
             name = videos.find(page, video_id.strip(), f"{path} line {line}")
             if name is None:
                 absent, example = absent + 1, example or os.path.join(page.strip(), f"{video_id.strip()}.mp4")
-            elif text in texts.get(name, ()):
-                repeated += 1
             else:
-                texts[name] = (*texts.get(name, ()), text)
+                found.add(line, name, text)
     read = ", ".join(map(os.path.basename, paths))
     if not rows:
         raise UserError("data.root", root, f"no rows in {read}", f"write one row a video: {HEADER}")
-    if not texts:
+    if not len(found):
         problem = f"none of the {rows} videos of {read} is there, neither {example} nor videos/{example}"
         if videos.bad:
             problem += f" ({some([f'{name} {reason}' for name, reason in videos.bad.items()])})"
         raise UserError("data.root", root, problem, f"put them there; the folder holds {some(names_in(root))}")
+    entries = found.entries()
+    repeated = len(found) - len(entries.texts)
     more = f"; {repeated} rows repeat another" if repeated else ""
-    log.info("%s: %d videos are there, %d rows name one that is absent%s", read, len(texts), absent, more)
-    return Listing.of([Entry(name, texts=captions) for name, captions in texts.items()], (), videos.bad, absent)
+    log.info("%s: %d videos are there, %d rows name one that is absent%s", read, len(entries), absent, more)
+    return Listing(entries, (), videos.bad, absent)
 
 
 def untitled(row: list[str]) -> list[str] | None:
@@ -97,14 +101,14 @@ class Videos:
             raise UserError("data.root", where, f"the videoid {video_id!r} is no file name", "mend the row")
         if page not in self._pages:
             self._pages[page] = self._list(normal(page, where) if page.strip() else "", where)
-        return self._pages[page].get(video_id)
+        return next((f"{base}{video_id}.mp4" for base, ids in self._pages[page] if video_id in ids), None)
 
-    def _list(self, page: str, where: str) -> dict[str, str]:
-        """A page_dir's files: videoid -> name; "" stands for those that lie beside the page_dirs."""
-        found = {}
+    def _list(self, page: str, where: str) -> list[tuple[str, "Ids"]]:
+        """The folders of a page_dir, with their files; "" stands for what lies beside the page_dirs."""
+        found = []
         for base, held in self._held.items():
             if not page:
-                found |= {name.removesuffix(".mp4"): base + name for name in held if name.endswith(".mp4")}
+                found.append((base, Ids(held)))
                 continue
             if page.partition("/")[0] not in held:
                 continue
@@ -116,8 +120,23 @@ class Videos:
             except OSError as error:
                 self.bad[folder] = f"cannot be listed ({error.strerror})"
                 continue
-            found |= {name.removesuffix(".mp4"): f"{folder}/{name}" for name in names if name.endswith(".mp4")}
-        return found
+            found.append((f"{folder}/", Ids(names)))
+        return found[::-1]
+
+
+class Ids:
+    """The ids of a folder's mp4 files, eight bytes for one that is a number, as WebVid's are."""
+
+    def __init__(self, names: Iterable[str]):
+        ids = [name.removesuffix(".mp4") for name in names if name.endswith(".mp4")]
+        self._numbers = array("q", sorted(int(x) for x in ids if NUMBER.fullmatch(x)))
+        self._others = frozenset(x for x in ids if not NUMBER.fullmatch(x))
+
+    def __contains__(self, video_id: str) -> bool:
+        if not NUMBER.fullmatch(video_id):
+            return video_id in self._others
+        place = bisect.bisect_left(self._numbers, number := int(video_id))
+        return place < len(self._numbers) and self._numbers[place] == number
 
 
 def _csv_files(root: str) -> list[str]:
