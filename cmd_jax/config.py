@@ -18,6 +18,7 @@ from cmd_jax.files import check_like
 from cmd_jax.interop.diffusers import SOURCE
 
 STAGES = ("autoencoder", "content", "motion")
+RETIRED = ("latents.cache_clips",)  # keys that files of earlier versions have, and on which nothing depends now
 
 
 def parse_argument(argument: str, **defaults) -> tuple[str, dict]:
@@ -141,6 +142,7 @@ def from_dict(values: dict, field: str, place) -> ConfigDict:
     def filled(values: dict, default: dict) -> dict:
         return default | {k: filled(v, default[k]) if isinstance(v, dict) else v for k, v in values.items()}
 
+    values = without(values, RETIRED)
     stage, denoiser = values.get("stage"), values.get("denoiser")
     if stage == "content" and denoiser is None:  # of a config that is older than this key
         denoiser = "dit" if "diffusion" in values else "unet"
@@ -155,6 +157,12 @@ def from_dict(values: dict, field: str, place) -> ConfigDict:
     if problem:
         raise UserError(field, place, f"its config is damaged: {problem}", "give the stage as training wrote it")
     return config
+
+
+def without(values: dict, retired, prefix: str = "") -> dict:
+    """Values without those keys."""
+    kept = {name: x for name, x in values.items() if prefix + name not in retired}
+    return {name: without(x, retired, f"{prefix}{name}.") if isinstance(x, dict) else x for name, x in kept.items()}
 
 
 LARGEST_CLIP = 2**34  # pixels
@@ -223,9 +231,9 @@ def _check_inputs(config: ConfigDict):
     if loss.vgg and not loss.lpips:
         raise UserError("loss.lpips", 0.0, "loss.vgg is given but would not be used", "set loss.lpips=4.0")
     if model.mode == "pixel":
-        if config.latents.cache_clips:
+        if config.latents.starts:
             problem = "pixels have no VAE latents to keep"
-            raise UserError("latents.cache_clips", config.latents.cache_clips, problem, "use 0, or model.mode=latent")
+            raise UserError("latents.starts", config.latents.starts, problem, "use 0, or model.mode=latent")
         if config.pretrained.path:
             problem, remedy = "not used by an autoencoder of pixels", "leave it out, or set model.mode=latent"
             raise UserError("pretrained.path", config.pretrained.path, problem, remedy)

@@ -173,10 +173,15 @@ CONTENT_MODEL = dict(
 MOTION_MODEL = CONTENT_MODEL | dict(
     content_patch=key(4, "cells of the content frame that make a token, to a side", at_least=1, at_most=WIDE)
 )
-LATENTS = dict(
-    autoencoder=path("folder or weights file of stage 1; empty: WORKDIR/autoencoder"),
-    cache_clips=key(0, "encode so many clips once, before training; 0: every batch anew", at_least=0),
-)
+STORE = dict(
+    starts=key(0, "windows of a clip, from random starts, that are encoded once and kept; 0: every batch anew",
+               at_least=0, at_most=WIDE),
+    store=path("folder of them; empty: WORKDIR/latents"),
+    store_dtype=choice("float32", "of the latents in it", ("float32", "float16")),
+    store_seed=key(0, "of the starts of its windows", at_least=0, at_most=SEEDS - 1),
+    store_shard=key(512, "windows in a file of it", at_least=1, at_most=2**20),
+)  # fmt: skip
+LATENTS = dict(autoencoder=path("folder or weights file of stage 1; empty: WORKDIR/autoencoder"), **STORE)
 SCALED_LATENTS = LATENTS | dict(normalize=key(False, "diffuse latents of zero mean and unit variance"))
 DIFFUSION = dict(
     kind=choice("gaussian", "the process: Gaussian diffusion, or flow matching", ("gaussian", "flow")),
@@ -247,7 +252,7 @@ DECLARED = {  # stage -> {denoiser, of those that have one: declarations}
             optimizer=changed(OPTIMIZER, learning_rate=1e-5, b1=0.5, b2=0.9),
             model=AUTOENCODER_MODEL,
             loss=LOSS,
-            latents=dict(cache_clips=key(0, "VAE latents of so many clips, made once; 0: of every batch", at_least=0)),
+            latents=STORE,
         )
     },
     "content": {  # section 3.2: a DiT from scratch, or a pretrained UNet, whose files say what it predicts and how

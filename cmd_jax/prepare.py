@@ -1,7 +1,6 @@
 """Before the first step: open the data, apply the frozen autoencoder, build the stage."""
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,10 +13,12 @@ from flax.traverse_util import flatten_dict
 
 from cmd_jax.builders import check_fits
 from cmd_jax.config import from_dict, to_json
-from cmd_jax.data.latents import LatentStatistics, latents_of
-from cmd_jax.data.pipeline import video_reader
-from cmd_jax.data.sources import STATISTICS_CLIPS, Source, encode_clips, latent_reader, open_source
+from cmd_jax.data.encoding import Encoder, Filler, measure
+from cmd_jax.data.latents import LatentStatistics
+from cmd_jax.data.pipeline import order_of, video_reader
+from cmd_jax.data.sources import Source, open_source
 from cmd_jax.data.splits import Split, cut
+from cmd_jax.data.store import StoredClips, begin_store, folder_of, open_store
 from cmd_jax.defaults import HELD_OUT
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, versions, write_json
@@ -36,8 +37,7 @@ from cmd_jax.pretrained import (
     open_space,
     stated_space,
 )
-from cmd_jax.running.distributed import agree, broadcast_from_leader, is_leader, leader_first
-from cmd_jax.sharding import partitioning
+from cmd_jax.running.distributed import agree, is_leader, leader_first
 from cmd_jax.stages import AutoencoderStage, DiffusionStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import abstract
 from cmd_jax.trained import (
@@ -58,6 +58,7 @@ RESUMABLE += ("pretrained.path", "diffusion.clip")  # the latter matters to samp
 RESUMABLE += ("train.accumulate", "model.remat")  # fewer devices may need them
 RESUMABLE_CONSTANT = ("train.steps", "optimizer.steps")
 
+STATISTICS_CLIPS = 1024  # all over the data, where no store is kept
 LIBRARIES = ("numpy", "av", "pillow", "tokenizers")  # that clips and captions pass on their way to the encoder
 ELSEWHERE = "restore it, or start anew in another --workdir"
 
@@ -81,14 +82,18 @@ def check_same_run(folder: Path, config):
 
 
 class Prepared(NamedTuple):
-    """What a stage needs before its first step."""
+    """What a stage needs before its first step.
+
+    filler: of the store that `read` reads, if it reads one. It need not be complete.
+    """
 
     stage: AutoencoderStage | DiffusionStage
     read: Callable[[int, np.random.Generator], dict]  # (index of a clip, rng) -> an example of a batch
     clips: int  # how many examples, which may go through the source more than once
     split: Split  # of their indices
-    source: Source
+    source: Source | StoredClips
     metadata: Metadata  # a resumed run keeps what it began with
+    filler: Filler | None = None
 
     def name_of(self, index: int) -> str:
         """The name of the clip at an index of an epoch."""
@@ -96,9 +101,10 @@ class Prepared(NamedTuple):
 
 
 def prepare(config, workdir: Path, mesh, console, resuming: bool) -> Prepared:
-    """Open the data, encode it where the config says so, build the stage, and keep its metadata in its folder."""
+    """Open the data, and the store of latents where the config wants one, build the stage, and keep its metadata in its
+    folder."""
     folder = workdir / config.stage
-    source = leader_first(lambda: open_source(config.data, cache=workdir / "probe.jsonl"))
+    source = leader_first(lambda: open_clips(config, workdir))
     agree({"data": source.fingerprint}, "let every process see the same files")
     if is_leader() and source.bad:
         write_json(folder / "bad_files.json", source.bad)
@@ -119,13 +125,36 @@ def prepare(config, workdir: Path, mesh, console, resuming: bool) -> Prepared:
     return prepared
 
 
+def store_folder(config, workdir: Path) -> Path:
+    """Of the latents that a stage is trained on."""
+    kind = "vae" if config.stage == "autoencoder" else "cmd"
+    return folder_of(Path(config.latents.store or workdir / "latents").expanduser().absolute(), kind)
+
+
+def open_clips(config, workdir: Path) -> Source | StoredClips:
+    """The data; where it is not there any more, what a complete store says of it."""
+    there = config.data.source == "shapes" or (config.data.root and Path(config.data.root).exists())
+    if config.latents.starts and not there:
+        store = open_store(store_folder(config, workdir))
+        if store and store.complete:
+            return StoredClips(store)
+    return open_source(config.data, cache=workdir / "probe.jsonl")
+
+
 def part_of(folder: str, kind: type[Part], earlier: Part | None) -> Part:
     """The part of a Stable Diffusion folder that a run uses; a resumed one uses the same as before."""
     return check_same(folder, earlier, "this run was started with") if earlier else describe(folder, kind)
 
 
 def prepare_autoencoder(
-    config, workdir: Path, source: Source, split: Split, mesh, console, metadata: Metadata, earlier: Metadata
+    config,
+    workdir: Path,
+    source: Source | StoredClips,
+    split: Split,
+    mesh,
+    console,
+    metadata: Metadata,
+    earlier: Metadata,
 ) -> Prepared:
     """metadata: of the data. earlier: what a resumed run began with."""
     lpips, space = load_lpips(config.loss.vgg, config.loss.lpips_heads) if config.loss.vgg else None, Pixels()
@@ -138,16 +167,27 @@ def prepare_autoencoder(
         metadata = replace(metadata, vae=part_of(config.pretrained.path, VAEMetadata, earlier.vae))
         space = load_space(config.pretrained, partial(abstract, mesh=mesh, rules=config.rules))
     stage, read = AutoencoderStage(config, lpips, space), video_reader(source)
-    if not config.latents.cache_clips:
+    if not config.latents.starts:
         return Prepared(stage, read, len(source), split, source, metadata)
-    encode = lambda params, batch: {"frames": space.encode(params, batch["video"])}  # noqa: E731
-    latents = encoded_clips(config, workdir, source, split, (read, encode, space.params), metadata, mesh, console)
-    count = config.latents.cache_clips
-    return Prepared(stage, latent_reader(latents), count, split.of_examples(count), source, metadata)
+
+    def encode(params, batch):
+        return {"frames": space.encode(params, batch["video"]), "label": batch["label"]}
+
+    encoding = Encoding(read, encode, space.params, {"frames": (config.latents.store_dtype, stage.video_shape[1:])})
+    filler = fill_store(config, workdir, source, split, encoding, metadata, mesh, console)
+    count = len(filler.store)
+    return Prepared(stage, filler.store.read, count, split.of_examples(count), source, metadata, filler)
 
 
 def prepare_denoiser(
-    config, workdir: Path, source: Source, split: Split, mesh, console, metadata: Metadata, earlier: Metadata
+    config,
+    workdir: Path,
+    source: Source | StoredClips,
+    split: Split,
+    mesh,
+    console,
+    metadata: Metadata,
+    earlier: Metadata,
 ) -> Prepared:
     """As `prepare_autoencoder`."""
     shardings = partial(abstract, mesh=mesh, rules=config.rules)
@@ -174,29 +214,29 @@ def prepare_denoiser(
     metadata = replace(metadata, autoencoder=ours, vae=vae, text_encoder=text_encoder, image_model=image_model)
     check_fits(config, autoencoder, image_model)  # before clips are encoded, which takes a while
 
-    count, normalized = config.latents.cache_clips, config.latents.get("normalize", False)
-    read, latents = video_reader(source, tokenizer), None
-    params = {"autoencoder": autoencoder.params, "conditions": conditions.params}
+    read = video_reader(source, tokenizer)
+    params = {"autoencoder": autoencoder.params}
+    arrays = {
+        name: (config.latents.store_dtype, getattr(autoencoder, f"{name}_shape")) for name in ("content", "motion")
+    }
+    arrays |= {"ids": ("int32", np.shape(conditions.null_ids))} if tokenizer else {}
 
     def encode(params, batch):
         content, motion = autoencoder.encode(params["autoencoder"], batch)
-        out = {"content": content, "motion": motion, "label": batch["label"]}
-        if tokenizer and count:
-            out |= {"ids": batch["ids"], "states": conditions.states(params["conditions"], batch["ids"])}
-        return out
+        ids = {"ids": batch["ids"]} if tokenizer else {}
+        return {"content": content, "motion": motion, "label": batch["label"], **ids}
 
-    if count or normalized:
-        latents = encoded_clips(config, workdir, source, split, (read, encode, params), metadata, mesh, console)
-    if count:
-        split = split.of_examples(count)
-    statistics = earlier.statistics
-    if normalized and not statistics:
-        seen = split.train if count else slice(None)
-        statistics = LatentStatistics.of({name: latents[name][seen] for name in ("content", "motion")})
+    encoding, filler, statistics = Encoding(read, encode, params, arrays), None, earlier.statistics
+    if config.latents.starts:
+        filler = fill_store(config, workdir, source, split, encoding, metadata, mesh, console)
+    if config.latents.get("normalize", False) and not statistics:
+        statistics = filler.statistics() if filler else sampled_statistics(config, split, encoding, mesh)
     stage = diffusion_stage(config, autoencoder, conditions, statistics, image_model)
     metadata = replace(metadata, statistics=stage.statistics)
-    read, clips = (latent_reader(latents), count) if count else (read, len(source))
-    return Prepared(stage, read, clips, split, source, metadata)
+    count = len(source)
+    if filler:
+        read, count = filler.store.read, len(filler.store)
+    return Prepared(stage, read, count, split.of_examples(count), source, metadata, filler)
 
 
 def open_autoencoder(path: Path, config, shardings, console) -> tuple[Trained, FrozenAutoencoder]:
@@ -221,49 +261,96 @@ def open_autoencoder(path: Path, config, shardings, console) -> tuple[Trained, F
     return trained, FrozenAutoencoder(trained.config, trained.params, space)
 
 
-def encoded_clips(config, workdir, source: Source, split: Split, encoding, metadata: Metadata, mesh, console) -> dict:
-    """What `encoding` makes of the first latents.cache_clips clips, or with 0 of some of training, all over the data.
+class Encoding(NamedTuple):
+    """How latents are made: encode(params, batch) of what `read` gives of (a clip, rng).
 
-    encoding: (read, encode, params) as of `encode_clips`. Both denoisers share the file that keeps what it makes.
+    arrays: {name: (dtype, shape)} of what is kept of a clip, beside its label.
     """
-    count = config.latents.cache_clips
-    if count and count < len(source):
-        raise UserError(
-            "latents.cache_clips", count, f"fewer than the {len(source)} clips of the data",
-            "use at least that many, or 0 to encode every batch anew",
+
+    read: Callable[[int, np.random.Generator], dict]
+    encode: Callable[[dict, dict], dict]
+    params: dict
+    arrays: dict[str, tuple[str, tuple[int, ...]]]
+
+    def encoder(self, config, clip_of: Callable[[int], int], mesh) -> Encoder:
+        """Of windows by their numbers; each is of clip_of(number), from a start of its own."""
+
+        def window(number: int) -> dict:
+            return self.read(clip_of(number), np.random.default_rng((config.latents.store_seed, 2, number)))
+
+        return Encoder(
+            window, self.encode, self.params, mesh, config.rules,
+            batch_size=config.train.batch_size // config.train.accumulate,
+            threads=config.data.threads, prefetch=config.data.prefetch,
         )  # fmt: skip
-    spread = split.train[np.linspace(0, len(split.train), STATISTICS_CLIPS, endpoint=False).astype(int)]
-    indices = np.arange(count) % len(source) if count else spread
-
-    def encode():
-        started = time.perf_counter()
-        with partitioning(mesh, config.rules):
-            latents = encode_clips(*encoding, indices, config.train.batch_size, mesh, config.seed)
-        console.print(f"encoded {len(indices)} clips in {time.perf_counter() - started:.0f} s")
-        return latents
-
-    return latents_of(workdir, broadcast_from_leader(provenance_of(config, metadata, mesh)), encode)
 
 
-def provenance_of(config, metadata: Metadata, mesh) -> dict:
-    """All that the latents of a run depend on, down to their last bits, as JSON has it.
+def fill_store(
+    config, workdir: Path, source, split: Split, encoding: Encoding, metadata: Metadata, mesh, console
+) -> Filler:
+    """The store of these latents, which is begun if it is not there, and what fills it. Every process must call it.
 
-    Of the metadata data, autoencoder, VAE and text encoder count. mesh: on which clips are encoded.
+    Its order is what is held out, then the first epoch.
     """
-    models = {part.part: part.identity() for part in (metadata.vae, metadata.text_encoder) if part}
+    clips, examples = len(source), len(source) * config.latents.starts
+    split = split.of_examples(examples)
+    plan = {
+        "made_of": made_of(config, metadata),
+        "made_with": made_with(config, mesh),
+        "class_names": list(source.class_names),
+        "has_texts": bool(source.has_texts),
+        "clips": clips,
+        "examples": examples,
+        "held_out": len(split.validation),
+        "shard": config.latents.store_shard,
+        "arrays": {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in encoding.arrays.items()},
+    }
+
+    def begin():
+        def arrays():
+            order = split.train[order_of(len(split.train), config.seed, epoch=0)]
+            return np.concatenate([split.validation, order]), source.keys()
+
+        return begin_store(store_folder(config, workdir), plan, arrays)
+
+    store = leader_first(begin)
+    return Filler(store, encoding.encoder(config, lambda number: number % clips, mesh), source.name, console.print)
+
+
+def sampled_statistics(config, split: Split, encoding: Encoding, mesh) -> LatentStatistics:
+    """Where no latents are kept: over windows of training clips all over the data."""
+    spread = split.train[np.linspace(0, len(split.train), STATISTICS_CLIPS, endpoint=False).astype(int)]
+    return measure(encoding.encoder(config, lambda number: int(spread[number]), mesh), STATISTICS_CLIPS)
+
+
+def made_of(config, metadata: Metadata) -> dict:
+    """All that the values of a store depend on, by name, as JSON has it.
+
+    Of the metadata data, autoencoder, VAE and tokenizer count.
+    """
+    latents, data = config.latents, config.data
+    what = {"data": metadata.data.fingerprint} | {f"data.{side}": data[side] for side in ("frames", "height", "width")}
+    what |= {f"latents.{name}": latents[name] for name in ("starts", "store_seed", "store_dtype")}
+    what |= {f"data.{name}": data[name] if data.validation else 0 for name in HELD_OUT}  # statistics leave those out
+    if metadata.vae:
+        what |= {f"pretrained.{name}": config.pretrained[name] for name in ("dtype", "vae_frames")}
+        what |= metadata.vae.identity()
     if autoencoder := metadata.autoencoder:
-        models |= {"autoencoder_params": autoencoder.params, "autoencoder_config": autoencoder.config}
-    held_out = {f"data.{name}": config.data[name] for name in HELD_OUT}
+        what |= {"autoencoder: parameters": autoencoder.params}
+        what |= {f"autoencoder: {name}": value for name, value in autoencoder.config.items()}
+    if metadata.text_encoder:
+        identity = metadata.text_encoder.identity()
+        what |= {name: value for name, value in identity.items() if name.startswith("tokenizer: ")}
+    return json.loads(json.dumps(what))
+
+
+def made_with(config, mesh) -> dict:
+    """What the last bits of a store may depend on, and its order; kept to be looked up."""
     what = {
-        "data": metadata.data.fingerprint,
         "seed": config.seed,
-        "clips": config.latents.cache_clips or f"{STATISTICS_CLIPS} all over the data",
         "batch_size": config.train.batch_size,
-        **(held_out if config.data.validation and not config.latents.cache_clips else {}),
-        "pretrained": {"dtype": config.pretrained.dtype, "vae_frames": config.pretrained.vae_frames},
         "mesh": dict(mesh.shape),
-        "rules": config.rules,
         "devices": sorted({device.device_kind for device in mesh.devices.flat}),
         "versions": versions() | {name: version(name) for name in LIBRARIES},
     }
-    return json.loads(json.dumps(what | models))
+    return json.loads(json.dumps(what))

@@ -7,8 +7,8 @@ A stage is all that the training loop knows:
     loss(params, frozen, batch, key) -> (scalar, metrics);
     preview(params, frozen, batch, key) -> {name: videos [N, T, H, W, 3] or images [N, H, W, 3] in [-1, 1]}.
 A batch holds "video" uint8 [B, T, H, W, 3] or, encoded before, "frames" (for the autoencoder) or "content" and
-"motion"; what the condition is made of, "label" int32 [B] or "ids" int32 [B, L] and perhaps "states" [B, L, E]; and, in
-training, "id" int32 [B], which no loss reads.
+"motion", which may be float16; what the condition is made of, "label" int32 [B] or "ids" int32 [B, L] and perhaps
+"states" [B, L, E]; and, in training, "id" int32 [B], which no loss reads.
 """
 
 from functools import partial
@@ -85,7 +85,9 @@ class AutoencoderStage:
 
     def frames(self, frozen, batch):
         """The clips of a batch as the autoencoder sees them, encoded here unless the batch brings them so."""
-        return batch["frames"] if "frames" in batch else self.space.encode(frozen.get("vae"), batch["video"])
+        if "frames" in batch:
+            return batch["frames"].astype(jnp.float32)
+        return self.space.encode(frozen.get("vae"), batch["video"])
 
     def loss(self, params, frozen, batch, key):
         video, weights = self.frames(frozen, batch), self.loss_weights
@@ -164,7 +166,7 @@ class FrozenAutoencoder:
     def encode(self, params, batch) -> Latents:
         """Latents of a batch, computed here unless the batch brings them."""
         if "content" in batch:
-            return Latents(batch["content"], batch["motion"])
+            return Latents(batch["content"].astype(jnp.float32), batch["motion"].astype(jnp.float32))
         frames = self.space.encode(params["vae"], batch["video"])
         return self.module.apply({"params": params["autoencoder"]}, frames, method="encode")
 

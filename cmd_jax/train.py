@@ -92,6 +92,10 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
             prepared.read, plan, mesh, start=start, stop=config.train.steps,
             threads=config.data.threads, prefetch=config.data.prefetch,
         )  # fmt: skip
+        if prepared.filler:
+            asked = lambda: stop.signal is not None  # noqa: E731
+            data = prepared.filler.filled(plan, start, data, asked, peers.busy)
+        opened.enter_context(contextlib.closing(data))
         validation = Validation(program, prepared, config) if config.train.validate_every else None
         loop = Loop(program, plan, Saves(checkpoints, where, start), log, stop, peers, validation)
         state = loop.run(state, data)

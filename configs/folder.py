@@ -30,7 +30,7 @@ def get_config(argument: str = ""):
         config.loss.update(l1=1.0, l2=2.0, lpips=0.0)
     else:
         config.train.update(batch_size=16, ema_decay=0.98)
-        config.latents.update(normalize=True, cache_clips=512)
+        config.latents.update(normalize=True, starts=6)
         config.diffusion.update(kind="flow", learned_range=False)
         config.model.update(width=128, depth=4, heads=4)
         if stage == "content":

@@ -62,7 +62,7 @@ def get_config(argument: str = ""):
     else:
         config.data.clips = CLIPS[size]
         config.train.update(batch_size=32, log_every=50, ema_decay=0.998 if long else 0.99)
-        config.latents.update(normalize=True, cache_clips=CLIPS[size])
+        config.latents.update(normalize=True, starts=1)
         config.diffusion.update(kind="flow", learned_range=False)
         config.model.update(patch=4 if stage == "content" else 2, width=128, depth=4, heads=4)
         if not long:

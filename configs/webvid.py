@@ -75,7 +75,7 @@ def small(config):
     config.train.update(batch_size=8, ema_decay=0.98, checkpoint_every=300, preview_every=300, log_every=20)
     config.train.steps = {"autoencoder": 1500, "content": 1500, "motion": 5000}[config.stage]
     config.optimizer.update(learning_rate=1e-3, b1=0.9, b2=0.99, warmup_steps=20, decay="cosine", clip_norm=1.0)
-    config.latents.cache_clips = 64
+    config.latents.starts = 8
     config.model.remat = "none"
     if config.stage == "autoencoder":
         config.model.update(width=96, depth=2, heads=4, head_dim=24, rotary_base=100.0)
@@ -100,6 +100,6 @@ def tiny(config, pipeline: Path):
     if config.stage == "autoencoder":
         config.model.update(width=48, depth=2, heads=4, head_dim=12)
     else:
-        config.latents.cache_clips = 64
+        config.latents.starts = 8
     if config.stage == "motion":
         config.model.update(depth=2, width=64, heads=4)

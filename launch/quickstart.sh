@@ -28,8 +28,7 @@ if [ -d "$RUN" ]; then
         echo "resuming it; to start anew: ./launch/quickstart.sh --anew"
     fi
     if [ "$choice" = --anew ]; then
-        rm -rf "${RUN:?}"/{autoencoder,content,motion,samples,shipped,index.html,motion.log,probe.jsonl} \
-            "${RUN:?}"/latents-*.npz
+        rm -rf "${RUN:?}"/{autoencoder,content,motion,samples,shipped,index.html,motion.log,probe.jsonl,latents}
     fi
 fi
 

@@ -140,7 +140,7 @@ def test_the_papers_diffusion(stage):
     assert train.steps * 256 / 9537 == pytest.approx(3000, abs=0.1)
     assert (diffusion.kind, diffusion.prediction, diffusion.learned_range) == ("gaussian", "eps", True)
     assert config.guidance.label_dropout == 0.1
-    assert not config.latents.normalize and not config.latents.cache_clips
+    assert not config.latents.normalize and not config.latents.starts
     assert config.model.patch == 2 and config.model.position == "sincos"
     process = build_process(diffusion, clip_of(config, Pixels()))
     betas = process.schedule.betas

@@ -136,8 +136,8 @@ def test_shapes_that_do_not_fit_are_named(tmp_path):
 
 
 def test_a_dit_on_latents_refuses_the_clip_of_pixels_before_it_encodes(tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "encoded_clips", None)
-    latents = {"latents__autoencoder": trained() / "autoencoder", "latents__cache_clips": 48, "model__patch": 2}
+    monkeypatch.setattr(preparing, "fill_store", None)
+    latents = {"latents__autoencoder": trained() / "autoencoder", "latents__starts": 1, "model__patch": 2}
     text = {"model__condition": "text", "pretrained__path": tiny.pipeline_folder(), "data__width": 32}
     config = tiny.config_of("content,kind=gaussian", **latents, **text, diffusion__clip=1.0)
     with pytest.raises(UserError, match="^diffusion.clip=1.0: content frames are latents of the VAE"):
@@ -152,10 +152,10 @@ def test_parts_of_another_model_are_refused(tmp_path):
     with pytest.raises(
         UserError, match="its vae/config.json: block_out_channels is .*, the autoencoder was trained wi"
     ):
-        train(config_of("content", latents__cache_clips=48, pretrained__path=other), trained())
+        train(config_of("content", latents__starts=1, pretrained__path=other), trained())
     folder = with_scheduler(tmp_path / "sd", prediction_type="sample")
     with pytest.raises(UserError, match="scheduler_config.json: prediction_type is sample, this run was started with"):
-        train(config_of("content", latents__cache_clips=48, pretrained__path=folder), trained())
+        train(config_of("content", latents__starts=1, pretrained__path=folder), trained())
     with pytest.raises(UserError, match="prediction_type is sample, the content stage was trained with "):
         open_sampler(settings(pretrained__path=folder), trained())
     text_encoder = load_trained(trained() / "motion", "motion").metadata.text_encoder

@@ -14,8 +14,8 @@ from PIL import Image
 from samplers import together
 from tiny_text import PROMPTS, config_of, pipeline, settings, texts, trained
 
-from cmd_jax.data.latents import PROVENANCE
 from cmd_jax.data.shapes import CLASS_NAMES, ShapesSource
+from cmd_jax.data.store import folder_of, open_store
 from cmd_jax.diffusion.guidance import guide
 from cmd_jax.files import read_json
 from cmd_jax.interop.schedulers import from_scheduler_config
@@ -127,18 +127,17 @@ def stage_of(name):
         return prepare(config, trained(), make_mesh(config.mesh), quiet, resuming=False).stage
 
 
-def test_latents_and_texts_are_made_once():
-    files = {}
-    for path in trained().glob("latents-*.npz"):
-        with np.load(path) as latents:
-            files |= {name: latents[name] for name in latents.files if name != PROVENANCE}
-    assert len(list(trained().glob("latents-*.npz"))) == 2  # the autoencoder's, and one for both denoisers
-    assert {k: v.shape for k, v in files.items()} == {
-        "frames": (48, 4, 8, 16, 4), "content": (48, 8, 16, 4), "motion": (48, 4, 12, 4), "label": (48,),
-        "ids": (48, 77), "states": (48, 77, 8),
+def test_latents_and_tokens_are_made_once():
+    folders = {path.name for path in (trained() / "latents").iterdir()}
+    assert folders == {"vae", "cmd"}  # the autoencoder's, and one for both denoisers
+    stores = [open_store(folder_of(trained() / "latents", kind)) for kind in sorted(folders)]
+    assert all(store.complete and len(store) == 48 for store in stores)
+    example = stores[0].read(5) | stores[1].read(5)
+    assert {name: x.shape for name, x in example.items()} == {
+        "frames": (4, 8, 16, 4), "content": (8, 16, 4), "motion": (4, 12, 4), "ids": (77,), "label": (),
     }  # fmt: skip
     source = ShapesSource(clips=48, frames=4, height=16, width=32)
-    np.testing.assert_array_equal(files["ids"][5], pipeline().tokenizer([*source.texts(5)])[0])
+    np.testing.assert_array_equal(example["ids"], pipeline().tokenizer([*source.texts(5)])[0])
     metrics = json.loads((trained() / "autoencoder" / "metrics.jsonl").read_text().splitlines()[0])
     assert {"l2", "snr"} <= metrics.keys() and "psnr" not in metrics
     assert metrics["loss"] == pytest.approx(metrics["l2"])

@@ -19,7 +19,9 @@ import tiny
 from cmd_jax import prepare as preparing
 from cmd_jax import train as training
 from cmd_jax.config import from_dict, to_json
+from cmd_jax.data.encoding import Encoder
 from cmd_jax.data.pipeline import BatchPlan
+from cmd_jax.data.store import LatentStore
 from cmd_jax.errors import Stopped, UserError
 from cmd_jax.files import read_json
 from cmd_jax.main import main
@@ -99,15 +101,15 @@ def test_checkpoints_are_made_when_asked_and_at_the_end(run):
 
 
 def test_latents_are_encoded_once_for_both_diffusion_stages(run, monkeypatch):
-    """The motion stage was trained first, and encoded; the content stage found the file."""
-    assert len(list(run.glob("latents-*.npz"))) == 1
-    monkeypatch.setattr(preparing, "encode_clips", None)
+    """The motion stage was trained first, and encoded; the content stage found the store."""
+    assert [path.name for path in (run / "latents").iterdir()] == ["cmd"]
+    monkeypatch.setattr(Encoder, "__call__", None)
     for stage, kind in (("content", ContentStage), ("motion", MotionStage)):
         config = tiny.config_of(stage)
         prepared = preparing.prepare(config, run, make_mesh(config.mesh), make_console(), True)
         assert isinstance(prepared.stage, kind) and prepared.clips == 48
-        assert prepared.read(3, None)["content"].shape == (16, 24, 3)
-        assert prepared.read(3, None)["motion"].shape == (4, 10, 4)
+        assert not prepared.filler.missing and prepared.read(3)["content"].shape == (16, 24, 3)
+        assert prepared.read(3)["motion"].shape == (4, 10, 4)
         assert prepared.name_of(17) == prepared.name_of(17 + 48) == "shapes-train-000017"
         autoencoder = prepared.metadata.autoencoder
         assert autoencoder.digest == load_trained(run / "autoencoder", "autoencoder").metadata.digest
@@ -190,20 +192,15 @@ def test_a_signal_in_the_middle_of_a_preview_saves_and_ends(run, tmp_path, monke
 
 def test_loss_not_finite_stops_before_the_update_and_resumes_bit_for_bit(run, tmp_path, monkeypatch, capsys):
     bad = int(BatchPlan(48, 4, 0).ids(3)[1])  # a clip of the fourth batch
-    reader = preparing.latent_reader
+    read = LatentStore.read
 
-    def poisoned(latents):
-        read = reader(latents)
-
-        def one(index, rng):
-            example = read(index, rng)
-            return example | {"content": example["content"] * np.float32("nan" if index == bad else 1)}
-
-        return one
+    def poisoned(self, index, rng=None):
+        example = read(self, index)
+        return example | {"content": example["content"] * np.float32("nan" if index == bad else 1)}
 
     arguments = ["train", f"--config={tiny.CONFIG_FILE}:content", f"--workdir={tmp_path}"]
     arguments += [f"--config.latents.autoencoder={run / 'autoencoder'}", "--config.train.checkpoint_every=2"]
-    monkeypatch.setattr(preparing, "latent_reader", poisoned)
+    monkeypatch.setattr(LatentStore, "read", poisoned)
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert line.startswith("loss=nan: not finite at step 3 ")
@@ -319,7 +316,7 @@ def test_half_precision_autoencoder_serves_the_diffusion_stages(run):
     facts = read_json(tiny.gaussian_weights() / "content" / "facts.json")
     assert facts["autoencoder"]["digest"] == load_trained(run / "autoencoder", "autoencoder").metadata.digest
     assert facts["statistics"]["content"] == {"mean": [0.0] * 3, "std": [1.0] * 3}  # normalize=False
-    assert not list(tiny.gaussian_weights().glob("latents-*"))  # and cache_clips=0: nothing to encode beforehand
+    assert not list(tiny.gaussian_weights().glob("latents*"))  # and starts=0: nothing to encode beforehand
     summary = read_json(tiny.gaussian_weights() / "content" / "summary.json")
     assert summary["step"] == 2
     assert {"mse", "vb"} <= set(metrics_of(tiny.gaussian_weights() / "content")[0])

@@ -83,7 +83,7 @@ def test_folder_without_a_checkpoint_is_taken_over(begun, run):
     config = tiny.config_of("content", model__width=32, latents__autoencoder=run / "autoencoder" / "ema.safetensors")
     with locked_run(begun) as resuming:
         assert not resuming
-        shutil.copy(next(run.glob("latents-*.npz")), begun.parent)
+        shutil.copytree(run / "latents", begun.parent / "latents")
         preparing.prepare(config, begun.parent, make_mesh(config.mesh), make_console(), resuming)
     assert read_json(begun / "facts.json")["statistics"] == read_json(run / "content" / "facts.json")["statistics"]
 

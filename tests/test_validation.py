@@ -13,7 +13,6 @@ import tiny
 
 from cmd_jax import prepare as preparing
 from cmd_jax import train as training
-from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.data.shapes import ShapesSource
 from cmd_jax.data.splits import cut
 from cmd_jax.errors import Stopped, UserError
@@ -41,27 +40,31 @@ def prepared(run, workdir, **changes):
 def test_latents_of_clips_held_out_are_in_no_batch_and_in_no_statistics(run, tmp_path, capsys):
     """Each clip is encoded twice: both examples are on its side."""
     (tmp_path / "content").mkdir()
-    found = prepared(run, tmp_path, latents__cache_clips=96, **HELD)
+    found = prepared(run, tmp_path, latents__starts=2, latents__store_shard=10, **HELD)
     held = cut(ShapesSource(clips=48, frames=4, height=16, width=24).keys(), 0.25, 0)
     assert found.clips == 96 and found.metadata.data.clips == 36
     assert found.split.validation.tolist() == [*held.validation, *(held.validation + 48)]
-    rows = [found.read(i, None) for i in found.split.train]
-    latents = {name: np.stack([row[name] for row in rows]) for name in ("content", "motion")}
-    assert found.metadata.statistics == LatentStatistics.of(latents)
+    rows = [found.read(i) for i in found.split.train]
+    for name in ("content", "motion"):
+        values = np.concatenate([row[name].reshape(-1, row[name].shape[-1]) for row in rows]).astype(np.float64)
+        statistics = getattr(found.metadata.statistics, name)
+        np.testing.assert_allclose(statistics.mean, values.mean(0), rtol=1e-9)
+        np.testing.assert_allclose(statistics.std, values.std(0), rtol=1e-9)
+    assert sorted(found.filler.store.order[:24]) == found.split.validation.tolist()
     assert "trained with data.validation=0.0, data.validation_seed=0: it may know" in capsys.readouterr().out
 
 
 def test_statistics_of_uncached_latents_are_of_training_clips(run, tmp_path, monkeypatch):
-    taken, encode = [], preparing.encode_clips
+    taken, clip = [], ShapesSource.clip
 
-    def noted(read, encoder, params, indices, *more):
-        taken.extend(indices)
-        return encode(read, encoder, params, indices, *more)
+    def noted(self, index, rng=None):
+        taken.append(index)
+        return clip(self, index, rng)
 
     (tmp_path / "content").mkdir()
-    monkeypatch.setattr(preparing, "encode_clips", noted)
+    monkeypatch.setattr(ShapesSource, "clip", noted)
     monkeypatch.setattr(preparing, "STATISTICS_CLIPS", 72)
-    found = prepared(run, tmp_path, latents__cache_clips=0, **HELD)
+    found = prepared(run, tmp_path, latents__starts=0, **HELD)
     assert sorted(taken) == sorted(np.repeat(found.split.train, 2)) and len(found.split.validation) == 12
 
 

@@ -53,7 +53,7 @@ def get_config(argument: str = ""):
     if text:
         config.model.condition = "text"
     if values["kind"] == "flow":
-        config.latents.update(normalize=True, cache_clips=48)
+        config.latents.update(normalize=True, starts=1)
         config.diffusion.update(kind="flow", learned_range=False)
     else:
         config.diffusion.timesteps = 20

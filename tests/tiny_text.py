@@ -26,7 +26,7 @@ def pipeline():
 def trained():
     """A workdir with the three stages, on latents made once; content is stopped after its third step, and resumed."""
     workdir = tiny.scratch() / "text"
-    cached = {"latents__cache_clips": 48}
+    cached = {"latents__starts": 1}
     train(config_of("autoencoder", **cached, train__preview_every=6), workdir)
     train(config_of("motion", **cached), workdir)
     train(config_of("content", **cached, train__steps=3), workdir)

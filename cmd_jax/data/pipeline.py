@@ -48,7 +48,7 @@ class BatchPlan:
     def _order(self, epoch: int) -> np.ndarray:
         order = self._orders.get(epoch)
         if order is None:
-            order = np.random.default_rng((self.seed, 0, epoch)).permutation(self.clips)
+            order = order_of(self.clips, self.seed, epoch)
             # Threads at other steps may replace the table meanwhile: what is returned must not be read from it again.
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: order}
         return order
@@ -95,6 +95,11 @@ class FixedPlan:
 
     def rng(self, step: int, row: int) -> np.random.Generator:
         return Draws((self.seed, 3, step, row))
+
+
+def order_of(clips: int, seed: int, epoch: int) -> np.ndarray:
+    """The indices of all clips in the order of an epoch, int [clips]."""
+    return np.random.default_rng((seed, 0, epoch)).permutation(clips)
 
 
 def to_global(rows: dict[int, dict], batch_size: int, mesh) -> dict[str, jax.Array]:

@@ -113,20 +113,22 @@ def training_arrays(config, companions: "CompanionStages") -> tuple[dict, int]:
         if config.loss.vgg:
             images = [jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)] * 2
             frozen["lpips"] = nn.unbox(jax.eval_shape(LPIPS().init, abstract_key(), *images))
-        if config.latents.cache_clips:
-            clip_bytes = 4 * math.prod(stage.video_shape)
+        if config.latents.starts:
+            clip_bytes = stored_bytes(config, [stage.video_shape])
     else:
         autoencoder, frozen = companions.autoencoder()
         conditions = companions.conditions(config)
         params, frozen = companions.denoiser(config, autoencoder, conditions), frozen | parameters_of(conditions)
-        if config.latents.cache_clips:
-            shapes = [autoencoder.content_shape, autoencoder.motion_shape]
-            if isinstance(conditions, Texts):
-                shapes.append((conditions.module.length, conditions.module.width))
-            clip_bytes = sum(4 * math.prod(shape) for shape in shapes)
+        if config.latents.starts:
+            clip_bytes = stored_bytes(config, [autoencoder.content_shape, autoencoder.motion_shape])
     trees = {"params": params, "ema": params}
     trees["opt_state"] = jax.eval_shape(make_optimizer(config.optimizer).init, params)
     return trees | ({"frozen": frozen} if frozen else {}), clip_bytes
+
+
+def stored_bytes(config, shapes) -> int:
+    """Of a clip whose latents have these shapes in a store."""
+    return np.dtype(config.latents.store_dtype).itemsize * sum(map(math.prod, shapes))
 
 
 def sampling_arrays(config, companions: "CompanionStages") -> tuple[dict, int]:

@@ -1,38 +1,56 @@
-"""Encoded clips in a file: another one for whatever their numbers depend on, and none that is damaged is used."""
+"""Statistics of latents from sums, and what the values of a store depend on."""
 
 import dataclasses
-import json
-import logging
-import types
 from dataclasses import replace
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from data.clip_files import numbered, write_clip
 from interop.clip_folders import FIXTURES, change_json, copied
 
-from cmd_jax import prepare
-from cmd_jax.data import latents
-from cmd_jax.data.folder import FolderSource
-from cmd_jax.data.latents import LatentStatistics, path_of, read_latents, write_latents
-from cmd_jax.data.pipeline import video_reader
+from cmd_jax.data.latents import ChannelStatistics, LatentStatistics, Sums
 from cmd_jax.data.shapes import ShapesSource
-from cmd_jax.data.splits import Split
 from cmd_jax.models.autoencoder import Autoencoder
-from cmd_jax.prepare import LIBRARIES, provenance_of
+from cmd_jax.prepare import made_of
 from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, VAEMetadata, describe
-from cmd_jax.report.console import make_console
-from cmd_jax.sharding import make_mesh
+from cmd_jax.stages import denormalize, normalize
 from cmd_jax.trained import AutoencoderMetadata, DataMetadata, Metadata, Trained
 
 CLIPS = {"frames": 4, "height": 16, "width": 32}
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return make_mesh(tiny.config_of("content").mesh)
+def sums_of(values) -> dict:
+    sums = Sums()
+    for x in values:
+        sums.add(x)
+    return sums.as_json()
+
+
+def test_statistics_make_latents_zero_mean_and_unit_variance():
+    rng = np.random.default_rng(0)
+    latents = {
+        "content": rng.normal([1, 2, 3], [0.5, 1, 2], (20, 2, 4, 3)).astype(np.float32),
+        "motion": rng.normal(-0.3, 0.1, (20, 3, 6, 2)).astype(np.float32),
+    }
+    parts = [{name: sums_of(x[rows]) for name, x in latents.items()} for rows in (slice(7), slice(7, 7), slice(7, 20))]
+    statistics = LatentStatistics.of(parts).arrays()
+    for name, values in latents.items():
+        scaled = normalize(values, statistics[name])
+        axes = tuple(range(values.ndim - 1))
+        np.testing.assert_allclose(scaled.mean(axes), 0, atol=1e-6)
+        np.testing.assert_allclose(scaled.std(axes), 1, atol=1e-6)
+        back = denormalize(scaled, statistics[name])
+        np.testing.assert_allclose(back, values, atol=1e-6)
+    unit = LatentStatistics.unit(3, 2)
+    assert unit.motion == ChannelStatistics((0.0, 0.0), (1.0, 1.0)) and unit.content.std == (1.0, 1.0, 1.0)
+
+
+def test_channels_that_never_change_have_a_deviation():
+    statistics = ChannelStatistics.of([sums_of(np.full((5, 2, 1), 0.1, np.float32))])
+    assert statistics.mean[0] == pytest.approx(0.1) and statistics.std == (1e-6,)
+
+
+# What the values of a store depend on.
 
 
 def metadata_of(folder=FIXTURES / "tiny-sd15", source=None, numbers=0.0, **model):
@@ -45,9 +63,9 @@ def metadata_of(folder=FIXTURES / "tiny-sd15", source=None, numbers=0.0, **model
     return Metadata(data=data, autoencoder=AutoencoderMetadata.of(trained), **parts)
 
 
-def name_of(mesh, metadata=None, stage="content", **changes):
-    config = tiny.config_of(f"{stage},kind=text", **{"latents__cache_clips": 48, **changes})
-    return path_of(FIXTURES, provenance_of(config, metadata or metadata_of(), mesh)).name
+def of(metadata=None, stage="content", **changes):
+    config = tiny.config_of(f"{stage},kind=text", **{"latents__starts": 1, **changes})
+    return made_of(config, metadata or metadata_of())
 
 
 def other_folder(tmp_path, name, **changes):
@@ -59,166 +77,48 @@ def other_folder(tmp_path, name, **changes):
     return folder
 
 
-OTHERS = {
-    "clips": lambda _: {"source": ShapesSource(clips=49, **CLIPS)},
-    "frames": lambda _: {"source": ShapesSource(clips=48, **CLIPS | {"frames": 8})},
-    "height": lambda _: {"source": ShapesSource(clips=48, **CLIPS | {"height": 32})},
-    "width": lambda _: {"source": ShapesSource(clips=48, **CLIPS | {"width": 16})},
-    "split": lambda _: {"source": ShapesSource(clips=48, **CLIPS, split="test")},
-    "numbers of the autoencoder": lambda _: {"numbers": 1.0},
-    "its positions": lambda _: {"position": "none"},
-    "its heads": lambda _: {"heads": 4},
-    "its content frame": lambda _: {"content": "mean"},
-    "its dtype": lambda _: {"dtype": "bfloat16"},
-    "scaling factor": lambda tmp: {"folder": other_folder(tmp, "vae/config.json", scaling_factor=0.2)},
-    "merges": lambda tmp: {"folder": other_folder(tmp, "tokenizer/merges.txt")},
-    "padding": lambda tmp: {"folder": other_folder(tmp, "tokenizer/special_tokens_map.json", pad_token="!")},
-    "an added word": lambda tmp: {"folder": other_folder(tmp, "tokenizer/added_tokens.json", me=533)},
-    "activation": lambda tmp: {"folder": other_folder(tmp, "text_encoder/config.json", hidden_act="gelu")},
+OTHERS = {  # the name under which it differs -> what is changed
+    "data": lambda _: {"source": ShapesSource(clips=49, **CLIPS)},
+    "autoencoder: parameters": lambda _: {"numbers": 1.0},
+    "autoencoder: model.position": lambda _: {"position": "none"},
+    "autoencoder: model.heads": lambda _: {"heads": 4},
+    "autoencoder: model.content": lambda _: {"content": "mean"},
+    "autoencoder: model.dtype": lambda _: {"dtype": "bfloat16"},
+    "vae/config.json: scaling_factor": lambda tmp: {"folder": other_folder(tmp, "vae/config.json", scaling_factor=0.2)},
+    "tokenizer: merges": lambda tmp: {"folder": other_folder(tmp, "tokenizer/merges.txt")},
+    "tokenizer: pad": lambda tmp: {"folder": other_folder(tmp, "tokenizer/special_tokens_map.json", pad_token="!")},
+    "tokenizer: added_tokens": lambda tmp: {"folder": other_folder(tmp, "tokenizer/added_tokens.json", me=533)},
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_what_latents_are_made_of_names_their_file(what, mesh, tmp_path):
-    assert name_of(mesh, metadata_of(**OTHERS[what](tmp_path))) != name_of(mesh)
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_the_values_depend_on_is_named(name, tmp_path):
+    ours, theirs = of(), of(metadata_of(**OTHERS[name](tmp_path)))
+    assert [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)] == [name]
 
 
-@pytest.mark.parametrize("changes", [
-    {"latents__cache_clips": 96}, {"latents__cache_clips": 0}, {"seed": 1}, {"train__batch_size": 8},
+@pytest.mark.parametrize("change", [
+    {"latents__starts": 2}, {"latents__store_seed": 1}, {"latents__store_dtype": "float16"}, {"data__height": 32},
     {"pretrained__dtype": "bfloat16"}, {"pretrained__vae_frames": 2},
 ])  # fmt: skip
-def test_so_do_the_settings_of_the_encoding(changes, mesh):
-    assert name_of(mesh, **changes) != name_of(mesh)
+def test_so_are_the_settings_of_the_encoding(change):
+    ours, theirs, ((key, value),) = of(), of(**change), change.items()
+    assert {name: x for name, x in theirs.items() if ours[name] != x} == {key.replace("__", "."): value}
 
 
-def test_so_do_the_machine_and_the_libraries(mesh, monkeypatch):
-    device = lambda kind: types.SimpleNamespace(device_kind=kind)  # noqa: E731
-    meshes = [
-        types.SimpleNamespace(shape=shape, devices=np.array([device(kind)] * 4))
-        for shape, kind in (({"data": 4}, "cpu"), ({"data": 2, "fsdp": 2}, "cpu"), ({"data": 4}, "TPU v5"))
-    ]
-    names = {name_of(mesh) for mesh in meshes}
-    for library in (*LIBRARIES, "jax"):
-        monkeypatch.setattr("cmd_jax.prepare.version", lambda name, library=library: f"{name == library}")
-        monkeypatch.setattr("cmd_jax.prepare.versions", lambda library=library: {"jax": str(library == "jax")})
-        names.add(name_of(mesh))
-    assert len(names) == 3 + len(LIBRARIES) + 1
-
-
-def test_what_changes_nothing_keeps_the_file(mesh, tmp_path):
+def test_what_changes_nothing_is_not(tmp_path):
     folder = copied("tiny-sd15", tmp_path / "sd")
     change_json(folder / "vae" / "config.json", sample_size=512, _diffusers_version="0.1")
     change_json(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    change_json(folder / "text_encoder" / "config.json", hidden_act="gelu")  # tokens are kept, not states
     (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not read")
     more = {"statistics": LatentStatistics.unit(4, 4), "image_model": ImageModelMetadata({}, {})}
-    same = replace(metadata_of(folder, remat="full"), **more)
-    assert name_of(mesh, same) == name_of(mesh)
+    assert of(replace(metadata_of(folder, remat="full"), **more)) == of()
     changes = {"train__steps": 9, "optimizer__learning_rate": 0.5, "data__threads": 1, "pretrained__path": folder}
-    assert name_of(mesh, **changes) == name_of(mesh, stage="motion") == name_of(mesh)
+    changes |= {"seed": 1, "train__batch_size": 8, "latents__store_shard": 7}
+    assert of(**changes) == of(stage="motion") == of()
 
 
 def test_no_field_of_the_autoencoder_is_forgotten():
     ours = {name.removeprefix("model.") for name in metadata_of().autoencoder.config if name.startswith("model.")}
     assert ours == {field.name for field in dataclasses.fields(Autoencoder)} - {"remat", "parent", "name"}
-
-
-# The file.
-
-WHAT = {"data": "f", "seed": 0}
-LATENTS = {"content": np.arange(24, dtype=np.float32).reshape(2, 3, 4), "label": np.array([3, 4], np.int32)}
-
-
-@pytest.fixture
-def path(tmp_path):
-    write_latents(tmp_path / "latents-0.npz", LATENTS, WHAT)
-    return tmp_path / "latents-0.npz"
-
-
-def test_latents_are_read_as_they_were_written(path, caplog):
-    found = read_latents(path, WHAT)
-    assert found.keys() == LATENTS.keys()
-    for name, values in LATENTS.items():
-        assert found[name].dtype == values.dtype and (found[name] == values).all()
-    assert read_latents(path.with_name("latents-1.npz"), WHAT) is None and not caplog.records
-
-
-def flipped(content, place):
-    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
-
-
-DAMAGES = {
-    "cut": lambda content: content[:-40],
-    "half": lambda content: content[: len(content) // 2],
-    "empty": lambda content: b"",
-    "a flipped bit of a number": lambda content: flipped(content, content.index(LATENTS["content"].tobytes()) + 30),
-    "a flipped bit of a header": lambda content: flipped(content, content.index(b"fortran_order")),
-    "something else": lambda content: b"not a zip file",
-    "of an earlier version": None,
-    "made of something that is none": None,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_files_are_said_to_be_and_not_used(damage, path, caplog):
-    if damage == "of an earlier version":
-        np.savez(path, **LATENTS)
-    elif damage == "made of something that is none":
-        np.savez(path, **LATENTS, made_of="[1")
-    else:
-        path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    assert read_latents(path, WHAT) is None
-    (record,) = caplog.records
-    assert record.levelname == "WARNING" and str(path) in record.getMessage()
-
-
-@pytest.mark.parametrize("other", [WHAT | {"seed": 1}, {"data": "f"}, WHAT | {"more": 1}])
-def test_a_file_of_other_latents_under_that_name_is_not_used(other, path, caplog):
-    assert read_latents(path, other) is None
-    assert str(path) in caplog.text
-
-
-# Clips and their files.
-
-
-def frame_means(workdir, source, mesh, **changes):
-    """The mean of every frame, encoded or read from a file."""
-    config = tiny.config_of("content", **{"latents__cache_clips": 4, **changes})
-    encode = lambda params, batch: {"means": jnp.mean(batch["video"].astype(jnp.float32), axis=(2, 3, 4))}  # noqa: E731
-    metadata, console = Metadata(data=DataMetadata(source.fingerprint, 4)), make_console(quiet=True)
-    encoding, split = (video_reader(source), encode, {}), Split.whole(len(source))
-    return prepare.encoded_clips(config, workdir, source, split, encoding, metadata, mesh, console)["means"]
-
-
-def test_a_run_with_another_stride_or_size_reads_its_clips_anew(mesh, tmp_path, caplog, monkeypatch):
-    for name in ("a", "b"):
-        write_clip(tmp_path / "data" / "c" / f"{name}.avi", numbered(20))
-    sources = {
-        name: FolderSource(tmp_path / "data", **{**CLIPS, "random_start": False, "cache": tmp_path / "probe", **change})
-        for name, change in {"": {}, "stride": {"stride": 3}, "frames": {"frames": 6}, "height": {"height": 48}}.items()
-    }
-    means = {name: frame_means(tmp_path, source, mesh) for name, source in sources.items()}
-    assert len(list(tmp_path.glob("latents-*.npz"))) == 4
-    np.testing.assert_allclose(means[""][0], np.arange(4) * 12, atol=1)  # grey levels of the frames, see clip_files
-    np.testing.assert_allclose(means["stride"][0], np.arange(4) * 36, atol=1)
-    assert means["frames"].shape == (4, 6)
-
-    config = tiny.config_of("content", latents__cache_clips=4)
-    metadata = Metadata(data=DataMetadata(sources[""].fingerprint, 2))
-    damaged = path_of(tmp_path, provenance_of(config, metadata, mesh))
-    damaged.write_bytes(damaged.read_bytes()[:-50])
-    with caplog.at_level(logging.WARNING):
-        np.testing.assert_array_equal(frame_means(tmp_path, sources[""], mesh), means[""])
-    assert str(damaged) in caplog.text
-    monkeypatch.setattr(prepare, "encode_clips", None)  # made anew, it is read again
-    for name, source in sources.items():
-        np.testing.assert_array_equal(frame_means(tmp_path, source, mesh), means[name])
-
-
-def test_a_file_that_one_process_cannot_read_is_made_by_all(mesh, tmp_path, monkeypatch):
-    source = ShapesSource(clips=4, **CLIPS)
-    first, calls = frame_means(tmp_path, source, mesh), []
-    encode = prepare.encode_clips
-    monkeypatch.setattr(prepare, "encode_clips", lambda *arguments: calls.append(1) or encode(*arguments))
-    monkeypatch.setattr(latents, "gather", lambda text: [text, json.dumps(False)])
-    np.testing.assert_array_equal(frame_means(tmp_path, source, mesh), first)
-    assert calls == [1]

@@ -7,12 +7,9 @@ import pytest
 
 from cmd_jax import defaults
 from cmd_jax.data import pipeline
-from cmd_jax.data.latents import ChannelStatistics, LatentStatistics
 from cmd_jax.data.pipeline import BatchPlan, batches, local_rows, to_global, video_reader
-from cmd_jax.data.sources import encode_clips, latent_reader
 from cmd_jax.errors import UserError
 from cmd_jax.sharding import BATCH_AXES, make_mesh
-from cmd_jax.stages import denormalize, normalize
 
 T, H, W = 3, 2, 4
 
@@ -231,38 +228,3 @@ def test_a_process_reads_its_own_rows_of_the_one_batch(mesh, monkeypatch, parts)
                 assert np.array_equal(example["video"], video) and example["label"] == label
                 assert example["id"] == plan.ids(step)[row]
         assert step == 8
-
-
-def test_encoded_clips_are_those_of_the_source_in_order(mesh):
-    def encode(params, batch):
-        content = batch["video"][:, 1].astype("float32")
-        return {"content": content, "motion": params * content[:, :, :1], "label": batch["label"]}
-
-    read = video_reader(CountedSource(5))
-    latents = encode_clips(read, encode, np.float32(-1), np.arange(13) % 5, 4, mesh, seed=0)
-    assert latents["content"].shape == (13, H, W, 3) and latents["motion"].shape == (13, H, 1, 3)
-    assert latents["content"][:, 0, 0, 0].tolist() == [i % 5 for i in range(13)]
-    assert latents["label"].tolist() == [i % 5 for i in range(13)]
-    assert np.array_equal(latents["motion"], -latents["content"][:, :, :1])
-    batch = next(read_batches(mesh, 0, 1, clips=13, read=latent_reader(latents)))
-    ids = BatchPlan(13, 4, seed=0).ids(0)
-    assert set(batch) == {"id", "content", "motion", "label"} and batch["label"].dtype == np.int32
-    assert np.array_equal(batch["motion"], latents["motion"][ids]) and np.array_equal(batch["id"], ids)
-
-
-def test_statistics_make_latents_zero_mean_and_unit_variance():
-    rng = np.random.default_rng(0)
-    latents = {
-        "content": rng.normal([1, 2, 3], [0.5, 1, 2], (20, H, W, 3)).astype(np.float32),
-        "motion": rng.normal(-0.3, 0.1, (20, T, H + W, 2)).astype(np.float32),
-    }
-    statistics = LatentStatistics.of(latents).arrays()
-    for name, values in latents.items():
-        scaled = normalize(values, statistics[name])
-        axes = tuple(range(values.ndim - 1))
-        np.testing.assert_allclose(scaled.mean(axes), 0, atol=1e-6)
-        np.testing.assert_allclose(scaled.std(axes), 1, atol=1e-6)
-        back = denormalize(scaled, statistics[name])
-        np.testing.assert_allclose(back, values, atol=1e-6)
-    unit = LatentStatistics.unit(3, 2)
-    assert unit.motion == ChannelStatistics((0.0, 0.0), (1.0, 1.0)) and unit.content.std == (1.0, 1.0, 1.0)

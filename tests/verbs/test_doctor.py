@@ -61,7 +61,7 @@ def test_shapes_axes_and_bytes_of_each_parameter(examine):
 
 
 def test_totals_and_batch(examine):
-    lines = examine("content", {"mesh.preset": "fsdp_tp", "latents.cache_clips": "0", **WIDE})
+    lines = examine("content", {"mesh.preset": "fsdp_tp", "latents.starts": "0", **WIDE})
     table = rows(lines)
     values = int(table["params"][0].replace(",", ""))
     width, patch = 1024, 4 * 4 * 3
@@ -77,9 +77,9 @@ def test_totals_and_batch(examine):
     assert whole / 8 < each < whole / 8 * 1.1
     assert float(table["frozen"][2]) <= float(table["frozen"][1])
     clips = rows(examine("content", {"mesh.preset": "fsdp_tp", "data.height": "512", "data.width": "512"}))
-    latents = 4 * (512 * 512 * 3 + 4 * 256 * 4) * 4 / 2**20  # of 4 clips, which a config of tiny.py caches
+    latents = 4 * (512 * 512 * 3 + 4 * 256 * 4) * 4 / 2**20  # of 4 clips, which a config of tiny.py keeps
     assert clips["batch, 1 of 4 clips on each device"] == ["", f"{latents:.1f}", f"{latents / 4:.1f}"]
-    video = {"latents.cache_clips": "0", "latents.normalize": "false", "data.height": "512", "data.width": "512"}
+    video = {"latents.starts": "0", "latents.normalize": "false", "data.height": "512", "data.width": "512"}
     clips = rows(examine("content", {"mesh.data": "2", "mesh.fsdp": "2", "mesh.tensor": "2", **video}))
     assert clips["batch, 1 of 4 clips on each device"] == ["", "12.0", "3.0"]  # 4 x 512 x 512 x 3 bytes each
 

@@ -1,0 +1,282 @@
+"""Stores of latents: what the frozen parts of a stage make of clips, kept as shards that TFDS reads too.
+
+A store lies in DIR/KIND/1.0.0, KIND being `vae` (frames as the VAE makes them) or `cmd` (content frames and motion
+latents). Example e of its `clips` x `starts` is of clip e % clips, from a start that is drawn by (seed, 2, e). They lie
+in the order in which a first epoch takes them, so that training can start when the first shards are there. `plan.json`
+says what the values depend on, `order.npy` which example lies where, int32 [N], and `keys.npy` by what clips are held
+out, uint64 [clips]; the rest is as in records.py.
+"""
+
+import fcntl
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from cmd_jax.data.latents import LatentStatistics, Sums
+from cmd_jax.data.records import VERSION, Records, Shards, example, finished, parse, write_dataset, write_shard
+from cmd_jax.errors import UserError
+from cmd_jax.files import COUNT, atomic_path, read_json, write_json
+
+SPLIT = "train"
+PLAN = {
+    "made_of": dict, "made_with": dict, "class_names": [str], "has_texts": bool, "clips": COUNT, "examples": COUNT,
+    "held_out": COUNT, "shard": range(1, 2**31), "order": str,
+    "arrays": {...: {"dtype": str, "shape": [COUNT]}},
+}  # fmt: skip
+STATISTICS_EXAMPLES = 10_000  # of a store's first shards: means come out to 1 % of a deviation
+OTHER = "give another latents.store, or remove this one"
+POLL = 0.05  # seconds
+LONGEST_SHOWN = 40
+
+
+class LatentStore:
+    """An opened store, complete or not. Any thread may read; what is not there yet is waited for.
+
+    plan: as `PLAN`. order: int32 [N], the example of each place. The first plan["held_out"] places are of validation.
+    """
+
+    def __init__(self, folder: Path, plan: dict, order: np.ndarray):
+        self.plan, self.order = plan, order
+        self.shards = Shards(folder, SPLIT, -(-plan["examples"] // plan["shard"]))
+        self.place = np.empty_like(order)
+        self.place[order] = np.arange(len(order), dtype=order.dtype)
+        self._files: dict[int, Records] = {}
+        self._abandoned = threading.Event()
+
+    def __len__(self) -> int:
+        return self.plan["examples"]
+
+    @property
+    def complete(self) -> bool:
+        return (self.shards.folder / "dataset_info.json").exists()
+
+    def examples_of(self, k: int) -> np.ndarray:
+        """The examples of shard k in their order."""
+        return self.order[k * self.plan["shard"] : (k + 1) * self.plan["shard"]]
+
+    def shards_of(self, examples) -> np.ndarray:
+        """The shards in which examples lie, each once, sorted."""
+        return np.unique(self.place[np.asarray(examples)] // self.plan["shard"])
+
+    def facts(self, k: int) -> dict | None:
+        """Of shard k, None until it is finished."""
+        return finished(self.shards, k)
+
+    def missing(self) -> list[int]:
+        """The shards that are not finished. UserError for a finished one whose file is damaged."""
+        return [k for k in range(self.shards.count) if self.facts(k) is None]
+
+    # Reading.
+
+    def record(self, index: int) -> dict[str, list]:
+        """The features of an example."""
+        k, row = divmod(int(self.place[index]), self.plan["shard"])
+        return parse((self._files.get(k) or self._open(k))[row])
+
+    def read(self, index: int, rng=None) -> dict[str, np.ndarray]:
+        """Example `index` as an example of a batch: its arrays, and "label" int32 []."""
+        record = self.record(index)
+        arrays = {
+            name: np.frombuffer(record[name][0], like["dtype"]).reshape(like["shape"])
+            for name, like in self.plan["arrays"].items()
+        }
+        return arrays | {"label": np.int32(record["label"][0])}
+
+    def _open(self, k: int) -> Records:
+        while (facts := self.facts(k)) is None:
+            if self._abandoned.wait(POLL):
+                raise RuntimeError("nobody fills the store any more")
+        return self._files.setdefault(k, Records([self.shards.path(k)], [facts["bytes"]], [facts["records"]]))
+
+    def abandon(self):
+        """Nothing will be filled in any more: readers that wait for it raise."""
+        self._abandoned.set()
+
+    # Writing.
+
+    def claim(self, wanted: Iterable[int], count: int) -> tuple[dict[int, object], list[int]]:
+        """The first `count` of these shards that nobody else makes -> ({shard: a lock to close}, those found finished).
+
+        Several trainings may fill one store at a time.
+        """
+        held, done = {}, []
+        self.shards.work.mkdir(parents=True, exist_ok=True)
+        for k in wanted:
+            if len(held) == count:
+                break
+            if (lock := locked(self.shards.work / f"{k:05d}.lock", wait=False)) is None:
+                continue
+            if self.facts(k) is None:
+                held[k] = lock
+            else:
+                lock.close()
+                done.append(k)
+        return held, done
+
+    def write(self, k: int, batches: Iterable[dict[str, np.ndarray]], name_of) -> dict:
+        """Write shard k -> its facts. batches: {name: [n, ...]} of its examples in their order; name_of(clip)."""
+        clips, held_out = self.plan["clips"], self.plan["held_out"] - k * self.plan["shard"]
+        arrays, sums = self.plan["arrays"], {}
+
+        def records() -> Iterator[bytes]:
+            examples = enumerate(self.examples_of(k).tolist())
+            for batch in batches:
+                for row, (place, index) in zip(range(len(batch["label"])), examples, strict=False):
+                    values = {name: self._stored(name, batch[name][row]) for name in arrays}
+                    for name, x in values.items() if place >= held_out else ():
+                        if x.dtype.kind == "f":
+                            sums.setdefault(name, Sums()).add(x)
+                    told = {"label": int(batch["label"][row]), "name": name_of(index % clips)}
+                    yield example({name: x.tobytes() for name, x in values.items()} | told)
+
+        facts = write_shard(self.shards, k, records(), lambda: {"sums": {n: x.as_json() for n, x in sums.items()}})
+        (self.shards.work / f"{k:05d}.lock").unlink(missing_ok=True)
+        return facts
+
+    def _stored(self, name: str, values: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(values, self.plan["arrays"][name]["dtype"])
+        if np.isinf(stored).any() and not np.isinf(values).any():
+            problem = f"{name} reaches {np.abs(values).max():.3g}, more than it holds"
+            raise UserError("latents.store_dtype", stored.dtype, problem, "use float32")
+        return stored
+
+    def finish(self):
+        """Write what makes a dataset of TFDS of it, once all shards are finished."""
+        if self.complete:
+            return
+        facts = [self.facts(k) for k in range(self.shards.count)]
+        sizes = [fact["records"] for fact in facts], sum(fact["bytes"] for fact in facts)
+        told = {name: self.plan[name] for name in ("made_of", "made_with", "class_names", "clips", "held_out")}
+        description = "Latents of clips, made by cmd-jax."
+        write_dataset(
+            self.shards.folder, features_of(self.plan["arrays"]), {SPLIT: sizes}, description=description, metadata=told
+        )
+
+    # Statistics.
+
+    def measured(self) -> range:
+        """The shards over which statistics go: the first, until they hold STATISTICS_EXAMPLES examples of training.
+
+        The order is a random one, and whoever fills the store comes to the same numbers.
+        """
+        last = min(self.plan["held_out"] + STATISTICS_EXAMPLES, len(self))
+        return range(-(-last // self.plan["shard"]))
+
+    def statistics(self) -> LatentStatistics:
+        """Of content frames and motion latents; those shards must be there."""
+        return LatentStatistics.of(sums for k in self.measured() if (sums := self.facts(k)["sums"]))
+
+
+def features_of(arrays: Mapping[str, dict]):
+    """The features of a store's records, as TFDS has them."""
+    import tensorflow_datasets as tfds
+
+    tensors = {
+        name: tfds.features.Tensor(shape=tuple(like["shape"]), dtype=np.dtype(like["dtype"]), encoding="bytes")
+        for name, like in arrays.items()
+    }
+    return tfds.features.FeaturesDict({**tensors, "label": np.int32, "name": tfds.features.Text()})
+
+
+def folder_of(directory: Path, kind: str) -> Path:
+    """Of the store of a kind, vae or cmd."""
+    return directory / kind / VERSION
+
+
+def open_store(folder: Path) -> LatentStore | None:
+    """The store in a folder, or None where none was begun."""
+    path = folder / "plan.json"
+    if not path.exists():
+        return None
+    plan = read_json(path, "latents.store", remedy=OTHER, like=PLAN)
+    problem, file = "", folder / "order.npy"
+    try:
+        order = np.load(file)
+        if digest_of(order) != plan["order"] or order.dtype != np.int32 or order.shape != (plan["examples"],):
+            problem = "is not the one of its plan.json"
+    except (OSError, ValueError) as error:
+        problem = f"cannot be read ({error})"
+    if problem:
+        raise UserError("latents.store", file, problem, "bring it back, or remove the store")
+    return LatentStore(folder, plan, order)
+
+
+def begin_store(folder: Path, plan: dict, arrays: Callable[[], tuple[np.ndarray, np.ndarray]]) -> LatentStore:
+    """The store in a folder, begun by this plan (without "order") if none is there.
+
+    arrays() -> the example of each place, int [N], and the clips' keys. UserError for one that was made of something
+    else, naming the first field that differs.
+    """
+    if (store := open_store(folder)) is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / ".lock"):
+            if (store := open_store(folder)) is None:
+                order, keys = arrays()
+                order = order.astype(np.int32)
+                for name, array in (("order", order), ("keys", keys)):
+                    with atomic_path(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
+                        np.save(file, array)
+                plan = plan | {"order": digest_of(order)}
+                write_json(folder / "plan.json", plan)
+                store = LatentStore(folder, plan, order)
+    check_made_of(store, plan["made_of"])
+    return store
+
+
+def locked(path: Path, wait: bool = True):
+    """An open file that no other process has locked, until it is closed; None if one has and this is not to wait.
+
+    On a file system without locks it is as if nobody had: the worst is that two make the same shard.
+    """
+    lock = open(path, "w")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        lock.close()
+        return None
+    except OSError:
+        pass
+    return lock
+
+
+def check_made_of(store: LatentStore, made_of: dict):
+    theirs = store.plan["made_of"]
+    for name in sorted(made_of.keys() | theirs.keys()):
+        before, now = theirs.get(name), made_of.get(name)
+        if before != now:
+            problem = f"its {name} is {_shown(before)}, here {_shown(now)}"
+            raise UserError("latents.store", store.shards.folder, problem, OTHER)
+
+
+def _shown(value) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:12]}..."
+
+
+def digest_of(order: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(order).data).hexdigest()
+
+
+class StoredClips:
+    """What a complete store says of the clips it was made of, in the place of a source that is not there."""
+
+    bad: ClassVar[dict] = {}
+
+    def __init__(self, store: LatentStore):
+        self.store, plan = store, store.plan
+        self.fingerprint, self.class_names = plan["made_of"]["data"], tuple(plan["class_names"])
+        self.has_texts = plan["has_texts"]
+
+    def __len__(self) -> int:
+        return self.store.plan["clips"]
+
+    def keys(self) -> np.ndarray:
+        return np.load(self.store.shards.folder / "keys.npy")
+
+    def name(self, index: int) -> str:
+        return bytes(self.store.record(index)["name"][0]).decode()
