@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
+from processes import Job
+from processes import train as job_of_training
 
 from cmd_jax import prepare as preparing
 from cmd_jax.data.encoding import Encoder
@@ -14,6 +17,8 @@ from cmd_jax.files import read_json
 from cmd_jax.report.console import make_console
 from cmd_jax.sharding import make_mesh
 from cmd_jax.train import train
+
+pytestmark = pytest.mark.xdist_group("tiny")  # where the run is made anyway
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +103,31 @@ def test_a_store_of_something_else_is_refused_by_name(name, change, run, tmp_pat
         prepared(config_of(run, latents__store=run / "latents", **change), tmp_path)
     assert error.value.field == "latents.store" and error.value.value == folder_of(run / "latents", "cmd")
     assert error.value.problem.startswith(f"its {name} is ")
+
+
+WRITES = """
+from cmd_jax.data.store import LatentStore
+whole = LatentStore.write
+def write(self, k, *arguments):
+    print("writes", k)
+    return whole(self, k, *arguments)
+LatentStore.write = write
+"""
+
+
+def test_two_processes_share_the_encoding(run, tmp_path):
+    """Each makes every second shard; what comes out is what one process makes."""
+    more = [f"--config.latents.autoencoder={run / 'autoencoder'}", "--config.latents.store_shard=5"]
+    more += ["--config.train.steps=2"]
+    arguments = job_of_training(tmp_path, "content", *more)
+    with Job(tmp_path / "logs", *arguments, devices=1, before=dict.fromkeys(range(2), WRITES)) as job:
+        assert job.wait() == [0, 0], job.out(0) + job.out(1)
+        wrote = [[line for line in job.out(i).splitlines() if line.startswith("writes")] for i in (0, 1)]
+    assert wrote == [[f"writes {k}" for k in range(first, 10, 2)] for first in (0, 1)]
+    ours, theirs = (open_store(folder_of(folder / "latents", "cmd")) for folder in (tmp_path, run))
+    assert ours.complete
+    for index in range(48):
+        for name, values in theirs.read(index).items():
+            np.testing.assert_allclose(ours.read(index)[name], values, atol=1e-6)
+    facts = [read_json(folder / "content" / "facts.json")["statistics"]["motion"] for folder in (tmp_path, run)]
+    np.testing.assert_allclose(facts[0]["mean"], facts[1]["mean"], atol=1e-6)
