@@ -94,7 +94,7 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
         )  # fmt: skip
         if prepared.filler:
             asked = lambda: stop.signal is not None  # noqa: E731
-            data = prepared.filler.filled(plan, start, data, asked, peers.busy)
+            data = prepared.filler.filled(plan, range(start, config.train.steps), data, asked, peers.busy)
         opened.enter_context(contextlib.closing(data))
         validation = Validation(program, prepared, config) if config.train.validate_every else None
         loop = Loop(program, plan, Saves(checkpoints, where, start), log, stop, peers, validation)

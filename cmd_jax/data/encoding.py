@@ -1,7 +1,6 @@
 """Encoding clips by all processes over the mesh; filling a store of latents with that, ahead or while it is used."""
 
 import contextlib
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -156,21 +155,21 @@ class Filler:
         self.fill(self.store.measured())
         return self.store.statistics()
 
-    def filled(self, plan, start: int, data: Iterator[dict], stopped: Callable[[], bool], busy) -> Iterator[dict]:
-        """The batches of steps start.. as `data` has them, whose reading waits for what is filled here before.
+    def filled(self, plan, steps: range, data: Iterator[dict], stopped: Callable[[], bool], busy) -> Iterator[dict]:
+        """The batches of these steps as `data` has them, which reads `prefetch` of them ahead and waits for what is
+        filled here before.
 
         Ends early where a process is asked to stop before the shards of a step are there. busy(): a context of long
         pauses.
         """
         try:
-            for step in itertools.count(start):
+            for step in steps:
                 if self.missing:
+                    near = steps[step - steps.start :][: 1 + self.encoder.options["prefetch"]]
                     with busy():
-                        if not self.fill(self.store.shards_of(plan.ids(step)), stopped):
+                        if not self.fill(self.store.shards_of([plan.ids(s) for s in near]), stopped):
                             return
-                if (batch := next(data, None)) is None:
-                    return
-                yield batch
+                yield next(data)
         finally:
             self.store.abandon()
 

@@ -26,7 +26,7 @@ def encode(params, batch):
 def encoder():
     read, config = video_reader(CountedSource(CLIPS)), defaults.stage("content")
     window = lambda number: read(number % CLIPS, np.random.default_rng((0, 2, number)))  # noqa: E731
-    options = {"batch_size": BATCH, "threads": 2, "prefetch": 2}
+    options = {"batch_size": BATCH, "threads": 2, "prefetch": 1}
     return Encoder(window, encode, np.float32(-1), make_mesh(config.mesh), config.rules, **options)
 
 
@@ -51,8 +51,8 @@ def store_of(folder, encoder, **changes):
 
 
 def read(filler, plan, stop, **options):
-    data = batches(filler.store.read, plan, filler.encoder.mesh, start=0, stop=stop, threads=2, prefetch=2)
-    return filler.filled(plan, 0, data, options.get("stopped", lambda: False), contextlib.nullcontext)
+    data = batches(filler.store.read, plan, filler.encoder.mesh, start=0, stop=stop, threads=2, prefetch=1)
+    return filler.filled(plan, range(stop), data, options.get("stopped", lambda: False), contextlib.nullcontext)
 
 
 def test_a_store_is_filled_as_far_as_batches_need_it(tmp_path, encoder):
@@ -61,8 +61,8 @@ def test_a_store_is_filled_as_far_as_batches_need_it(tmp_path, encoder):
     found = []
     for step, batch in enumerate(read(filler, plan, stop=6)):
         found.append(batch)
-        assert sorted(filler.missing) == list(range(min(step + 1, 4), 4))  # the first epoch needs a shard a step
-        assert filler.store.complete == (step >= 3)
+        assert sorted(filler.missing) == list(range(min(step + 2, 4), 4))  # the first epoch needs a shard a step
+        assert filler.store.complete == (step >= 2)
     assert len(found) == 6 and lines[-1].startswith("encoded 13 clips at ") and "4 of 4 shards" in lines[-1]
     for step, batch in enumerate(found):
         ids = plan.ids(step)
@@ -85,7 +85,7 @@ def test_another_order_waits_for_all_that_it_needs(tmp_path, encoder):
 def test_a_request_to_stop_ends_the_batches_between_two_shards(tmp_path, encoder):
     filler, _ = store_of(tmp_path, encoder)
     calls = iter([False, False, True])
-    assert len(list(read(filler, BatchPlan(WINDOWS, BATCH, 0), stop=6, stopped=lambda: next(calls)))) == 2
+    assert len(list(read(filler, BatchPlan(WINDOWS, BATCH, 0), stop=6, stopped=lambda: next(calls)))) == 1
     assert sorted(filler.missing) == [2, 3] == filler.store.missing()
 
 
