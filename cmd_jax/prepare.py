@@ -1,7 +1,7 @@
 """Before the first step: open the data, apply the frozen autoencoder, build the stage."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -94,6 +94,11 @@ class Prepared(NamedTuple):
     source: Source | StoredClips
     metadata: Metadata  # a resumed run keeps what it began with
     filler: Filler | None = None
+
+    def fill(self, indices: Sequence[int]):
+        """Make sure that `read` can read these; every process must call it."""
+        if self.filler:
+            self.filler.fill(self.filler.store.shards_of(indices))
 
     def name_of(self, index: int) -> str:
         """The name of the clip at an index of an epoch."""

@@ -19,18 +19,20 @@ class Validation:
     """
 
     def __init__(self, program, prepared: Prepared, config):
-        self.program, self.read, self.data = program, prepared.read, config.data
+        self.program, self.prepared, self.data = program, prepared, config.data
         held_out = prepared.split.validation
         count = min(config.train.validation_clips, len(held_out))
         spread = np.linspace(0, len(held_out), count, endpoint=False).astype(int)
-        self.plan = FixedPlan(held_out[spread], config.train.batch_size, config.seed)
+        self.indices = held_out[spread]
+        self.plan = FixedPlan(self.indices, config.train.batch_size, config.seed)
         loss = partial(measure, loss_fn=program.stage.loss, accumulate=config.train.accumulate)
         self._measure = jax.jit(loss, out_shardings=replicated(program.mesh))
 
     def __call__(self, params) -> dict[str, float]:
         """{"loss", metrics...}, means over all batches; every process must call it."""
+        self.prepared.fill(self.indices)
         data = batches(
-            self.read, self.plan, self.program.mesh, start=0, stop=self.plan.batches,
+            self.prepared.read, self.plan, self.program.mesh, start=0, stop=self.plan.batches,
             threads=self.data.threads, prefetch=self.data.prefetch,
         )  # fmt: skip
         values = []

@@ -264,7 +264,7 @@ def shrunk(config, file: str) -> dict[str, str]:
     small = tiny.config_of(f"{config.stage},kind={kind_of(file)}")
     values = {key: operator.attrgetter(key)(small) for key in keys(small)}
     if file == "webvid" and config.stage != "sample":
-        values["latents.starts"] = 1  # as in tests/test_text_to_video.py
+        values["latents.starts"] = 24  # of two clips: as many windows as there are in tests/test_text_to_video.py
     wanted = [key for key in keys(config) & values.keys() if key.startswith(TINY) and key != "optimizer.steps"]
     return {key: str(values[key]) for key in wanted}
 

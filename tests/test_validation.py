@@ -15,6 +15,7 @@ from cmd_jax import prepare as preparing
 from cmd_jax import train as training
 from cmd_jax.data.shapes import ShapesSource
 from cmd_jax.data.splits import cut
+from cmd_jax.data.store import folder_of, open_store
 from cmd_jax.errors import Stopped, UserError
 from cmd_jax.keys import derive
 from cmd_jax.report.console import make_console
@@ -170,3 +171,12 @@ def test_a_loss_that_was_lower_before_is_named(tmp_path, capsys):
 def test_a_validation_needs_clips_held_out():
     with pytest.raises(UserError, match="^train.validate_every=10: "):
         tiny.config_of("content", train__validate_every=10)
+
+
+def test_a_validation_encodes_what_training_does_not_need(run, tmp_path):
+    """Of a store that two steps do not fill."""
+    few = {"latents__store_shard": 4, "latents__normalize": False, "train__steps": 2, "train__validation_clips": 3}
+    lines, _ = trained(run, tmp_path, train__validate_every=2, **few)
+    store = open_store(folder_of(tmp_path / "latents", "cmd"))
+    assert store.missing() == list(range(5, 12))  # three shards are held out, two are trained on
+    assert [*losses_of(lines)] == [2]
