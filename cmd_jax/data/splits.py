@@ -39,7 +39,10 @@ def keys_of(names: Iterable[str]) -> np.ndarray:
         scene = SCENE.fullmatch(name)
         return hashlib.blake2b((scene[1] if scene else name).encode(errors="surrogateescape"), digest_size=8).digest()
 
-    return np.frombuffer(b"".join(map(key, names)), "<u8").astype(np.uint64)
+    keys = bytearray()
+    for name in names:  # to join them would hold all of them as objects first
+        keys += key(name)
+    return np.frombuffer(keys, "<u8").astype(np.uint64)
 
 
 def cut(keys: np.ndarray, fraction: float, seed: int) -> Split:

@@ -1,4 +1,4 @@
-"""Datasets as cmd-jax ingest makes them, of what a FolderSource reads."""
+"""Datasets as cmd-jax ingest makes them, of any frames."""
 
 import io
 import json
@@ -6,9 +6,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from cmd_jax.data import video
 from cmd_jax.data.dataset import NAME
-from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.records import VERSION, Shards, example, write_shard
 
 
@@ -52,15 +50,3 @@ def write_records(out, clips, class_names=(), *, codec="raw", split="train", sha
     if finished:
         (made.folder / "dataset_info.json").write_text("{}")
     return made.folder
-
-
-def write_from(source, root, out, layout="auto", **settings):
-    """What a FolderSource of the root reads, whole."""
-    listing = list_clips(str(root), layout, 1, "train")
-    label = dict(zip(listing.entries.names, listing.entries.label.tolist(), strict=True))
-    size, clips = (source.height, source.width), []
-    for index, length in enumerate(source.lengths.tolist()):
-        name = source.name(index)
-        frames = video.read_frames(str(root / name), range(length), size)
-        clips.append((frames, label[name], name, source.texts(index)))
-    return write_records(out, clips, listing.class_names, **settings)

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 from data.clip_files import numbered, numbers, write_clip
-from data.datasets import write_from, write_records
+from data.datasets import write_records
 from data.folders import SIZE, manifest, names, probed, texts
+from ingest.datasets import config, ingested
 
 from cmd_jax import defaults
 from cmd_jax.data.dataset import DatasetSource
@@ -33,12 +34,13 @@ def made(tmp_path_factory):
     lines = ["0,a dog,dog", "0,a red dog,dog", "1,a cat,cat", "broken,no ape,ape", "2,a cow,cow", "3,a fox,"]
     lines = [line.replace(",", ".avi,", 1) for line in [*lines, "4,two dogs,dog", "4,dogs,dog", "5,an owl,owl"]]
     manifest(root, "\n".join(["file_name,text,label", *lines]))
-    return root, out, write_from(probed(root), root, out, plan={"clips": 7})
+    ingested(config(root), out)
+    return root, out
 
 
 @pytest.mark.parametrize("settings", [{}, {"frames": 3, "stride": 4}, {"frames": 14}, {"random_start": False}])
 def test_batches_are_those_of_the_folder(made, settings):
-    root, out, _ = made
+    root, out = made
     folder, dataset = probed(root, **settings), opened(out, **settings)
     assert (names(dataset), texts(dataset)) == (names(folder), texts(folder))
     assert dataset.class_names == folder.class_names and dataset.has_texts
@@ -54,6 +56,23 @@ def test_batches_are_those_of_the_folder(made, settings):
         jax.tree.map(np.testing.assert_array_equal, theirs, ours)
         drawn.add(np.asarray(ours["ids"]).tobytes())
     assert len(drawn) > 3
+
+
+def test_mixed_rates_come_out_as_from_the_folder(tmp_path):
+    root, out = tmp_path / "clips", tmp_path / "out"
+    write_clip(root / "a25.mp4", numbered(20))
+    write_clip(root / "b10.mp4", numbered(20), times=[100 * k for k in range(20)])
+    write_clip(root / "c.mkv", numbered(20), times=[*range(0, 400, 40), *range(500, 1500, 100)])
+    ingested(config(root, data__fps=12.5), out)
+    settings = {"fps": 12.5, "frames": 4, "stride": 2}
+    folder, dataset = probed(root, **settings), opened(out, **settings)
+    assert dataset.lengths.tolist() == folder.lengths.tolist() == [10, 24, 18]
+    for index in range(3):
+        for seed in range(5):
+            theirs, ours = (source.clip(index, np.random.default_rng(seed))[0] for source in (folder, dataset))
+            np.testing.assert_array_equal(theirs, ours)
+    refused("data.fps", r"=10: the dataset in .* has fps=12.5; use 12.5", out, fps=10)
+    assert len(opened(out)) == 3
 
 
 def test_a_window_does_not_keep_its_record_in_memory(made):
@@ -93,14 +112,10 @@ def refused(field, match, out, **settings):
     assert error.value.field == field and "\n" not in str(error.value)
 
 
-def test_other_frames_than_the_dataset_s_are_refused(made, tmp_path):
+def test_other_frames_than_the_dataset_s_are_refused(made):
     for name, value in (("height", 48), ("width", 64)):
         refused(f"data.{name}", rf"={value}: the dataset in .* has {name}={SIZE[name]}", made[1], **{name: value})
     refused("data.fps", r"=10: the dataset in .* has its clips' own", made[1], fps=10)
-    clips = [(np.zeros((20, 24, 32, 3), np.uint8), -1, "a", ())]
-    write_records(tmp_path, clips, plan={"fps": 12.5})
-    refused("data.fps", r"=10: the dataset in .* has fps=12.5", tmp_path, fps=10)
-    assert len(opened(tmp_path, fps=12.5)) == len(opened(tmp_path)) == 1
 
 
 def test_clips_left_out_count_here_and_at_ingest(made):
@@ -166,8 +181,8 @@ def test_a_record_that_is_not_as_its_index_says(tmp_path):
 
 
 def test_a_config_names_it(made):
-    config = defaults.stage("autoencoder")
-    config.data.update({**SIZE, "source": "dataset", "root": str(made[1]), "max_bad_fraction": 0.5})
-    source = open_source(config.data)
+    options = defaults.stage("autoencoder").data
+    options.update({**SIZE, "source": "dataset", "root": str(made[1]), "max_bad_fraction": 0.5})
+    source = open_source(options)
     assert isinstance(source, DatasetSource) and len(source) == 6
-    assert source.keys().dtype == np.uint64 and source.keys().tolist() == [*range(6)]
+    assert source.keys().dtype == np.uint64 and source.keys().tolist() == probed(made[0]).keys().tolist()
