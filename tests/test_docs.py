@@ -222,6 +222,10 @@ class Sandbox:
         flags, overrides = parse(list(command.cmd_jax))
         if flags.verb == "train":
             self.train(flags.config, overrides, Path(flags.workdir))
+        elif flags.verb == "ingest":
+            overrides |= shrunk(load(flags.config, overrides), flags.config.partition(":")[0])
+            assert run(flags, overrides) == 0
+            assert Path(flags.out, "clips/1.0.0/dataset_info.json").exists()
         elif flags.verb == "doctor":  # at full size: it allocates nothing
             assert run(flags, overrides) == 0
         else:
