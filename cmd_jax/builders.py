@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from cmd_jax import defaults
+from cmd_jax.data.sizes import check_sizes
 from cmd_jax.declare import check_values
 from cmd_jax.diffusion.flow import Flow
 from cmd_jax.diffusion.gaussian import Gaussian
@@ -53,25 +54,27 @@ def build_denoiser(model, channels: int, classes: int | None, process: Gaussian 
     return DiT(out_channels=out_channels, classes=classes, **{**model.to_dict(), "dtype": jnp.dtype(model.dtype)})
 
 
-def frames_shape(data, model, space: Pixels | VAELatents) -> tuple[int, int, int, int]:
-    """[T, h, w, C] of clips of the `data` group as an autoencoder of the `model` group sees them in `space`.
+def frames_shape(clip: tuple[int, int, int, int], module: Autoencoder, space: Pixels | VAELatents):
+    """[T, H, W, 3] of a clip -> [T, h, w, C], as the autoencoder sees it in `space`.
 
     UserError if they do not fit.
     """
-    if model.channels != space.channels:
+    if module.channels != space.channels:
         problem = f"the latents of the VAE have {space.channels}"
-        raise UserError("model.channels", model.channels, problem, f"use {space.channels}")
-    for side in ("height", "width"):
-        divisible(f"data.{side}", data[side], f"{space.factor} of the VAE x model.patch", space.factor * model.patch)
-    return data.frames, data.height // space.factor, data.width // space.factor, space.channels
+        raise UserError("model.channels", module.channels, problem, f"use {space.channels}")
+    frames, height, width, _ = clip
+    for side, size in (("height", height), ("width", width)):
+        divisible(f"data.{side}", size, f"{space.factor} of the VAE x model.patch", space.factor * module.patch)
+    return frames, height // space.factor, width // space.factor, space.channels
 
 
 def check_fits(config, autoencoder, image_model=None):
     """UserError for sizes and units that the denoiser of a content or motion config cannot take."""
     if config.denoiser == "unet":
-        check_levels(unet_from_config(image_model.unet), autoencoder)
+        unet = unet_from_config(image_model.unet)
+        check_sizes(config.data, lambda size: check_levels(unet, autoencoder.resized(*size)))
     else:
-        check_patches(config, autoencoder)
+        check_sizes(config.data, lambda size: check_patches(config, autoencoder.resized(*size)))
         clip_of(config, autoencoder.space)
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from cmd_jax import defaults
 from cmd_jax.builders import build_process
+from cmd_jax.data.sizes import check_sizes, sizes_of
 from cmd_jax.declare import check_values, walk
 from cmd_jax.errors import UserError, choose, divisible, nearest
 from cmd_jax.files import check_like
@@ -187,6 +188,8 @@ def check_trained(config: ConfigDict):
     check_values(config, defaults.of(config))
     if math.prod(config.data[side] for side in ("frames", "height", "width")) > LARGEST_CLIP:
         raise UserError("data.frames", config.data.frames, "its clips are larger than any", "use smaller ones")
+    if len(sizes_of(config.data)) > 1:
+        _check_buckets(config)
     if "train" in config:
         divisible("train.batch_size", config.train.batch_size, "train.accumulate", config.train.accumulate)
         warmup, steps = config.optimizer.warmup_steps, config.train.steps
@@ -205,6 +208,25 @@ def check_trained(config: ConfigDict):
             raise UserError("diffusion.clip", config.diffusion.clip, problem, "set one of the two off")
 
 
+def _check_buckets(config: ConfigDict):
+    """Clips of several sizes are read as they are encoded, by models without tables of one size."""
+    field, value = "data.buckets", config.data.buckets
+    if config.data.source == "shapes":
+        raise UserError(field, value, "shapes are drawn in one size", "leave it empty, or use clips of your own")
+    if config.get("latents", {}).get("starts"):
+        problem, remedy = (
+            "the records of a store are of one size",
+            "use 0 with data.buckets: every batch is encoded anew",
+        )
+        raise UserError("latents.starts", config.latents.starts, problem, remedy)
+    if config.get("latents", {}).get("normalize"):
+        problem = "statistics are taken of clips of one size"
+        raise UserError("latents.normalize", True, problem, "set it to False with data.buckets")
+    if "denoiser" in config and config.model.get("position") == "table":
+        problem = "the stored table of positions (model.position=table) is of one size"
+        raise UserError(field, value, problem, "use model.position=sincos")
+
+
 def _check_pretrained(config: ConfigDict):
     if config.pretrained.path:
         divisible("data.frames", config.data.frames, "pretrained.vae_frames", config.pretrained.vae_frames)
@@ -217,10 +239,14 @@ def _check_autoencoder(config: ConfigDict):
     needed = 4 if model.position == "rotary" else 1
     divisible("model.head_dim", model.head_dim, "what axial rotary positions need", needed)
     if model.mode == "pixel":
-        for side in ("height", "width"):
-            divisible(f"data.{side}", config.data[side], "model.patch", model.patch)
+        check_sizes(config.data, lambda size: _check_patch(size, model.patch))
         if model.channels != 3:
             raise UserError("model.channels", model.channels, "clips have 3 channels", "use 3, or model.mode=latent")
+
+
+def _check_patch(size: tuple[int, int], patch: int):
+    for side, pixels in zip(("height", "width"), size, strict=True):
+        divisible(f"data.{side}", pixels, "model.patch", patch)
 
 
 def _check_inputs(config: ConfigDict):

@@ -71,6 +71,7 @@ DATA = dict(
     frames=key(16, "frames of a clip", at_least=1, at_most=SIDE),
     height=key(64, "pixels, rows", at_least=1, at_most=SIDE),
     width=key(64, "pixels, columns", at_least=1, at_most=SIDE),
+    buckets=key("", "further sizes, HxW,HxW: a clip takes that nearest to its aspect, a batch is of one"),
     clips=key(20_000, "shapes: how many", at_least=1),
     seed=key(0, "shapes: which", at_least=0),
     root=path("folder, dataset: where"),

@@ -7,6 +7,7 @@ import jax
 
 from cmd_jax import defaults
 from cmd_jax.config import STAGES, shipped
+from cmd_jax.data.sizes import Size, sizes_of
 from cmd_jax.errors import UserError
 from cmd_jax.models.conditions import Classes
 from cmd_jax.pretrained import check_same, load_texts, open_space, stated_conditions, stated_space
@@ -18,13 +19,20 @@ from cmd_jax.trained import Metadata, Trained, belongs, load_trained
 
 
 def load_sampler(
-    folder: str | Path, pretrained: str = "", *, mesh=None, rules=defaults.RULES, stages=STAGES
+    folder: str | Path,
+    pretrained: str = "",
+    *,
+    mesh=None,
+    rules=defaults.RULES,
+    stages=STAGES,
+    size: Size | None = None,
 ) -> Sampler:
     """The sampler of the three stages in a folder: exported weights, autoencoder.safetensors and so on, or a workdir;
     or of the shipped weights of that name ("quickstart").
 
     pretrained: the folder of the Stable Diffusion whose VAE and text encoder they were trained with. mesh: by default
-    all devices, which share a batch. stages: ("autoencoder",) to reconstruct only.
+    all devices, which share a batch. stages: ("autoencoder",) to reconstruct only. size: height and width of videos,
+    one of those that were trained; the first without it.
     UserError where a stage is missing or damaged, and where they are not of one run.
     """
     config = defaults.stage("sample")
@@ -33,7 +41,7 @@ def load_sampler(
     folder = named if named.is_dir() and not folder.exists() else folder
     suffix = ".safetensors" if (folder / "autoencoder.safetensors").exists() else ""
     paths = {name: folder / f"{name}{suffix}" for name in stages}
-    return _load(paths, config.pretrained, make_mesh(config.mesh) if mesh is None else mesh, rules)
+    return _load(paths, config.pretrained, make_mesh(config.mesh) if mesh is None else mesh, rules, size)
 
 
 def open_sampler(config, workdir: Path) -> Sampler:
@@ -41,14 +49,22 @@ def open_sampler(config, workdir: Path) -> Sampler:
     root, suffix = (Path(config.weights), ".safetensors") if config.weights else (workdir, "")
     stages = ("autoencoder",) if config.sampling.mode == "reconstruct" else STAGES
     paths = {name: root / f"{name}{suffix}" for name in stages}
-    sampler = _load(paths, config.pretrained, make_mesh(config.mesh), config.rules)
-    for side, size in zip(("frames", "height", "width"), sampler.autoencoder.clip_shape, strict=False):
-        if config.data[side] != size:
-            raise UserError(f"data.{side}", config.data[side], f"the weights are for {size}", "use that")
+    size = config.data.height, config.data.width
+    sampler = _load(paths, config.pretrained, make_mesh(config.mesh), config.rules, size)
+    if config.data.frames != (frames := sampler.autoencoder.clip_shape[0]):
+        raise UserError("data.frames", config.data.frames, f"the weights are for {frames}", "use that")
     return sampler
 
 
-def _load(paths: dict[str, Path], pretrained, mesh, rules) -> Sampler:
+def _check_size(size: Size, trained: Trained):
+    sizes = sizes_of(trained.config.data)
+    if size not in sizes:
+        side = int(size[0] in (height for height, _ in sizes))
+        known = " or ".join(str(known[side]) for known in sizes if side == 0 or known[0] == size[0])
+        raise UserError(f"data.{('height', 'width')[side]}", size[side], f"the weights are for {known}", "use that")
+
+
+def _load(paths: dict[str, Path], pretrained, mesh, rules, size: Size | None) -> Sampler:
     """Read the stages, autoencoder first, straight into their shards."""
     stages = {}
 
@@ -61,14 +77,17 @@ def _load(paths: dict[str, Path], pretrained, mesh, rules) -> Sampler:
 
     for name, path in paths.items():
         stages[name] = load_trained(path, name, shardings)
-    return assemble(stages, pretrained, mesh, rules)
+    if size:
+        _check_size(size, stages["autoencoder"])
+    return assemble(stages, pretrained, mesh, rules, size)
 
 
-def assemble(stages: dict[str, Trained], pretrained, mesh, rules) -> Sampler:
+def assemble(stages: dict[str, Trained], pretrained, mesh, rules, size: Size | None = None) -> Sampler:
     """The sampler of trained stages that lie on the mesh, and of the parts of a config's `pretrained` group."""
     shardings, trained = partial(abstract, mesh=mesh, rules=rules), stages["autoencoder"]
     space = open_space(pretrained, trained.metadata.vae, shardings)
-    autoencoder = FrozenAutoencoder(trained.config, trained.params, space)
+    size = size or sizes_of(trained.config.data)[0]
+    autoencoder = FrozenAutoencoder(trained.config, trained.params, space).resized(*size)
     params = {"autoencoder": autoencoder.params}
     denoisers, statistics, conditions, class_names, tokenizer = {}, {}, None, (), None
     for name in ("content", "motion"):
@@ -81,7 +100,8 @@ def assemble(stages: dict[str, Trained], pretrained, mesh, rules) -> Sampler:
         if conditioned_on(metadata) != conditioned_on(stages["content"].metadata):
             problem = "its classes or text encoder differ from the content stage's"
             raise UserError("weights", name, problem, "use stages of one run")
-        denoisers[name], params[name] = denoiser_stage(stages[name].config, metadata, trained), stages[name].params
+        denoisers[name] = denoiser_stage(stages[name].config, metadata, trained, size)
+        params[name] = stages[name].params
         statistics[name] = jax.device_put(denoisers[name].frozen["statistics"], replicated(mesh))
     if denoisers:
         class_names = stages["content"].metadata.class_names
@@ -104,8 +124,9 @@ def conditioned_on(metadata: Metadata) -> dict | tuple[str, ...]:
     return metadata.text_encoder.identity() if metadata.text_encoder else metadata.class_names
 
 
-def denoiser_stage(config, metadata: Metadata, autoencoder: Trained):
+def denoiser_stage(config, metadata: Metadata, autoencoder: Trained, size: Size | None = None):
     """The content or motion stage of a trained one's config and metadata, without parameters."""
     frozen = FrozenAutoencoder(autoencoder.config, None, stated_space(autoencoder.metadata.vae))
+    frozen = frozen.resized(*size) if size else frozen
     conditions = stated_conditions(len(metadata.class_names), metadata.text_encoder)
     return diffusion_stage(config, frozen, conditions, metadata.statistics, metadata.image_model)

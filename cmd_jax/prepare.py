@@ -100,6 +100,11 @@ class Prepared(NamedTuple):
         if self.filler:
             self.filler.fill(self.filler.store.shards_of(indices))
 
+    def buckets_of(self, indices: np.ndarray) -> np.ndarray | None:
+        """Which of several sizes examples have, of which a batch must have one: int [N]. None: all have the same."""
+        several = self.filler is None and self.source.buckets.any()  # a store's are of one size
+        return self.source.buckets[indices] if several else None
+
     def name_of(self, index: int) -> str:
         """The name of the clip at an index of an epoch."""
         return self.source.name(index % len(self.source))
@@ -256,7 +261,7 @@ def open_autoencoder(path: Path, config, shardings, console) -> tuple[Trained, F
     held_out = [f"data.{name}={trained.config.data[name]}" for name in HELD_OUT]
     if config.data.validation and any(config.data[name] != trained.config.data[name] for name in HELD_OUT):
         console.print(f"the autoencoder was trained with {', '.join(held_out)}: it may know clips held out here")
-    for side in ("frames", "height", "width"):
+    for side in ("frames", "height", "width", "buckets"):
         if config.data[side] != trained.config.data[side]:
             raise UserError(
                 f"data.{side}", config.data[side], f"the autoencoder was trained at {trained.config.data[side]}",

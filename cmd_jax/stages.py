@@ -11,6 +11,7 @@ A batch holds "video" uint8 [B, T, H, W, 3] or, encoded before, "frames" (for th
 "states" [B, L, E]; and, in training, "id" int32 [B], which no loss reads.
 """
 
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from cmd_jax.builders import (
     frames_shape,
 )
 from cmd_jax.data.latents import LatentStatistics
+from cmd_jax.data.sizes import check_sizes
 from cmd_jax.diffusion.flow import Flow
 from cmd_jax.diffusion.guidance import guide, interleave, separate
 from cmd_jax.interop.diffusers import load_unet
@@ -64,7 +66,9 @@ class AutoencoderStage:
     def __init__(self, config, lpips_params=None, space: Pixels | VAELatents | None = None):
         self.loss_weights, self.space, self.mode = config.loss, space or Pixels(), config.model.mode
         self.module = build_autoencoder(config.model)
-        self.video_shape = (1, *frames_shape(config.data, config.model, self.space))
+        shape = lambda size: frames_shape((config.data.frames, *size, 3), self.module, self.space)  # noqa: E731
+        check_sizes(config.data, shape)
+        self.video_shape = (1, *shape((config.data.height, config.data.width)))
         self.frozen = {} if lpips_params is None else {"lpips": lpips_params}
         if self.space.params:
             self.frozen["vae"] = self.space.params
@@ -154,14 +158,22 @@ class FrozenAutoencoder:
     """
 
     def __init__(self, config, params: dict | None, space: Pixels | VAELatents | None = None):
-        data, model = config.data, config.model
-        self.module, self.space = build_autoencoder(model), space or Pixels()
+        self.module, self.space = build_autoencoder(config.model), space or Pixels()
         self.params = {"autoencoder": params and params["autoencoder"], "vae": self.space.params}
-        self.clip_shape = (data.frames, data.height, data.width, 3)
-        self.video_shape = frames_shape(data, model, self.space)
+        self._take(config.data.frames, config.data.height, config.data.width)
+
+    def _take(self, frames: int, height: int, width: int):
+        self.clip_shape = (frames, height, width, 3)
+        self.video_shape = frames_shape(self.clip_shape, self.module, self.space)
         self.content_shape = self.video_shape[1:]
-        cells = sum(self.content_shape[:2]) // model.patch
-        self.motion_shape = (data.frames, cells, model.motion_channels)
+        cells = sum(self.content_shape[:2]) // self.module.patch
+        self.motion_shape = (frames, cells, self.module.motion_channels)
+
+    def resized(self, height: int, width: int) -> "FrozenAutoencoder":
+        """The same for clips of another size."""
+        other = copy.copy(self)
+        other._take(self.clip_shape[0], height, width)
+        return other
 
     def encode(self, params, batch) -> Latents:
         """Latents of a batch, computed here unless the batch brings them."""
@@ -267,22 +279,28 @@ class DiffusionStage:
         """What the denoiser needs of content frames at every step, computed once; here the frames themselves."""
         return content
 
-    def sample(self, params, statistics, condition, content, keys, *, steps, solver, guidance=None, null=None, **more):
-        """Reverse process for each key: -> content frames [B, H, W, C] or motion latents, in their own units."""
+    def sample(
+        self, params, statistics, condition, content, keys, *, steps, solver,
+        guidance=None, null=None, shape=None, **more,
+    ):  # fmt: skip
+        """Reverse process for each key: -> content frames [B, H, W, C] or motion latents, in their own units.
+
+        shape: of one, without it that of the config's clips.
+        """
         features = self.content_features(params, None if content is None else normalize(content, statistics["content"]))
         denoise = self.guided_denoiser(params, condition, features, guidance, null)
-        noise = jax.vmap(lambda key: jax.random.normal(derive(key, "noise"), self.shape))(keys)
+        noise = jax.vmap(lambda key: jax.random.normal(derive(key, "noise"), shape or self.shape))(keys)
         process, options = self.solver(solver)
         x = process.sample(denoise, noise, keys, steps=steps, **{**options, **more})
         return denormalize(x, statistics[self.name])
 
-    def _sample_batch(self, params, frozen, batch, key, content):
+    def _sample_batch(self, params, frozen, batch, key, content, shape):
         rows = jnp.arange(len(next(iter(batch.values()))))
         keys = jax.vmap(lambda row: derive(key, "sample", row))(rows)
         condition = self.conditions.of(frozen["conditions"], batch)
         process, options = self.solver()
         steps = min(PREVIEW_STEPS, process.most_steps(**options) or PREVIEW_STEPS)
-        return self.sample(params, frozen["statistics"], condition, content, keys, steps=steps, solver="")
+        return self.sample(params, frozen["statistics"], condition, content, keys, steps=steps, solver="", shape=shape)
 
 
 class ContentStage(DiffusionStage):
@@ -300,7 +318,8 @@ class ContentStage(DiffusionStage):
     def preview(self, params, frozen, batch, key):
         latents = self.autoencoder.encode(frozen["autoencoder"], batch)
         show = partial(self.autoencoder.show, frozen["autoencoder"])
-        return {"content": show(latents.content), "samples": show(self._sample_batch(params, frozen, batch, key, None))}
+        samples = self._sample_batch(params, frozen, batch, key, None, latents.content.shape[1:])
+        return {"content": show(latents.content), "samples": show(samples)}
 
 
 class FineTunedContentStage(ContentStage):
@@ -349,7 +368,7 @@ class MotionStage(DiffusionStage):
 
     def preview(self, params, frozen, batch, key):
         latents = self.autoencoder.encode(frozen["autoencoder"], batch)
-        motion = self._sample_batch(params, frozen, batch, key, latents.content)
+        motion = self._sample_batch(params, frozen, batch, key, latents.content, latents.motion.shape[1:])
         decode = partial(self.autoencoder.decode, frozen["autoencoder"])
         return {"reconstructions": decode(latents), "samples": decode(Latents(latents.content, motion))}
 

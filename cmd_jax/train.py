@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cmd_jax.config import to_json
-from cmd_jax.data.pipeline import BatchPlan, Waited, batches
+from cmd_jax.data.pipeline import BatchPlan, BucketPlan, Waited, batches
 from cmd_jax.errors import Stopped, UserError
 from cmd_jax.files import read_json, versions, write_json, write_text
 from cmd_jax.initial import given_params
 from cmd_jax.keys import derive
 from cmd_jax.models.frames import to_uint8
-from cmd_jax.prepare import check_same_run, prepare
+from cmd_jax.prepare import Prepared, check_same_run, prepare
 from cmd_jax.report.console import make_console
 from cmd_jax.report.training import PREVIEW_CLIPS, Metrics, StepLog
 from cmd_jax.running.checkpoint import Checkpoints
@@ -73,7 +73,7 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
         if resuming:
             leader_alone(lambda: check_same_run(folder, config))
         prepared = prepare(config, workdir, mesh, console, resuming)
-        plan = BatchPlan(prepared.split.train, config.train.batch_size, config.seed)
+        plan = make_plan(prepared, config)
         program = Program(prepared.stage, make_optimizer(config.optimizer), config.train, mesh, config.seed)
         for line in replicated_report(layout(program.params, mesh, config.rules), config.mesh.report_above):
             console.print(line)
@@ -107,6 +107,13 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
     stopped = f"stopped by {who} after step {int(state.step)}; saved; run the same command to resume"
     console.print(stopped)
     raise Stopped(stopped)
+
+
+def make_plan(prepared: Prepared, config) -> BatchPlan:
+    """Which examples make which batch."""
+    indices, batch_size, seed = prepared.split.train, config.train.batch_size, config.seed
+    buckets = prepared.buckets_of(indices)
+    return BatchPlan(indices, batch_size, seed) if buckets is None else BucketPlan(indices, buckets, batch_size, seed)
 
 
 def first_state(program: "Program", config, metadata, checkpoints: Checkpoints, where, console) -> TrainState:
@@ -148,7 +155,7 @@ class Program:
         whole = replicated(mesh)
         self.frozen = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, whole), stage.frozen)
         self._asked = {value: self._flag(value) for value in (False, True)}
-        self._step, self._preview = None, jax.jit(partial(preview, stage=stage, mesh=mesh))
+        self._steps, self._preview = {}, jax.jit(partial(preview, stage=stage, mesh=mesh))
 
     def _flag(self, value: bool):
         """This process's word on whether to stop; the step itself takes all of them together: int32 [devices]."""
@@ -158,15 +165,16 @@ class Program:
         )
 
     def step(self, state: TrainState, batch, number: int, asked: bool):
-        """state, donated -> (state, metrics), as `make_step` has them; the first time it compiles."""
+        """state, donated -> (state, metrics), as `make_step` has them; it is compiled for each shape of batches."""
         arguments = (state, self.frozen, batch, jnp.int32(number), self.key, self._asked[asked])
-        if self._step is None:
+        shapes = tuple((name, x.shape) for name, x in batch.items())
+        if shapes not in self._steps:
             jax.block_until_ready(batch)
             begun = time.perf_counter()
             step = make_step(self.stage, self.optimizer, self.options, self.mesh, state)
-            self._step = step.lower(*arguments).compile()
-            self.compile_seconds = time.perf_counter() - begun
-        return self._step(*arguments)
+            self._steps[shapes] = step.lower(*arguments).compile()
+            self.compile_seconds += time.perf_counter() - begun
+        return self._steps[shapes](*arguments)
 
     def preview(self, state: TrainState, batch, done: int) -> dict:
         """Pictures by the EMA parameters after `done` steps, on the host."""

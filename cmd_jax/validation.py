@@ -24,7 +24,8 @@ class Validation:
         count = min(config.train.validation_clips, len(held_out))
         spread = np.linspace(0, len(held_out), count, endpoint=False).astype(int)
         self.indices = held_out[spread]
-        self.plan = FixedPlan(self.indices, config.train.batch_size, config.seed)
+        buckets = prepared.buckets_of(self.indices)
+        self.plan = FixedPlan(self.indices, config.train.batch_size, config.seed, buckets)
         loss = partial(measure, loss_fn=program.stage.loss, accumulate=config.train.accumulate)
         self._measure = jax.jit(loss, out_shardings=replicated(program.mesh))
 

@@ -254,6 +254,8 @@ def test_a_shipped_config_has_a_name_and_a_path(tmp_path, monkeypatch):
     assert (Path(by_path.weights) / "content.safetensors").is_file()
 
 
+TEXTS = ("sampling.classes", "sampling.prompt", "sampling.negative", "sampling.title")
+TEXTS += ("data.buckets", "init_skip", "ingest.description", "ingest.citation")
 KINDS = [(stage, denoiser) for stage, kinds in defaults.DECLARED.items() for denoiser in kinds]
 
 
@@ -268,9 +270,7 @@ def test_every_key_has_a_meaning_and_a_range_that_holds_its_default(stage, denoi
         key.check(name, key.default)
         # A text that may be empty is a path, a choice, or one of the words of a user.
         free = key.default == "" and not key.path and not key.choices
-        words = ("sampling.classes", "sampling.prompt", "sampling.negative", "sampling.title", "init_skip")
-        words += ("ingest.description", "ingest.citation")
-        assert not free or name in words
+        assert not free or name in TEXTS
 
 
 @pytest.mark.parametrize("stage, denoiser", KINDS)

@@ -5,12 +5,14 @@ It lies in DIR/clips/1.0.0: shards of records (`cmd_jax.data.records`), and of e
     counts, sizes   int64 [shards]: records, and bytes
     sha256          uint8 [shards, 32]
     length          int32 [N]: frames of a record
+    bucket          uint8 [N]: which of the plan's sizes, height x width or those of `buckets`, they have
     label           int32 [N]: number of a listed class, or -1
     key             uint64 [N]: see `cmd_jax.data.splits`
     text_count      int32 [N]
     plan            uint8: JSON, {"id": digest of the plan, "fields": all that the records depend on}
 
-A record has `video` (raw: one bytes of T H W 3; jpeg, png: T images), `label`, `name`, `texts` and `fps`.
+A record has `video` (raw: one bytes of T H W 3, see `video_name`; jpeg, png: T images), `label`, `name`, `texts` and
+`fps`.
 """
 
 import hashlib
@@ -19,6 +21,7 @@ import json
 import logging
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,21 +30,24 @@ from PIL import Image
 from cmd_jax.data.packed import draw_text, used_classes
 from cmd_jax.data.records import VERSION, Records, Shards, parse
 from cmd_jax.data.roots import some
+from cmd_jax.data.sizes import Size, as_text
 from cmd_jax.errors import UserError
 from cmd_jax.files import COUNT, parse_json
 
+CODECS = ("raw", "jpeg", "png")
 READING = 1  # raise it whenever the same records give other clips
 NAME = "clips"
-CODECS = ("raw", "jpeg", "png")
 PLAN = {
     "id": str,
     "fields": {
-        "height": COUNT, "width": COUNT, "fps": float, "codec": str, "clips": COUNT, "class_names": [str], "bad": dict,
+        "height": COUNT, "width": COUNT, "buckets": str, "fps": float, "codec": str, "clips": COUNT,
+        "class_names": [str], "bad": dict,
         ...: object,
     },
 }  # fmt: skip
 COLUMNS = {
-    "counts": np.int64, "sizes": np.int64, "sha256": np.uint8, "length": np.int32, "label": np.int32, "key": np.uint64,
+    "counts": np.int64, "sizes": np.int64, "sha256": np.uint8, "length": np.int32, "bucket": np.uint8,
+    "label": np.int32, "key": np.uint64,
     "text_count": np.int32, "plan": np.uint8,
 }  # fmt: skip
 MAKE = "make it with cmd-jax ingest"
@@ -53,8 +59,8 @@ class DatasetSource:
     """The clips of a dataset's split, in its order; as `FolderSource` has them of the folder it was made of.
 
     root: DIR. The window of a clip starts where a folder's would, so that both give the same batches where the codec is
-    exact, and clips of fewer frames than a window has are left out. height, width: must be the dataset's. fps: its own,
-    or 0.
+    exact, and clips of fewer frames than a window has are left out. height, width and further_sizes must be the
+    dataset's; `buckets` uint8 [N] says which of these a clip has. fps: the dataset's, or 0.
 
     class_names: those of the clips used. labels: int32 [N], len(class_names) for none. lengths: int32 [N], frames of
     the records. has_texts: whether every clip has captions. bad: empty; ingest's report has what it could not use.
@@ -71,20 +77,21 @@ class DatasetSource:
         frames: int,
         height: int,
         width: int,
+        further_sizes: Sequence[Size] = (),
         stride: int = 1,
         fps: float = 0.0,
         split: str = "train",
         max_bad_fraction: float = 0.05,
         random_start: bool = True,
     ):
-        self.frames, self.height, self.width, self.stride = frames, height, width, stride
+        self.frames, self.sizes, self.stride = frames, ((height, width), *further_sizes), stride
         self.random_start, self.bad = random_start, {}
         self.folder = open_folder(root)
         index = read_index(self.folder, split)
         self.index = index.path
         plan = index.plan["fields"]
         self._check_cut(plan, fps)
-        self.codec = plan["codec"]
+        self.codec, self._video = plan["codec"], video_name(plan["codec"], plan["buckets"])
         shards = Shards(self.folder, split, len(index["counts"]))
         self._records = Records([shards.path(k) for k in range(shards.count)], index["sizes"], index["counts"])
         if not len(self._records) == len(index["length"]) == len(index["label"]) == len(index["text_count"]):
@@ -95,7 +102,7 @@ class DatasetSource:
         total = plan["clips"] + len(plan["bad"])
         self._places = np.flatnonzero(usable).astype(np.int32)
         self._check_bad(total, index["length"], max_bad_fraction)
-        self.lengths = index["length"][self._places]
+        self.lengths, self.buckets = index["length"][self._places], index["bucket"][self._places]
         self.class_names, self.labels = used_classes(index["label"][self._places], plan["class_names"])
         if len(self.class_names) < len(plan["class_names"]):
             empty = [name for name in plan["class_names"] if name not in {*self.class_names}]
@@ -136,27 +143,28 @@ class DatasetSource:
         start = int(rng.integers(0, last + 1)) if self.random_start else 0
         wanted = slice(start, start + self._needed, self.stride)
         try:
-            video = self._decode(record["video"], length, wanted)
+            video = self._decode(record[self._video], length, wanted, self.sizes[self.buckets[index]])
         except (OSError, ValueError, SyntaxError) as error:
             shard, row = self._records.where(int(self._places[index]))
             problem = f"record {row} is not what its index says ({error})"
             raise UserError("shard", shard, problem, "run cmd-jax ingest again in another folder") from error
         return video, self.label(index), draw_text([*map(_text, record["texts"])], rng)
 
-    def _decode(self, video: list[memoryview], length: int, wanted: slice) -> np.ndarray:
+    def _decode(self, video: list[memoryview], length: int, wanted: slice, size: Size) -> np.ndarray:
         """Of a record's `length` frames those wanted: uint8 [T,H,W,3], in memory of their own."""
         if self.codec == "raw":
-            return np.frombuffer(video[0], np.uint8).reshape(length, self.height, self.width, 3)[wanted].copy()
+            return np.frombuffer(video[0], np.uint8).reshape(length, *size, 3)[wanted].copy()
         if len(video) != length:
             raise ValueError(f"{len(video)} images where {length} should be")
-        out = np.empty((self.frames, self.height, self.width, 3), np.uint8)
+        out = np.empty((self.frames, *size, 3), np.uint8)
         for frame, image in zip(out, video[wanted], strict=True):
             with Image.open(io.BytesIO(image), formats=(self.codec,)) as picture:
                 frame[:] = np.asarray(picture)
         return out
 
     def _check_cut(self, plan: dict, fps: float):
-        for name, value in (("height", self.height), ("width", self.width)):
+        (height, width), *further = self.sizes
+        for name, value in {"height": height, "width": width, "buckets": as_text(further)}.items():
             if plan[name] != value:
                 problem = f"the dataset in {self.folder} has {name}={plan[name]}"
                 raise UserError(f"data.{name}", value, problem, "use that, or make another with cmd-jax ingest")
@@ -181,6 +189,11 @@ class DatasetSource:
             problem = f"{bad} of {total} clips cannot be used{allowed}: {short} have fewer than {self._needed} frames"
             problem += f", {bad - short} were left out by ingest"
             raise UserError("data.root", self.folder, problem, "use fewer data.frames, or raise data.max_bad_fraction")
+
+
+def video_name(codec: str, buckets: str) -> str:
+    """Of a record's frames: TFDS keeps bytes whose shape varies in more than one dimension beside a shape."""
+    return "video/value" if codec == "raw" and buckets else "video"
 
 
 def _text(view) -> str:

@@ -17,6 +17,7 @@ from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.outcomes import Outcomes
 from cmd_jax.data.packed import Rows, draw_text, used_classes
 from cmd_jax.data.roots import check_root, some, stat_inside
+from cmd_jax.data.sizes import Size, nearest_size
 from cmd_jax.data.splits import keys_of
 from cmd_jax.errors import UserError
 
@@ -47,6 +48,8 @@ class FolderSource:
     class_names: those with a usable clip, sorted, or in classInd's order; () without labels.
     fps: frames a second to which each file is brought by the times of its frames (`cmd_jax.data.timing`) before every
     stride-th is taken; 0: all frames as they come.
+    further_sizes: beside height x width; `buckets` uint8 [N] says which of all `sizes` a clip is fitted to, that
+    nearest to its aspect.
     labels: int32 [N], len(class_names) for none. lengths: int32 [N], frames of each file, at fps where that is given.
     has_texts: whether every clip has captions, as in metadata and webvid.
     absent: how many rows of WebVid's lists name a file that is not there, which is no fault; 0 in other layouts.
@@ -64,6 +67,7 @@ class FolderSource:
         frames: int,
         height: int,
         width: int,
+        further_sizes: Sequence[Size] = (),
         stride: int = 1,
         fps: float = 0.0,
         layout: str = "auto",
@@ -85,7 +89,7 @@ class FolderSource:
         if not probe_cap >= 0:
             raise UserError("data.probe_cap", probe_cap, "not a number of seconds", "give for example 3600; 0: any")
         self.root = check_root(root)
-        self.frames, self.height, self.width, self.stride = frames, height, width, stride
+        self.frames, self.sizes, self.stride = frames, ((height, width), *further_sizes), stride
         self.fps, self.random_start = fps, random_start
 
         entries, listed, self.bad, self.absent = list_clips(self.root, layout, fold, split)
@@ -115,11 +119,14 @@ class FolderSource:
             empty = [name for name in listed if name not in {*self.class_names}]
             log.warning("classes without a usable clip are left out: %s", some(empty))
         self.lengths = np.array([lengths[name] for name in self._entries.names], np.int32)
+        shown = np.array([[facts[name][side] for name in self._entries.names] for side in ("width", "height")])
+        self.buckets = nearest_size(*shown, self.sizes)
         self._key_frames = Rows.of([facts[name]["key_frames"] for name in self._entries.names], 3)
         self._steps = Rows.of([facts[name]["steps"] for name in self._entries.names], 2) if fps else None
         self._ticks = np.array([_tick(facts[name]) for name in self._entries.names]) if fps else None
         self.has_texts = bool((np.diff(self._entries.text_edges) > 0).all())
         cut = [VERSION, frames, height, width, stride, random_start, *([fps] if fps else [])]
+        cut += [further_sizes, self.buckets.tolist()] if further_sizes else []
         digest = hashlib.sha256(json.dumps(cut).encode())
         digest.update(b"\n" + json.dumps(self.class_names).encode())
         for (name, _, texts), length, label in zip(self._entries, self.lengths, self.labels, strict=True):
@@ -158,7 +165,7 @@ class FolderSource:
         wanted = range(start, start + self.frames * self.stride, self.stride)
         if self.fps:
             wanted = timing.frames_at(timing.seconds(self._steps[index], self._ticks[index]), self.fps, wanted)
-        path, size = os.path.join(self.root, self.name(index)), (self.height, self.width)
+        path, size = os.path.join(self.root, self.name(index)), self.sizes[self.buckets[index]]
         key_frames = [video.KeyFrame(*row) for row in self._key_frames[index].tolist()]
         return video.read_frames(path, wanted, size, key_frames), self.label(index), draw_text(self.texts(index), rng)
 

@@ -48,10 +48,14 @@ class BatchPlan:
     def _order(self, epoch: int) -> np.ndarray:
         order = self._orders.get(epoch)
         if order is None:
-            order = order_of(self.clips, self.seed, epoch)
+            order = self._draw(epoch)
             # Threads at other steps may replace the table meanwhile: what is returned must not be read from it again.
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: order}
         return order
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        """The clips of an epoch in their order."""
+        return order_of(self.clips, self.seed, epoch)
 
     def id(self, step: int, row: int) -> int:
         """Index of the clip in a row of the batch at `step`."""
@@ -82,13 +86,48 @@ class Draws:
         return getattr(self._generator, name)
 
 
+class BucketPlan(BatchPlan):
+    """A BatchPlan whose batches hold clips of one bucket each.
+
+    buckets: int [N], the bucket of each of `indices`. In an epoch each bucket's clips are drawn into whole batches, of
+    which the order is drawn too; the few that are left over, others in each epoch, are passed over.
+    """
+
+    def __init__(self, indices: np.ndarray, buckets: np.ndarray, batch_size: int, seed: int):
+        self.of_bucket = by_bucket(np.arange(len(indices)), buckets)
+        if small := [len(places) for places in self.of_bucket if len(places) < batch_size]:
+            raise UserError(
+                "train.batch_size", batch_size, f"more than the {min(small)} clips of a size of data.buckets",
+                "use at most that, fewer sizes, or add clips",
+            )  # fmt: skip
+        super().__init__(indices, batch_size, seed)
+        self.batches = sum(len(places) // batch_size for places in self.of_bucket)
+        self.clips = self.batches * batch_size  # of an epoch
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        rng, batches = np.random.default_rng((self.seed, 0, epoch)), []
+        for places in self.of_bucket:
+            whole = rng.permutation(places)[: len(places) // self.batch_size * self.batch_size]
+            batches.append(whole.reshape(-1, self.batch_size))
+        return rng.permutation(np.concatenate(batches)).ravel()
+
+
+def by_bucket(indices: np.ndarray, buckets: np.ndarray | None) -> list[np.ndarray]:
+    """The indices, int [N], of each bucket there is; buckets: int [N], or None, where all are in one."""
+    return [indices] if buckets is None else [indices[buckets == bucket] for bucket in np.unique(buckets)]
+
+
 class FixedPlan:
     """The same batches whenever they are asked for: of indices, int [N], in their order, the last one filled up from
-    the first on. Every window is drawn once and for all, and is none that training draws."""
+    the first on. Every window is drawn once and for all, and is none that training draws.
 
-    def __init__(self, indices: np.ndarray, batch_size: int, seed: int):
-        self.batch_size, self.seed, self.batches = batch_size, seed, -(-len(indices) // batch_size)
-        self._indices = np.resize(indices, self.batches * batch_size)
+    buckets: int [N], the bucket of each, where a batch must be of one; each bucket has its own last batch.
+    """
+
+    def __init__(self, indices: np.ndarray, batch_size: int, seed: int, buckets: np.ndarray | None = None):
+        parts = by_bucket(indices, buckets)
+        self._indices = np.concatenate([np.resize(x, -(-len(x) // batch_size) * batch_size) for x in parts])
+        self.batch_size, self.seed, self.batches = batch_size, seed, len(self._indices) // batch_size
 
     def id(self, step: int, row: int) -> int:
         return int(self._indices[step * self.batch_size + row])

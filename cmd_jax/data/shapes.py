@@ -65,6 +65,7 @@ class ShapesSource:
         choose("data.split", split, SPLITS)
         self.clips, self.frames, self.height, self.width = int(clips), int(frames), int(height), int(width)
         self.seed, self.split = int(seed), split
+        self.buckets = np.zeros(self.clips, np.uint8)  # all are of one size
         self.class_names, self.bad = list(CLASS_NAMES), {}
         self.has_texts = True
         self.labels = np.arange(self.clips, dtype=np.int32) % np.int32(len(CLASS_NAMES))

@@ -5,6 +5,7 @@ from pathlib import Path
 from cmd_jax.data.dataset import DatasetSource
 from cmd_jax.data.folder import FolderSource
 from cmd_jax.data.shapes import ShapesSource
+from cmd_jax.data.sizes import sizes_of
 from cmd_jax.errors import choose
 
 Source = ShapesSource | FolderSource | DatasetSource
@@ -17,6 +18,7 @@ def open_source(data, cache: Path | None = None) -> Source:
     if data.source == "shapes":
         return ShapesSource(clips=data.clips, seed=data.seed, **shape)
     files = {"stride": data.stride, "fps": data.fps, "max_bad_fraction": data.max_bad_fraction}
+    files["further_sizes"] = sizes_of(data)[1:]
     if data.source == "dataset":
         return DatasetSource(data.root, **shape, **files)
     return FolderSource(

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from cmd_jax.data import timing, video
+from cmd_jax.data.sizes import Size, nearest_size, sizes
 from cmd_jax.data.supervised import LARGEST_PAYLOAD, Supervised, serve
 
 COMMAND = (sys.executable, "-m", "cmd_jax.ingest.decoder")
@@ -24,13 +25,15 @@ COMMAND = (sys.executable, "-m", "cmd_jax.ingest.decoder")
 class Cut(NamedTuple):
     """What becomes of every clip.
 
-    height, width: that frames are fitted to. fps: frames a second, by their time stamps; 0: all there are. codec: raw,
+    height, width: that frames are fitted to, or the one of these and the further sizes `buckets`, like "512x512", that
+    is nearest to the clip's aspect. fps: frames a second, by their time stamps; 0: all there are. codec: raw,
     jpeg or png; quality: of jpeg, 1 to 100. frames: most of a record, the middle ones of a longer clip; 0: any number.
     needed: a clip with fewer is not used. pixels: larger frames are refused before anything is allocated for them.
     """
 
     height: int
     width: int
+    buckets: str
     fps: float
     codec: str
     quality: int
@@ -38,23 +41,29 @@ class Cut(NamedTuple):
     needed: int
     pixels: int
 
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        return sizes(self.height, self.width, self.buckets)
+
 
 class Clip(NamedTuple):
     """What a record holds of a clip.
 
     parts: its frames as files of the codec; of raw, one part, uint8 [T,H,W,3]. fps: frames a second, 0 if not known.
-    whole: frames that the clip had, of which `frames` were kept. cpu: seconds that it took.
+    whole: frames that the clip had, of which `frames` were kept. bucket: which of the cut's sizes they have. cpu:
+    seconds that it took.
     """
 
     frames: int
     parts: Sequence[bytes | memoryview]
     fps: float
     whole: int
+    bucket: int
     cpu: float
 
     def pixels(self, cut: Cut) -> np.ndarray:
         """uint8 [T,H,W,3]."""
-        return decoded(self.parts, cut.codec, cut.height, cut.width)
+        return decoded(self.parts, cut.codec, *cut.sizes[self.bucket])
 
 
 class BadClip(Exception):
@@ -78,16 +87,17 @@ class Decoder:
             raise BadClip(answer["error"])
         edges = itertools.accumulate(answer["sizes"], initial=0)
         parts = [memoryview(payload)[a:b] for a, b in itertools.pairwise(edges)]
-        return Clip(answer["frames"], parts, answer["fps"], answer["whole"], answer["cpu"])
+        return Clip(answer["frames"], parts, answer["fps"], answer["whole"], answer["bucket"], answer["cpu"])
 
     def _is_clip(self, answer: dict) -> bool:
-        frames, whole, fps, cpu, sizes = (answer.get(key) for key in ("frames", "whole", "fps", "cpu", "sizes"))
-        numbers = [frames, whole, *sizes] if isinstance(sizes, list) else [None]
-        if any(type(n) is not int or n < 0 for n in numbers) or {type(fps), type(cpu)} != {float}:
+        frames, whole, bucket, lengths = (answer.get(key) for key in ("frames", "whole", "bucket", "sizes"))
+        numbers = [frames, whole, bucket, *lengths] if isinstance(lengths, list) else [None]
+        if any(type(n) is not int or n < 0 for n in numbers) or bucket >= len(self.cut.sizes):
             return False
-        raw = frames * self.cut.height * self.cut.width * 3
-        fits = sizes == [raw] if self.cut.codec == "raw" else len(sizes) == frames
-        return fits and sum(sizes) == answer.get("payload", 0)
+        raw = 3 * math.prod((frames, *self.cut.sizes[bucket]))
+        fits = lengths == [raw] if self.cut.codec == "raw" else len(lengths) == frames
+        measured = {type(answer.get("fps")), type(answer.get("cpu"))} == {float}
+        return measured and fits and sum(lengths) == answer.get("payload", 0)
 
     def stop(self):
         """From another thread."""
@@ -128,24 +138,25 @@ def handle(request: dict, progress: Callable[[], None]) -> tuple[dict, list[byte
     begun, path, cut = time.process_time(), request["path"], Cut(*request["cut"])
     wanted = None
     for _ in range(2):
-        count, kept, wanted, fps = _pass(path, cut, wanted, progress)
+        count, kept, wanted, fps, bucket = _pass(path, cut, wanted, progress)
         if wanted == (right := middle(count, cut.frames)):
             break
         wanted = right
     else:
         raise video.VideoError("gives other frames when it is decoded again")
-    sizes = [len(frame) for frame in kept]
-    answer = {"frames": len(kept), "whole": count, "fps": fps, "sizes": [sum(sizes)] if cut.codec == "raw" else sizes}
+    lengths = [len(frame) for frame in kept]
+    answer = {"frames": len(kept), "whole": count, "bucket": bucket, "fps": fps}
+    answer["sizes"] = [sum(lengths)] if cut.codec == "raw" else lengths
     return answer | {"cpu": time.process_time() - begun}, kept
 
 
 def _pass(path: str, cut: Cut, wanted: range | None, progress: Callable[[], None]):
-    """-> (frames of the clip, those that are wanted, encoded, the places of these, frames a second).
+    """-> (frames of the clip, those that are wanted, encoded, the places of these, frames a second, their bucket).
 
     wanted: None where it is to be guessed.
     """
     kept, count, held, last, image = [], 0, 0, None, b""
-    decoded_frames = 0
+    decoded_frames, fitter, bucket = 0, None, 0
 
     def told(frames):
         nonlocal decoded_frames
@@ -158,11 +169,14 @@ def _pass(path: str, cut: Cut, wanted: range | None, progress: Callable[[], None
         if wanted is None:
             guess = middle(_promised(stream, cut.fps), cut.frames) if cut.frames else range(0)
             wanted = guess or range(cut.frames or sys.maxsize)
-        fitter = video.Fitter(stream, cut.height, cut.width)
         frames = told(video.steady(video.decode(container, stream)))
         for index, frame in timing.at_rate(frames, stream, cut.fps) if cut.fps else enumerate(frames):
             if count in wanted:
                 if index != last:
+                    if fitter is None:
+                        shown = np.array(video.shown(stream, frame)[:2])[:, None]
+                        bucket = int(nearest_size(*shown, cut.sizes)[0])
+                        fitter = video.Fitter(stream, *cut.sizes[bucket])
                     image, last = encoded(fitter(frame), cut), index
                 kept.append(image)
                 held += len(kept[-1])
@@ -174,7 +188,7 @@ def _pass(path: str, cut: Cut, wanted: range | None, progress: Callable[[], None
             raise video.VideoError(shortage)
         fps = cut.fps or float(stream.average_rate or 0)
     wanted = range(wanted.start, min(wanted.stop, count))
-    return count, kept, wanted, fps
+    return count, kept, wanted, fps, bucket
 
 
 def _promised(stream, fps: float) -> int:

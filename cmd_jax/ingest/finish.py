@@ -55,6 +55,7 @@ def index_of(plan: Plan, facts: list[dict]) -> dict[str, np.ndarray]:
     counts, sizes   int64 [shards]: records, and bytes
     sha256          uint8 [shards, 32]
     length          int32 [N]: frames of a record
+    bucket          uint8 [N]: which of the cut's sizes it has
     label           int32 [N]: number of a listed class, or -1
     key             uint64 [N]: what a validation split goes by
     text_count      int32 [N]
@@ -67,6 +68,7 @@ def index_of(plan: Plan, facts: list[dict]) -> dict[str, np.ndarray]:
         "sizes": np.array([fact["bytes"] for fact in facts], np.int64),
         "sha256": np.array([list(bytes.fromhex(fact["sha256"])) for fact in facts], np.uint8).reshape(-1, 32),
         "length": np.array([n for fact in facts for n in fact["lengths"]], np.int32),
+        "bucket": np.array([b for fact in facts for b in fact["buckets"]], np.uint8),
         "label": np.asarray(entries.label, np.int32)[places],
         "key": keys_of(entries.names.take(places)),
         "text_count": np.diff(entries.text_edges)[places].astype(np.int32),
@@ -87,7 +89,7 @@ def features_of(plan: Plan):
     import tensorflow_datasets as tfds
 
     cut, text = plan.cut, tfds.features.Text()
-    shape, kind = (cut.height, cut.width, 3), tfds.features
+    kind, shape = tfds.features, (None, None, 3) if cut.buckets else (cut.height, cut.width, 3)
     if cut.codec == "raw":
         video = kind.Tensor(shape=(None, *shape), dtype=np.uint8, encoding="bytes")
     else:

@@ -20,6 +20,7 @@ from cmd_jax.data.packed import Entries, Listing
 from cmd_jax.data.records import VERSION, Shards
 from cmd_jax.data.roots import Entry, check_root
 from cmd_jax.data.shapes import ShapesSource
+from cmd_jax.data.sizes import as_text, sizes_of
 from cmd_jax.data.webvid import is_list, lists_of
 from cmd_jax.errors import UserError, choose
 from cmd_jax.files import COUNT, read_json, temporary_prefix, write_json
@@ -199,8 +200,9 @@ def _cut(config) -> dict:
         raise UserError("ingest.frames", ingest.frames, problem, f"use at least {needed}, or 0 for all")
     quality = ingest.quality if ingest.codec == "jpeg" else 0
     fps = float(data.get("fps", 0.0))
+    buckets = as_text(sizes_of(data)[1:])
     return Cut(
-        data.height, data.width, fps, ingest.codec, quality, ingest.frames, needed, ingest.pixels
+        data.height, data.width, buckets, fps, ingest.codec, quality, ingest.frames, needed, ingest.pixels
     )._asdict()  # fmt: skip
 
 

@@ -3,16 +3,17 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from cmd_jax.data import records
+from cmd_jax.data.dataset import video_name
 from cmd_jax.data.roots import stat_inside
 from cmd_jax.errors import UserError
-from cmd_jax.ingest.decoder import BadClip, Clip, Decoder, encoded
+from cmd_jax.ingest.decoder import BadClip, Clip, Cut, Decoder, encoded
 from cmd_jax.ingest.plan import Plan, generated
 
 
@@ -57,7 +58,7 @@ class Generated:
         video, *_ = self.source.clip(place, np.random.default_rng(place))
         parts = [encoded(Image.fromarray(frame), self.cut) for frame in video]
         parts = [b"".join(parts)] if self.cut.codec == "raw" else parts
-        return Clip(len(video), parts, 0.0, len(video), time.thread_time() - begun)
+        return Clip(len(video), parts, 0.0, len(video), 0, time.thread_time() - begun)
 
     def stop(self):
         """A clip takes no time."""
@@ -79,6 +80,14 @@ def finished(plan: Plan, k: int) -> dict | None:
     return facts
 
 
+def video_of(clip: Clip, cut: Cut) -> dict[str, Sequence]:
+    """The features of a clip's frames; those of bytes have a shape where it is not the same for all, as TFDS wants."""
+    name = video_name(cut.codec, cut.buckets)
+    if name == "video":
+        return {name: clip.parts}
+    return {name: clip.parts, "video/shape": (clip.frames, *cut.sizes[clip.bucket], 3)}
+
+
 def write_shard(plan: Plan, k: int, reader: Files | Generated, told: Callable[[str], None] = lambda reason: None):
     """Write shard k, unless it is finished -> its facts.
 
@@ -86,7 +95,7 @@ def write_shard(plan: Plan, k: int, reader: Files | Generated, told: Callable[[s
 
         plan        the plan's id
         clips       how many it was to have
-        lengths     frames of each record
+        lengths     frames of each record; buckets: which of the cut's sizes it has
         seconds     of each record, 0 where its frames a second are not known
         whole       frames of each clip, of which a record has all or the middle ones
         bad         name -> why it was left out; bad_places: the places of these in the shard
@@ -107,15 +116,8 @@ def write_shard(plan: Plan, k: int, reader: Files | Generated, told: Callable[[s
                 told(str(error))
                 continue
             clips.append(clip._replace(parts=()))
-            yield records.example(
-                {
-                    "video": clip.parts,
-                    "label": int(plan.entries.label[place]),
-                    "name": entry.name,
-                    "texts": entry.texts,
-                    "fps": clip.fps,
-                }
-            )
+            features = video_of(clip, plan.cut) | {"label": int(plan.entries.label[place]), "fps": clip.fps}
+            yield records.example(features | {"name": entry.name, "texts": entry.texts})
             told("")
 
     def facts() -> dict:
@@ -123,6 +125,7 @@ def write_shard(plan: Plan, k: int, reader: Files | Generated, told: Callable[[s
             "plan": plan.id,
             "clips": len(places),
             "lengths": [clip.frames for clip in clips],
+            "buckets": [clip.bucket for clip in clips],
             "whole": [clip.whole for clip in clips],
             "seconds": [round(clip.frames / clip.fps, 3) if clip.fps else 0.0 for clip in clips],
             "bad": {plan.entries.names[place]: reason for place, reason in bad.items()},

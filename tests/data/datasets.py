@@ -34,13 +34,21 @@ def write_records(out, clips, class_names=(), *, codec="raw", split="train", sha
             for v, label, name, texts in part
         )
         facts.append(write_shard(made, k, records, dict))
-    fields = {"height": shape[0], "width": shape[1], "fps": 0.0, "codec": codec, "class_names": list(class_names)}
+    fields = {
+        "height": shape[0],
+        "width": shape[1],
+        "buckets": "",
+        "fps": 0.0,
+        "codec": codec,
+        "class_names": list(class_names),
+    }
     plan = {"id": "0" * 64, "fields": fields | {"clips": len(clips), "bad": {}} | (plan or {})}
     index = {
         "counts": np.array([len(part) for part in parts]),
         "sizes": np.array([fact["bytes"] for fact in facts]),
         "sha256": np.array([list(bytes.fromhex(fact["sha256"])) for fact in facts], np.uint8),
         "length": np.array([len(v) for v, *_ in clips], np.int32),
+        "bucket": np.zeros(len(clips), np.uint8),
         "label": np.array([label for _, label, *_ in clips], np.int32),
         "key": np.arange(len(clips), dtype=np.uint64),
         "text_count": np.array([len(texts) for *_, texts in clips], np.int32),

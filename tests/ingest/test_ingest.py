@@ -11,6 +11,7 @@ from data.folders import names
 from ingest.datasets import LIMITS, config, digests, ingested, records_of
 
 from cmd_jax.data.folder import FolderSource
+from cmd_jax.data.sources import open_source
 from cmd_jax.data.splits import keys_of
 from cmd_jax.errors import UserError
 from cmd_jax.ingest import engines
@@ -193,3 +194,26 @@ def test_generated_clips_are_ingested_too(tmp_path, capsys):
     assert len(source) == 5 and source[3]["texts"] == [b"a red circle moving down"]
     assert len(digests(tmp_path)) == 3
     assert "5 clips" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("codec", ["raw", "jpeg"])
+def test_clips_of_several_sizes(tmp_path, codec):
+    shapes = {"a": (24, 32), "b": (40, 40), "c": (60, 30)}
+    for name, (height, width) in shapes.items():
+        write_clip(tmp_path / f"in/{name}.mp4", quarters(6, height, width))
+    sizes = {"data__buckets": "24x24,32x16"}
+    folder_config = config(tmp_path / "in", ingest__codec=codec, **sizes)
+    ingested(folder_config, tmp_path / "out")
+    of_dataset = config(tmp_path / "out", data__source="dataset", **sizes)
+    source, dataset = open_source(folder_config.data), open_source(of_dataset.data)
+    assert source.buckets.tolist() == dataset.buckets.tolist() == [0, 1, 2]
+    example = tfds.data_source("clips", split="train", data_dir=tmp_path / "out")
+    for i in range(3):
+        video, *_ = source.clip(i, np.random.default_rng(i))
+        read, *_ = dataset.clip(i, np.random.default_rng(i))
+        assert video.shape == read.shape == (4, *((24, 32), (24, 24), (32, 16))[i], 3)
+        assert np.abs(video.astype(int) - read).max() <= (0 if codec == "raw" else 60)
+        assert np.stack(list(example[i]["video"])).shape == (6, *video.shape[1:])
+    with pytest.raises(UserError) as raised:
+        open_source(config(tmp_path / "out", data__source="dataset").data)
+    assert raised.value.field == "data.buckets"
