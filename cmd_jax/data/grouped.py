@@ -16,7 +16,7 @@ class Rows:
 
     def __init__(self):
         self._names, self._texts, self._number = Packer(), Packer(), {}
-        self._hashes, self._label, self._line = array("q"), array("i"), array("q")
+        self._hashes, self._label, self._line = array("q"), array("i"), array("I")
 
     def __len__(self) -> int:
         return len(self._line)
@@ -31,7 +31,7 @@ class Rows:
     def entries(self) -> Entries:
         """A clip a name, in the order in which they first appear, each with its different texts in their order.
 
-        May raise Conflict.
+        To be called once, at the end. May raise Conflict.
         """
         names, texts, labels = self._names.packed(), self._texts.packed(), Packed.of(self._number)
         label, first = np.array(self._label, np.int32), _first_equal(np.frombuffer(self._hashes, np.int64), names)

@@ -52,7 +52,7 @@ class Packer:
     """Texts that are being packed, one by one."""
 
     def __init__(self):
-        self._data, self._lengths = bytearray(), array("q")
+        self._data, self._lengths = bytearray(), array("I")
 
     def add(self, text: str):
         piece = text.encode("utf-8", "surrogateescape")
@@ -60,7 +60,9 @@ class Packer:
         self._lengths.append(len(piece))
 
     def packed(self) -> Packed:
-        return Packed(np.frombuffer(self._data, np.uint8), _edges(self._lengths))
+        """To be called once, at the end."""
+        edges, self._lengths = _edges(self._lengths), None
+        return Packed(np.frombuffer(self._data, np.uint8), edges)
 
 
 def _edges(lengths) -> np.ndarray:
@@ -105,7 +107,7 @@ class Entries(Sequence[Entry]):
     def of(cls, entries: Iterable[Entry], labels: Iterable[str] = ()) -> "Entries":
         """labels: those to begin with, in their order. The entries are gone through once."""
         number = {name: i for i, name in enumerate(labels)}
-        names, texts, label, counts = Packer(), Packer(), array("i"), array("q")
+        names, texts, label, counts = Packer(), Packer(), array("i"), array("I")
         for name, of_name, captions in entries:
             names.add(name)
             label.append(-1 if of_name is None else number.setdefault(of_name, len(number)))

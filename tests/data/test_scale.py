@@ -108,10 +108,15 @@ def test_rows_come_in_the_order_of_their_names_first_ones():
     got = list(rows.entries())
     assert [(e.name, e.texts) for e in got] == [(name, tuple(texts)) for name, texts in expected.items()]
     assert all(entry.label == str(int(entry.name[1:]) % 5) for entry in got)
-    rows.add(1001, "n7", "t0", "other")
+
+
+def test_a_row_with_another_label_than_its_clip_s_first():
+    rows = grouped.Rows()
+    for line, (name, label) in enumerate([("a", "x"), ("b", None), ("a", "x"), ("b", "x"), ("a", None)], 2):
+        rows.add(line, name, "text", label)
     with pytest.raises(grouped.Conflict) as conflict:
         rows.entries()
-    assert conflict.value.args == (1001, "n7", "2", "other")
+    assert conflict.value.args == (5, "b", None, "x")
 
 
 @pytest.mark.slow
