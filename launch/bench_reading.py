@@ -30,8 +30,8 @@ from PIL import Image
 
 from cmd_jax import defaults
 from cmd_jax.data.pipeline import BatchPlan, batches, video_reader
-from cmd_jax.data.records import VERSION, Records, Shards, example, parse, write_shard
 from cmd_jax.data.sources import open_source
+from cmd_jax.data.store import begin_store, folder_of
 from cmd_jax.sharding import make_mesh
 
 CONFIG = Path(__file__).parents[1] / "configs/ucf101.py"
@@ -105,25 +105,18 @@ def of_videos(folder: Path, side: int, batch_size: int, keep: str, videos: dict)
 
 
 def of_latents(folder: Path, name: str, arrays: dict, count: int, batch_size: int) -> Iterator[Line]:
-    shards, rng = Shards(folder / "latents" / VERSION, "train", 4), np.random.default_rng(0)
-    sizes = {n: 2 * int(np.prod(shape)) for n, shape in arrays.items()}
-
-    def record(label: int) -> bytes:
-        return example(
-            {n: rng.integers(0, 256, size, np.uint8).tobytes() for n, size in sizes.items()} | {"label": label}
-        )
-
-    facts = [write_shard(shards, k, (record(i % 101) for i in range(count // 4)), dict) for k in range(4)]
-    paths = [shards.path(k) for k in range(4)]
-    records = Records(paths, [fact["bytes"] for fact in facts], [count // 4] * 4)
-
-    def read(index: int, rng) -> dict:
-        found = parse(records[index])
-        return {n: np.frombuffer(found[n][0], np.float16).reshape(shape) for n, shape in arrays.items()} | {
-            "label": np.int32(found["label"][0])
-        }
-
-    yield Line(f"{name}, float16", read, count, batch_size, sum(sizes.values()))
+    """From a store of random values, in four shards."""
+    rng, shard = np.random.default_rng(0), count // 4
+    plan = {
+        "made_of": {}, "made_with": {}, "class_names": [], "has_texts": False, "clips": count, "examples": count,
+        "held_out": 0, "shard": shard, "arrays": {n: {"dtype": "float16", "shape": [*x]} for n, x in arrays.items()},
+    }  # fmt: skip
+    order = lambda: (np.arange(count), np.arange(count, dtype=np.uint64))  # noqa: E731
+    store = begin_store(folder_of(folder, "cmd"), plan, order)
+    for k in range(4):
+        values = {n: rng.normal(size=(shard, *shape)) for n, shape in arrays.items()}
+        store.write(k, [values | {"label": np.arange(shard)}], str)
+    yield Line(f"{name}, float16", store.read, count, batch_size, sum(2 * np.prod(shape) for shape in arrays.values()))
 
 
 def rate(line: Line, mesh, seconds: float) -> float:
