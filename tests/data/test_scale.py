@@ -51,7 +51,7 @@ def write_index(shards: Shards, plan):
     np.savez(
         shards.index, counts=np.array([clips]), sizes=np.array([1]), sha256=np.zeros((1, 32), np.uint8), length=length,
         label=np.full(clips, -1, np.int32), key=np.arange(clips, dtype=np.uint64),
-        text_count=np.zeros(clips, np.int32), plan=told,
+        bucket=np.zeros(clips, np.uint8), text_count=np.zeros(clips, np.int32), plan=told,
     )  # fmt: skip
     (shards.folder / "dataset_info.json").write_text("{}")
 
