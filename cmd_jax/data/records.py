@@ -7,6 +7,7 @@ dataset_info.json. Reading needs neither TFDS nor TensorFlow.
 
 import bisect
 import contextlib
+import errno
 import glob
 import hashlib
 import os
@@ -105,15 +106,26 @@ def _write_file(shards: Shards, k: int, records: Iterable[bytes]) -> tuple[str, 
         writer = ArrayRecordWriter(str(temporary), OPTIONS)
         try:
             for record in records:
-                writer.write(record)
+                with _as_os_error():
+                    writer.write(record)
                 count += 1
         finally:
-            writer.close()
+            with _as_os_error():
+                writer.close()
         with open(temporary, "rb") as file:
             digest, size = hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size
         if done := finished(shards, k):
             raise _Quicker(done)
     return digest, size, count
+
+
+@contextlib.contextmanager
+def _as_os_error():
+    """ArrayRecord's word for a full disk and the like is RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(errno.EIO, str(error).partition(";")[0]) from error
 
 
 def remove_leftovers(path: Path):

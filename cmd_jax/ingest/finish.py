@@ -70,7 +70,7 @@ def index_of(plan: Plan, facts: list[dict]) -> dict[str, np.ndarray]:
         "length": np.array([n for fact in facts for n in fact["lengths"]], np.int32),
         "bucket": np.array([b for fact in facts for b in fact["buckets"]], np.uint8),
         "label": np.asarray(entries.label, np.int32)[places],
-        "key": keys_of(entries.names.take(places)),
+        "key": keys_of(map(entries.names.__getitem__, places.tolist())),
         "text_count": np.diff(entries.text_edges)[places].astype(np.int32),
         "plan": np.frombuffer(json.dumps({"id": plan.id, "fields": plan.fields}).encode(), np.uint8),
     }

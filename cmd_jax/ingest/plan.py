@@ -108,10 +108,10 @@ def make_plan(config, out: Path, keep_listing: bool = False) -> Plan:
     """
     data, folder = config.data, version_folder(out)
     fields = _cut(config) | {"format": FORMAT, "split": data.split, "versions": _versions()}
-    there = read_plan(folder, data.split)
+    there = read_plan(folder, data.split)  # until somebody removes it: the index of a finished split has it too
     if data.source == "folder":
         root = check_root(data.root)
-        fields["source"] = "folder"
+        fields |= {"source": "folder", "layout": data.layout, "fold": data.fold}
         listing = None if there and keep_listing else list_clips(root, data.layout, data.fold, data.split)
     else:
         root, listing = "", _generated_listing(generated(fields := fields | {"source": _generator(data)}))
@@ -133,8 +133,9 @@ def make_plan(config, out: Path, keep_listing: bool = False) -> Plan:
         least = -(-count // MOST_SHARDS)
         problem = f"makes more than {MOST_SHARDS} shards"
         raise UserError("ingest.shard_clips", config.ingest.shard_clips, problem, f"give {least} or more")
-    for other in [there] if there else []:
-        _compare(out, other.fields, fields, fields.keys() | other.fields.keys(), "was planned")
+    done = finished(folder).get(data.split)
+    for old in [*([there.fields] if there else []), *([done["fields"]] if done else [])]:
+        _compare(out, old, fields, fields.keys() | old.keys(), "was planned")
     for split, other in other_fields(folder, data.split).items():
         _compare(out, other, fields, SHARED, f"holds the split {split}, planned")
     if there is None or there.root != root:

@@ -40,7 +40,7 @@ def damage(root: Path, good: Path) -> dict[str, str]:
     put("random.mp4", random.Random(0).randbytes(20_000))
     put("pointer.mp4", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
     put("header.avi", data[:600])
-    put("half.avi", data[: len(data) // 3])
+    put("half.avi", data[: len(data) // 2])
     put("damaged.avi", data[: len(data) // 3] + bytes(len(data) // 2) + data[len(data) * 5 // 6 :])
     put("concat.mp4", b"ffconcat version 1.0\nfile /etc/hostname\n")
     put("playlist.mp4", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n")
@@ -51,7 +51,7 @@ def damage(root: Path, good: Path) -> dict[str, str]:
     write_huge_header(folder / "large.avi", 16_000, 16_000)
     first, second = (write_clip(root.parent / f"{side}.m1v", numbered(12, side, side)) for side in (48, 96))
     put("grows.m1v", first.read_bytes() + second.read_bytes())
-    (folder / "link.avi").symlink_to("/etc/hostname")
+    (folder / "lost.avi").symlink_to("nowhere.avi")
     (folder / "folder.avi").mkdir()
     os.mkfifo(folder / "pipe.avi")
     put("segfault.avi")
@@ -72,7 +72,7 @@ def damage(root: Path, good: Path) -> dict[str, str]:
         "huge.avi": "",
         "large.avi": "",
         "grows.m1v": "changes its frame size on the way (48x48 to 96x96)",
-        "link.avi": "is a symbolic link that leaves the data root",
+        "lost.avi": "is missing",
         "folder.avi": "is not a regular file",
         "pipe.avi": "is not a regular file",
         "segfault.avi": "crashes the decoder (signal SIGSEGV)",

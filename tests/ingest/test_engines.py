@@ -100,6 +100,22 @@ def test_a_failing_worker_stops_the_others_and_is_heard_of(folder, tmp_path, mon
     assert written == [0] and list(digests(tmp_path)) == ["train/00000"]
 
 
+FULL = """
+import resource, sys
+from cmd_jax.main import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # stands for a full disk
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_unfinished(folder, tmp_path):
+    flags = ["--config=folder:autoencoder", f"--source={folder}", f"--out={tmp_path}", "--config.data.frames=4"]
+    done = subprocess.run([sys.executable, "-c", FULL, "ingest", *flags], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("file=") and "too large" in done.stderr.splitlines()[-1]
+    assert not digests(tmp_path) and not [*tmp_path.glob("clips/1.0.0/*clips-*")]
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [

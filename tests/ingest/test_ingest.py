@@ -1,6 +1,7 @@
 """A folder of clips becomes a dataset: what it holds, what it leaves out, and what it refuses."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -19,6 +20,8 @@ from cmd_jax.ingest.decoder import decoded, middle
 from cmd_jax.ingest.finish import finish
 from cmd_jax.ingest.plan import make_plan
 from cmd_jax.main import main
+from cmd_jax.report.console import make_console
+from cmd_jax.report.ingest import report
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,7 @@ def test_another_plan_in_the_same_place_is_refused_by_the_field_that_differs(fol
     refused("codec=raw, and not jpeg", ingest__codec="jpeg", ingest__quality=90)
     refused("needed=4, and not 7", data__stride=2)
     refused("shard_clips=1, and not 2", ingest__shard_clips=2)
+    refused("layout=auto, and not classes", data__layout="classes")
     copied = shutil.copytree(folder, tmp_path / "copied")
     assert make_plan(config(copied), out).id == plan.id  # moved, but the same
     write_clip(copied / "b/more.avi")
@@ -175,6 +179,20 @@ def test_splits_share_a_dataset_if_their_classes_are_the_same(tmp_path):
     shutil.rmtree(plan.folder / ".ingest")  # is not needed any more, but by who makes further splits
     with pytest.raises(UserError, match="class_names"):
         make_plan(config(root, data__split="val"), out)
+    with pytest.raises(UserError, match="codec=raw, and not png"):
+        make_plan(config(root, ingest__codec="png"), out)
+
+
+def test_names_that_are_no_utf8_are_names_too(tmp_path):
+    good, name = write_clip(tmp_path / "good.avi"), os.fsdecode(b"a/\xff.avi")
+    (tmp_path / "videos/a").mkdir(parents=True)
+    for path in (name, os.fsdecode(b"a/\xfe.avi")):
+        shutil.copy(good, tmp_path / "videos" / path)
+    (tmp_path / "videos" / path).write_bytes(b"")
+    plan, facts = ingested(config(tmp_path / "videos"), tmp_path / "out")
+    report(plan, facts, tmp_path / "out", make_console(quiet=True))
+    (row,) = records_of(plan, facts)
+    assert bytes(row["name"][0]) == b"a/\xff.avi" and facts[0]["bad"] == {path: "is empty (zero bytes)"}
 
 
 def test_too_many_bad_clips_are_an_error_in_the_end_and_the_shards_stay(folder, tmp_path):
