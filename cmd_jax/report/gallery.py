@@ -33,7 +33,8 @@ class Item:
 class Section:
     """A heading with items below it.
 
-    table: rows of scores, the first of them the head; the tables of all sections stand side by side on top of the page.
+    table: rows of scores, the first of them the head; the tables of all sections stand side by side on top of the page,
+    and what has no items stands only there.
     """
 
     title: str
@@ -132,7 +133,8 @@ def score_table(section: Section, number: int) -> str:
     lines = ["".join(f"<th>{text(cell)}</th>" for cell in head)]
     lines += ["".join(f"<td>{text(cell)}</td>" for cell in row) for row in rows]
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    caption = f'<caption dir="auto"><a href="#s{number}">{text(section.title)}</a></caption>'
+    title = f'<a href="#s{number}">{text(section.title)}</a>' if section.items else text(section.title)
+    caption = f'<caption dir="auto">{title}</caption>'
     return f"<div><table>{caption}\n{body}</table></div>\n"
 
 
@@ -147,6 +149,8 @@ def write_gallery(path, title: str, sections: Sequence[Section], note: str = "")
     tables = "".join(score_table(s, i) for i, s in enumerate(sections) if s.table)
     parts = []
     for i, section in enumerate(sections):
+        if section.table and not section.items:
+            continue
         figures = [figure(item, folder) for item in section.items]
         shapes = sorted(shape for _, shape in figures if shape)
         # Cards wide enough for 150 pixels of height, the two halves of an item side by side.

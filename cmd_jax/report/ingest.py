@@ -141,5 +141,5 @@ def numbers_section(summary: dict) -> Section:
 
 def quarantine_section(bad: dict[str, str]) -> Section:
     rows = [*itertools.islice(bad.items(), NAMED)]
-    more = f"the first {NAMED} of {len(bad):,}; all are in the JSON file" if len(bad) > NAMED else ""
-    return Section("Left out", (), more, table=[("file", "why"), *rows])
+    more = f": the first {NAMED} of {len(bad):,}; all are in the JSON file" if len(bad) > NAMED else ""
+    return Section(f"Left out{more}", (), table=[("file", "why"), *rows])
