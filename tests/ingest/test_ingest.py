@@ -1,7 +1,9 @@
 """A folder of clips becomes a dataset: what it holds, what it leaves out, and what it refuses."""
 
+import io
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -10,6 +12,7 @@ import tensorflow_datasets as tfds
 from data.clip_files import numbered, numbers, quarters, write_clip, write_sound
 from data.folders import names
 from ingest.datasets import LIMITS, config, digests, ingested, records_of
+from rich.console import Console
 
 from cmd_jax.data.folder import FolderSource
 from cmd_jax.data.sources import open_source
@@ -18,10 +21,11 @@ from cmd_jax.errors import UserError
 from cmd_jax.ingest import engines
 from cmd_jax.ingest.decoder import decoded, middle
 from cmd_jax.ingest.finish import finish
-from cmd_jax.ingest.plan import make_plan
+from cmd_jax.ingest.plan import make_plan, source_of
 from cmd_jax.main import main
+from cmd_jax.report import ingest as reporting
 from cmd_jax.report.console import make_console
-from cmd_jax.report.ingest import report
+from cmd_jax.report.ingest import Note, report
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +185,29 @@ def test_splits_share_a_dataset_if_their_classes_are_the_same(tmp_path):
         make_plan(config(root, data__split="val"), out)
     with pytest.raises(UserError, match="codec=raw, and not png"):
         make_plan(config(root, ingest__codec="png"), out)
+
+
+def test_progress_is_a_line_now_and_then(monkeypatch):
+    monkeypatch.setattr(reporting, "NOTE_EVERY", 0)
+    said = io.StringIO()
+    with Note(Console(file=said), 4) as note:
+        note.clip("")
+        note.clip("is empty")
+    first, second = said.getvalue().splitlines()
+    assert first.startswith("1 of 4 clips, ") and "left out" not in first
+    assert re.fullmatch(r"2 of 4 clips, [\d,.]+ clips/s, 1 left out, 0:00:00 left", second)
+
+
+def test_a_list_is_a_source_by_its_folder(tmp_path):
+    for name in ("metadata.csv", "results_train.csv", "results_val.csv"):
+        (tmp_path / name).write_text("videoid,contentUrl,duration,page_dir,name\n")
+    lists = {name: tmp_path / f"results_{name}.csv" for name in ("train", "val")}
+    assert source_of(str(tmp_path), "train") == (str(tmp_path), None)
+    assert source_of(str(tmp_path / "metadata.csv"), "train") == (str(tmp_path), "metadata")
+    assert source_of(str(lists["val"]), "val") == (str(tmp_path), "webvid")
+    for path, split in ((lists["val"], "train"), (lists["train"], "all"), (tmp_path / "results_train.csv", "val")):
+        with pytest.raises(UserError, match="--source"):
+            source_of(str(path), split)
 
 
 def test_names_that_are_no_utf8_are_names_too(tmp_path):
