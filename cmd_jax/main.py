@@ -12,7 +12,7 @@ from cmd_jax.errors import Stopped, UserError, of_file, tell
 from cmd_jax.running.runtime import check_devices, keep_freed_memory
 from cmd_jax.verbs.flags import parse
 
-TOGETHER = ("train", "sample", "evaluate")  # what several processes do
+TOGETHER = ("train", "sample", "evaluate", "ingest")  # what several processes do
 
 
 def run(flags, overrides: dict[str, str]) -> int:
@@ -24,7 +24,7 @@ def run(flags, overrides: dict[str, str]) -> int:
         from cmd_jax.verbs.convert import convert
 
         return convert(flags)
-    if verb == "ingest":
+    if verb == "ingest" and not flags.encode:
         from cmd_jax.verbs.ingest import ingest
 
         return ingest(flags, overrides)
@@ -40,6 +40,11 @@ def run(flags, overrides: dict[str, str]) -> int:
     from cmd_jax.config import load, to_json
     from cmd_jax.running import distributed
 
+    name, more = verb, {}
+    if verb == "ingest":
+        from cmd_jax.verbs.ingest import encode_overrides
+
+        name, more, overrides = "encode", {"listed": bool(flags.source)}, encode_overrides(flags, overrides)
     config = load(flags.config, overrides)
     check_stage(verb, config.stage)
     cluster = flags.distributed, flags.coordinator, flags.num_processes, flags.process_id
@@ -49,7 +54,7 @@ def run(flags, overrides: dict[str, str]) -> int:
     remedy = "start every process with the same command and the same installation"
     distributed.agree({f"versions.{name}": version for name, version in versions().items()}, remedy)
     distributed.agree({"verb": verb, "workdir": str(workdir), **flat(to_json(config))}, remedy)
-    getattr(import_module(f"cmd_jax.verbs.{verb}"), verb)(config, workdir, end_process)
+    getattr(import_module(f"cmd_jax.verbs.{name}"), name)(config, workdir, end_process, **more)
     return 0
 
 
@@ -70,7 +75,7 @@ def device_counts(text: str | None) -> tuple[int, ...]:
 
 def check_stage(verb: str, stage: str):
     training = stage != "sample"
-    if (verb == "train") != training:
+    if (verb in ("train", "ingest")) != training:
         wanted = "autoencoder, content or motion" if verb == "train" else "sample"
         raise UserError("config", stage, f"`{verb}` takes another stage", f"use FILE:{wanted}")
 

@@ -15,7 +15,7 @@ from cmd_jax.builders import check_fits
 from cmd_jax.config import from_dict, to_json
 from cmd_jax.data.encoding import Encoder, Filler, measure
 from cmd_jax.data.latents import LatentStatistics
-from cmd_jax.data.pipeline import order_of, video_reader
+from cmd_jax.data.pipeline import Draws, order_of, video_reader
 from cmd_jax.data.sources import Source, open_source
 from cmd_jax.data.splits import Split, cut
 from cmd_jax.data.store import StoredClips, begin_store, folder_of, open_store
@@ -107,6 +107,8 @@ class Prepared(NamedTuple):
 
     def name_of(self, index: int) -> str:
         """The name of the clip at an index of an epoch."""
+        if isinstance(self.source, StoredClips):
+            return self.filler.store.name(index)
         return self.source.name(index % len(self.source))
 
 
@@ -124,15 +126,20 @@ def prepare(config, workdir: Path, mesh, console, resuming: bool) -> Prepared:
     if earlier.data and earlier.data.fingerprint != source.fingerprint:
         where, problem = config.data.root or config.data.source, "the dataset changed since this run was started"
         raise UserError("data", where, problem + ", or clips are read otherwise by another cmd_jax", ELSEWHERE)
+    prepared = prepare_stage(config, workdir, source, mesh, console, earlier)
+    if is_leader():
+        write_metadata(folder, prepared.metadata)
+    return prepared
+
+
+def prepare_stage(config, workdir: Path, source, mesh, console, earlier: Metadata) -> Prepared:
+    """What a stage needs, of a source that is open. earlier: what a resumed run began with."""
     split = Split.whole(len(source))
     if config.data.validation:
         split = cut(source.keys(), config.data.validation, config.data.validation_seed)
     metadata = Metadata(tuple(source.class_names), DataMetadata(source.fingerprint, len(split.train)))
-    prepare_stage = prepare_autoencoder if config.stage == "autoencoder" else prepare_denoiser
-    prepared = prepare_stage(config, workdir, source, split, mesh, console, metadata, earlier)
-    if is_leader():
-        write_metadata(folder, prepared.metadata)
-    return prepared
+    prepare_kind = prepare_autoencoder if config.stage == "autoencoder" else prepare_denoiser
+    return prepare_kind(config, workdir, source, split, mesh, console, metadata, earlier)
 
 
 def store_folder(config, workdir: Path) -> Path:
@@ -185,8 +192,8 @@ def prepare_autoencoder(
 
     encoding = Encoding(read, encode, space.params, {"frames": (config.latents.store_dtype, stage.video_shape[1:])})
     filler = fill_store(config, workdir, source, split, encoding, metadata, mesh, console)
-    count = len(filler.store)
-    return Prepared(stage, filler.store.read, count, split.of_examples(count), source, metadata, filler)
+    store = filler.store
+    return Prepared(stage, store.read, len(store), store.split_of(split), source, metadata, filler)
 
 
 def prepare_denoiser(
@@ -243,10 +250,10 @@ def prepare_denoiser(
         statistics = filler.statistics() if filler else sampled_statistics(config, split, encoding, mesh)
     stage = diffusion_stage(config, autoencoder, conditions, statistics, image_model)
     metadata = replace(metadata, statistics=stage.statistics)
-    count = len(source)
     if filler:
-        read, count = filler.store.read, len(filler.store)
-    return Prepared(stage, read, count, split.of_examples(count), source, metadata, filler)
+        store = filler.store
+        return Prepared(stage, store.read, len(store), store.split_of(split), source, metadata, filler)
+    return Prepared(stage, read, len(source), split, source, metadata)
 
 
 def open_autoencoder(path: Path, config, shardings, console) -> tuple[Trained, FrozenAutoencoder]:
@@ -286,7 +293,7 @@ class Encoding(NamedTuple):
         """Of windows by their numbers; each is of clip_of(number), from a start of its own."""
 
         def window(number: int) -> dict:
-            return self.read(clip_of(number), np.random.default_rng((config.latents.store_seed, 2, number)))
+            return self.read(clip_of(number), Draws((config.latents.store_seed, 2, number)))
 
         return Encoder(
             window, self.encode, self.params, mesh, config.rules,
@@ -324,7 +331,9 @@ def fill_store(
         return begin_store(store_folder(config, workdir), plan, arrays)
 
     store = leader_first(begin)
-    return Filler(store, encoding.encoder(config, lambda number: number % clips, mesh), source.name, console.print)
+    encoder = encoding.encoder(config, lambda number: number % clips, mesh)
+    name_of = None if isinstance(source, StoredClips) else source.name
+    return Filler(store, encoder, name_of, source.bad, console.print)
 
 
 def sampled_statistics(config, split: Split, encoding: Encoding, mesh) -> LatentStatistics:

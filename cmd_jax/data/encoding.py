@@ -90,11 +90,13 @@ def own(arrays: dict[str, jax.Array], count: int) -> dict[str, np.ndarray]:
 class Filler:
     """Fills a store by all processes in step, each group of them a shard at a time.
 
-    name_of(clip): to be kept beside its latents. report(line): how far it is.
+    name_of(clip): to be kept beside its latents. reasons: as of `LatentStore.write`. report(line): how far it is.
     """
 
-    def __init__(self, store: LatentStore, encoder: Encoder, name_of, report: Callable[[str], None]):
-        self.store, self.encoder, self.name_of, self.report = store, encoder, name_of, report
+    def __init__(
+        self, store: LatentStore, encoder: Encoder, name_of, reasons: dict[str, str], report: Callable[[str], None]
+    ):
+        self.store, self.encoder, self.name_of, self.reasons, self.report = store, encoder, name_of, reasons, report
         self.missing: set[int] = set(leader_alone(store.missing))
         self._begun, self._told, self._made = time.monotonic(), 0.0, 0
 
@@ -135,7 +137,7 @@ class Filler:
     def _make(self, shards: list[int]):
         rows = self.encoder([self.store.examples_of(k) for k in shards])
         if self.encoder.writes and self.encoder.group < len(shards):
-            self.store.write(shards[self.encoder.group], rows, self.name_of)
+            self.store.write(shards[self.encoder.group], rows, self.name_of, self.reasons)
         for _ in rows:  # to its end, as the others
             pass
         gather("")  # all are written

@@ -76,11 +76,11 @@ class Draws:
     """The numpy generator of a seed, made when something is drawn: to make it takes longer than to read latents."""
 
     def __init__(self, seed: tuple[int, ...]):
-        self._seed = seed
+        self.seed = seed
 
     @functools.cached_property
     def _generator(self) -> np.random.Generator:
-        return np.random.default_rng(self._seed)
+        return np.random.default_rng(self.seed)
 
     def __getattr__(self, name: str):
         return getattr(self._generator, name)

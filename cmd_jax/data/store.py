@@ -4,9 +4,11 @@ A store lies in DIR/KIND/1.0.0, KIND being `vae` (frames as the VAE makes them) 
 latents). Example e of its `clips` x `starts` is of clip e % clips, from a start that is drawn by (seed, 2, e). They lie
 in the order in which a first epoch takes them, so that training can start when the first shards are there. `plan.json`
 says what the values depend on, `order.npy` which example lies where, int32 [N], and `keys.npy` by what clips are held
-out, uint64 [clips]; the rest is as in records.py.
+out, uint64 [clips]; in the end `left_out.npy` has the examples that could not be read, int64. The rest is as in
+records.py.
 """
 
+import bisect
 import fcntl
 import hashlib
 import threading
@@ -18,6 +20,7 @@ import numpy as np
 
 from cmd_jax.data.latents import LatentStatistics, Sums
 from cmd_jax.data.records import VERSION, Records, Shards, example, finished, parse, write_dataset, write_shard
+from cmd_jax.data.splits import Split
 from cmd_jax.errors import UserError
 from cmd_jax.files import COUNT, atomic_path, read_json, write_json
 
@@ -27,6 +30,7 @@ PLAN = {
     "held_out": COUNT, "shard": range(1, 2**31), "order": str,
     "arrays": {...: {"dtype": str, "shape": [COUNT]}},
 }  # fmt: skip
+LEFT_OUT = -1  # the label of a window that could not be read
 STATISTICS_EXAMPLES = 10_000  # of a store's first shards: means come out to 1 % of a deviation
 OTHER = "give another latents.store, or remove this one"
 POLL = 0.05  # seconds
@@ -44,7 +48,7 @@ class LatentStore:
         self.shards = Shards(folder, SPLIT, -(-plan["examples"] // plan["shard"]))
         self.place = np.empty_like(order)
         self.place[order] = np.arange(len(order), dtype=order.dtype)
-        self._files: dict[int, Records] = {}
+        self._files: dict[int, tuple[Records, list[int]]] = {}
         self._abandoned = threading.Event()
 
     def __len__(self) -> int:
@@ -75,7 +79,8 @@ class LatentStore:
     def record(self, index: int) -> dict[str, list]:
         """The features of an example."""
         k, row = divmod(int(self.place[index]), self.plan["shard"])
-        return parse((self._files.get(k) or self._open(k))[row])
+        records, left_out = self._files.get(k) or self._open(k)
+        return parse(records[row - bisect.bisect(left_out, row)])
 
     def read(self, index: int, rng=None) -> dict[str, np.ndarray]:
         """Example `index` as an example of a batch: its arrays, and "label" int32 []."""
@@ -86,15 +91,28 @@ class LatentStore:
         }
         return arrays | {"label": np.int32(record["label"][0])}
 
-    def _open(self, k: int) -> Records:
+    def name(self, index: int) -> str:
+        """Of an example's clip."""
+        return bytes(self.record(index)["name"][0]).decode()
+
+    def _open(self, k: int) -> tuple[Records, list[int]]:
         while (facts := self.facts(k)) is None:
             if self._abandoned.wait(POLL):
                 raise RuntimeError("nobody fills the store any more")
-        return self._files.setdefault(k, Records([self.shards.path(k)], [facts["bytes"]], [facts["records"]]))
+        records = Records([self.shards.path(k)], [facts["bytes"]], [facts["records"]])
+        return self._files.setdefault(k, (records, facts["left_out"]))
 
     def abandon(self):
         """Nothing will be filled in any more: readers that wait for it raise."""
         self._abandoned.set()
+
+    def split_of(self, clips: Split) -> Split:
+        """The examples of a split of clips, of a complete store without those that were left out."""
+        parts = clips.of_examples(len(self))
+        if self.complete:
+            left_out = np.load(self.shards.folder / "left_out.npy")
+            parts = Split(*(part[~np.isin(part, left_out)] for part in parts))
+        return parts
 
     # Writing.
 
@@ -117,25 +135,37 @@ class LatentStore:
                 done.append(k)
         return held, done
 
-    def write(self, k: int, batches: Iterable[dict[str, np.ndarray]], name_of) -> dict:
-        """Write shard k -> its facts. batches: {name: [n, ...]} of its examples in their order; name_of(clip)."""
+    def write(self, k: int, batches: Iterable[dict[str, np.ndarray]], name_of, reasons: Mapping[str, str]) -> dict:
+        """Write shard k -> its facts.
+
+        batches: {name: [n, ...]} of its examples in their order. name_of(clip). reasons: name -> why a clip is left
+        out, which the label LEFT_OUT says.
+        """
         clips, held_out = self.plan["clips"], self.plan["held_out"] - k * self.plan["shard"]
-        arrays, sums = self.plan["arrays"], {}
+        arrays, sums, left_out, bad = self.plan["arrays"], {}, [], {}
 
         def records() -> Iterator[bytes]:
             examples = enumerate(self.examples_of(k).tolist())
             for batch in batches:
                 for row, (place, index) in zip(range(len(batch["label"])), examples, strict=False):
+                    name = name_of(index % clips)
+                    if batch["label"][row] == LEFT_OUT:
+                        left_out.append(place)
+                        bad[name] = reasons[name]
+                        continue
                     values = {name: self._stored(name, batch[name][row]) for name in arrays}
                     for name, x in values.items() if place >= held_out else ():
                         if x.dtype.kind == "f":
                             sums.setdefault(name, Sums()).add(x)
-                    told = {"label": int(batch["label"][row]), "name": name_of(index % clips)}
+                    told = {"label": int(batch["label"][row]), "name": name}
                     yield example({name: x.tobytes() for name, x in values.items()} | told)
 
-        facts = write_shard(self.shards, k, records(), lambda: {"sums": {n: x.as_json() for n, x in sums.items()}})
+        def facts() -> dict:
+            return {"sums": {n: x.as_json() for n, x in sums.items()}, "left_out": left_out, "bad": bad}
+
+        written = write_shard(self.shards, k, records(), facts)
         (self.shards.work / f"{k:05d}.lock").unlink(missing_ok=True)
-        return facts
+        return written
 
     def _stored(self, name: str, values: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -150,6 +180,9 @@ class LatentStore:
         if self.complete:
             return
         facts = [self.facts(k) for k in range(self.shards.count)]
+        left_out = [self.examples_of(k)[fact["left_out"]] for k, fact in enumerate(facts)]
+        with atomic_path(self.shards.folder / "left_out.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, np.concatenate(left_out).astype(np.int64))
         sizes = [fact["records"] for fact in facts], sum(fact["bytes"] for fact in facts)
         told = {name: self.plan[name] for name in ("made_of", "made_with", "class_names", "clips", "held_out")}
         description = "Latents of clips, made by cmd-jax."
@@ -277,6 +310,3 @@ class StoredClips:
 
     def keys(self) -> np.ndarray:
         return np.load(self.store.shards.folder / "keys.npy")
-
-    def name(self, index: int) -> str:
-        return bytes(self.store.record(index)["name"][0]).decode()

@@ -1,7 +1,7 @@
 """One pass from a video file to the frames of a record: decoded, converted, fitted and encoded, frame by frame.
 
 `Decoder` is the parent's side. `python -m cmd_jax.ingest.decoder` is the child (see `cmd_jax.data.supervised`), which
-is given a "path" and a "cut".
+is given a "path" and a "cut", and perhaps a "seed", which draws a window of the frames that are needed.
 """
 
 import io
@@ -80,9 +80,10 @@ class Decoder:
         self.cut = cut
         self.child = Supervised(command, timeout, cap, self._is_clip)
 
-    def read(self, path: str) -> Clip:
-        """Raises BadClip."""
-        answer, payload = self.child.ask({"path": path, "cut": self.cut})
+    def read(self, path: str, seed: Sequence[int] | None = None) -> Clip:
+        """The clip, or with a seed its window: cut.needed frames. Raises BadClip."""
+        drawn = {} if seed is None else {"seed": [*seed]}
+        answer, payload = self.child.ask({"path": path, "cut": self.cut, **drawn})
         if "error" in answer:
             raise BadClip(answer["error"])
         edges = itertools.accumulate(answer["sizes"], initial=0)
@@ -133,13 +134,25 @@ def middle(count: int, most: int) -> range:
     return range(first, min(count, first + most) if most else count)
 
 
+def window(count: int, needed: int, rng: np.random.Generator) -> range:
+    """The places of `needed` of `count` frames, from a start that is drawn as a FolderSource draws it."""
+    start = int(rng.integers(0, max(count - needed, 0) + 1))
+    return range(start, start + needed)
+
+
 def handle(request: dict, progress: Callable[[], None]) -> tuple[dict, list[bytes]]:
-    """Which frames are the middle ones is known at the end: it is guessed first, and where that fails, known then."""
+    """Which frames are wanted is known at the end: it is guessed first, and where that fails, known then."""
     begun, path, cut = time.process_time(), request["path"], Cut(*request["cut"])
     wanted = None
+
+    def choose(count: int) -> range:
+        if "seed" in request:
+            return window(count, cut.needed, np.random.default_rng(request["seed"]))
+        return middle(count, cut.frames)
+
     for _ in range(2):
-        count, kept, wanted, fps, bucket = _pass(path, cut, wanted, progress)
-        if wanted == (right := middle(count, cut.frames)):
+        count, kept, wanted, fps, bucket = _pass(path, cut, wanted, choose, progress)
+        if wanted == (right := choose(count)):
             break
         wanted = right
     else:
@@ -150,10 +163,12 @@ def handle(request: dict, progress: Callable[[], None]) -> tuple[dict, list[byte
     return answer | {"cpu": time.process_time() - begun}, kept
 
 
-def _pass(path: str, cut: Cut, wanted: range | None, progress: Callable[[], None]):
+def _pass(
+    path: str, cut: Cut, wanted: range | None, choose: Callable[[int], range], progress: Callable[[], None]
+):  # fmt: skip
     """-> (frames of the clip, those that are wanted, encoded, the places of these, frames a second, their bucket).
 
-    wanted: None where it is to be guessed.
+    wanted: None where it is to be guessed: choose(frames of the clip).
     """
     kept, count, held, last, image = [], 0, 0, None, b""
     decoded_frames, fitter, bucket = 0, None, 0
@@ -167,8 +182,8 @@ def _pass(path: str, cut: Cut, wanted: range | None, progress: Callable[[], None
 
     with video.open_video(path, cut.pixels) as (container, stream):
         if wanted is None:
-            guess = middle(_promised(stream, cut.fps), cut.frames) if cut.frames else range(0)
-            wanted = guess or range(cut.frames or sys.maxsize)
+            promised = _promised(stream, cut.fps) if cut.frames else 0
+            wanted = promised and choose(promised) or range(cut.frames or sys.maxsize)
         frames = told(video.steady(video.decode(container, stream)))
         for index, frame in timing.at_rate(frames, stream, cut.fps) if cut.fps else enumerate(frames):
             if count in wanted:

@@ -75,18 +75,22 @@ VERBS = {
         (CONFIG, WORKDIR, *CLUSTER),
     ),
     "ingest": Verb(
-        "decode clips once, into a dataset that TFDS reads too",
+        "decode clips once, into a dataset that TFDS reads too, or latents of them into a store",
         "--config=ucf101:autoencoder --source=UCF-101 --out=data/ucf101\n"
         "         cmd-jax ingest --config=webvid --source=webvid --out=data/webvid --part=1/500\n"
         "         cmd-jax ingest --config=webvid --source=webvid --out=data/webvid"
-        " --beam=FlinkRunner --beam.flink_master=HOST:8081",
+        " --beam=FlinkRunner --beam.flink_master=HOST:8081\n"
+        "         cmd-jax ingest --config=webvid:content --source=webvid --encode=cmd --workdir=runs/webvid",
         (
             CONFIG,
             Flag("source", "DIR|CSV", "the clips; without it those of data.source"),
-            Flag("out", "DIR", "required; where the dataset grows, a split at a time (data.split)", needed=True),
+            Flag("out", "DIR", "where the dataset grows, a split at a time (data.split); of latents: latents.store"),
             Flag("workers", "N", "decoders at a time; default: the cores", type=int, default=0),
             Flag("part", "I/N", "write the I-th of N parts of the shards; whoever ends last finishes the dataset"),
             Flag("beam", "RUNNER", "write them with Apache Beam; its own flags: --beam.FLAG=VALUE"),
+            Flag("encode", "vae|cmd", "keep latents instead, those that the stage of the config is trained on"),
+            Flag("workdir", "DIR", "of --encode: where the autoencoder is"),
+            *CLUSTER,
         ),
         passed="--beam.",
     ),

@@ -13,6 +13,8 @@ from cmd_jax.ingest.shard import Limits, finished
 from cmd_jax.report.console import make_console
 from cmd_jax.report.ingest import Note, report
 
+KINDS = {"vae": ("autoencoder",), "cmd": ("content", "motion")}
+
 
 def ingest(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     """Write the shards of the flags' part that are not there yet, and if then all are there, finish the split -> 0."""
@@ -46,6 +48,10 @@ def ingest(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 def check_engine(flags: argparse.Namespace):
     """UserError where the flags name two engines, or one that is not installed."""
+    if not flags.out:
+        raise UserError("--out", "", "missing", "see cmd-jax ingest --help")
+    if flags.workdir:
+        raise UserError("--workdir", flags.workdir, "is for --encode", "leave it out")
     if flags.workers < 0:
         raise UserError("--workers", flags.workers, "not a number of decoders", "give one, or leave it out")
     if flags.passed and not flags.beam:
@@ -66,3 +72,29 @@ def source_overrides(source: str, overrides: dict[str, str], split: str) -> dict
             raise UserError("--source", source, f"--config.{name} is given too", "give one of the two")
     root, layout = source_of(source, split)
     return {"data.source": "folder", "data.root": root} | ({"data.layout": layout} if layout else {})
+
+
+def encode_overrides(flags: argparse.Namespace, overrides: dict[str, str]) -> dict[str, str]:
+    """With what the flags set of the config. UserError for flags that do not go together."""
+    kinds = KINDS.get(flags.encode)
+    if kinds is None:
+        raise UserError("--encode", flags.encode, "no such latents", f"use {' or '.join(KINDS)}")
+    for name in ("part", "beam", "workers"):
+        if getattr(flags, name):
+            raise UserError(f"--{name}", getattr(flags, name), "is not for --encode", "start more processes instead")
+    if not flags.workdir:
+        raise UserError("--workdir", "", "missing", "give the folder of the trained autoencoder")
+    stage = load(flags.config, overrides).stage
+    if stage not in kinds:
+        raise UserError("--encode", flags.encode, f"is not what the {stage} stage is trained on",
+                        f"use --config=FILE:{kinds[0]}")  # fmt: skip
+    if flags.out:
+        if "latents.store" in overrides:
+            raise UserError("--out", flags.out, "--config.latents.store is given too", "give one of the two")
+        overrides = overrides | {"latents.store": flags.out}
+    if flags.source:
+        if flags.encode == "vae":
+            problem = "straight from clips go only --encode=cmd"
+            raise UserError("--source", flags.source, problem, "set --config.data.root instead")
+        overrides |= source_overrides(flags.source, overrides, load(flags.config, overrides).data.split)
+    return overrides

@@ -47,7 +47,7 @@ def store_of(folder, encoder, **changes):
     told = plan(arrays=arrays, clips=CLIPS, examples=WINDOWS, shard=SHARD) | changes
     store = begin_store(folder_of(folder, "cmd"), told, lambda: (order_of(WINDOWS, 0, 0), KEYS))
     lines = []
-    return Filler(store, encoder, str, lines.append), lines
+    return Filler(store, encoder, str, {}, lines.append), lines
 
 
 def read(filler, plan, stop, **options):

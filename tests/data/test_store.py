@@ -39,7 +39,7 @@ def filled(folder, *shards, **changes):
     store = begin_store(folder, plan(**changes), lambda: (ORDER, KEYS))
     for k in shards:
         indices = store.examples_of(k)
-        store.write(k, (values(part) for part in np.array_split(indices, 2)), "clip{}".format)
+        store.write(k, (values(part) for part in np.array_split(indices, 2)), "clip{}".format, {})
     return store
 
 
@@ -85,7 +85,7 @@ def test_a_complete_store_stands_for_its_clips(folder):
     clips = StoredClips(filled(folder, 0, 1))
     assert (len(clips), clips.fingerprint, clips.class_names, clips.has_texts) == (3, "f", ("a", "b"), False)
     assert np.array_equal(clips.keys(), KEYS)
-    assert [clips.name(i) for i in range(3)] == ["clip0", "clip1", "clip2"]
+    assert [clips.store.name(i) for i in range(3)] == ["clip0", "clip1", "clip2"]
 
 
 def test_a_shard_is_made_once(folder):
@@ -163,7 +163,7 @@ def test_half_precision_is_kept_and_summed_as_such(folder):
 def test_what_half_precision_cannot_hold_is_refused(folder):
     store = begin_store(folder, plan("float16"), lambda: (ORDER, KEYS))
     with pytest.raises(UserError) as error:
-        store.write(0, [values(store.examples_of(0), scale=1e3)], str)
+        store.write(0, [values(store.examples_of(0), scale=1e3)], str, {})
     assert (error.value.field, error.value.value) == ("latents.store_dtype", "float16")
     assert store.missing() == [0, 1] and not store.shards.path(0).exists()
 
