@@ -148,16 +148,16 @@ class LatentStore:
             examples = enumerate(self.examples_of(k).tolist())
             for batch in batches:
                 for row, (place, index) in zip(range(len(batch["label"])), examples, strict=False):
-                    name = name_of(index % clips)
+                    clip = name_of(index % clips)
                     if batch["label"][row] == LEFT_OUT:
                         left_out.append(place)
-                        bad[name] = reasons[name]
+                        bad[clip] = reasons[clip]
                         continue
                     values = {name: self._stored(name, batch[name][row]) for name in arrays}
                     for name, x in values.items() if place >= held_out else ():
                         if x.dtype.kind == "f":
                             sums.setdefault(name, Sums()).add(x)
-                    told = {"label": int(batch["label"][row]), "name": name}
+                    told = {"label": int(batch["label"][row]), "name": clip}
                     yield example({name: x.tobytes() for name, x in values.items()} | told)
 
         def facts() -> dict:
