@@ -32,7 +32,7 @@ class ListedClips:
             raise UserError("data.root", self.root, "none of its clips can be used", "mend or replace them")
         self.listed = len(self.entries) + len(self.bad)
         needed = (data.frames - 1) * data.stride + 1
-        self._cut = Cut(data.height, data.width, float(data.fps), "raw", 0, needed, needed, config.ingest.pixels)
+        self._cut = Cut(data.height, data.width, "", float(data.fps), "raw", 0, needed, needed, config.ingest.pixels)
         self._limits = data.probe_timeout, data.probe_cap or math.inf
         self._decoders: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
         self.has_texts = bool((np.diff(self.entries.text_edges) > 0).all())
