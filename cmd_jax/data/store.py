@@ -14,6 +14,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -135,7 +136,13 @@ class LatentStore:
                 done.append(k)
         return held, done
 
-    def write(self, k: int, batches: Iterable[dict[str, np.ndarray]], name_of, reasons: Mapping[str, str]) -> dict:
+    def write(
+        self,
+        k: int,
+        batches: Iterable[dict[str, np.ndarray]],
+        name_of,
+        reasons: Mapping[str, str] = MappingProxyType({}),
+    ) -> dict:
         """Write shard k -> its facts.
 
         batches: {name: [n, ...]} of its examples in their order. name_of(clip). reasons: name -> why a clip is left
