@@ -15,6 +15,8 @@ import resource
 import shutil
 import struct
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -262,7 +264,6 @@ class Records:
             check_size(path, int(size))
         raise_open_files()
         self._readers: dict[int, ArrayRecordReader] = {}
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._edges[-1]
@@ -286,11 +287,31 @@ class Records:
         return shard, place - self._edges[shard]
 
     def _open(self, shard: int) -> ArrayRecordReader:
-        with self._lock:
-            if shard not in self._readers:
-                # Without reading ahead, which is for those that read a shard from end to end.
-                self._readers[shard] = ArrayRecordReader(str(self.paths[shard]), "readahead_buffer_size:0")
-            return self._readers[shard]
+        with _opening:
+            if shard in self._readers:
+                return self._readers[shard]
+            while len(_opened) >= most_open():
+                records, first = _opened.popleft()
+                if (owner := records()) is not None:
+                    owner._readers.pop(first, None)  # a thread that reads from it just now keeps it that long
+            # Without reading ahead, which is for those that read a shard from end to end.
+            reader = ArrayRecordReader(str(self.paths[shard]), "readahead_buffer_size:0")
+            count = self._edges[shard + 1] - self._edges[shard]
+            if reader.num_records() != count:  # none, for a file that could not be opened
+                problem = f"{reader.num_records()} records can be read, where {count} should be"
+                raise UserError("shard", self.paths[shard], problem, REMEDY)
+            self._readers[shard] = reader
+            _opened.append((weakref.ref(self), shard))
+            return reader
+
+
+_opening = threading.Lock()
+_opened: deque[tuple[weakref.ref, int]] = deque()  # the open shards of all Records, with their numbers
+
+
+def most_open() -> int:
+    """Shards that may be open at a time: half of the files that this process may have open."""
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 def raise_open_files():

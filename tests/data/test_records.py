@@ -1,10 +1,15 @@
 """Shards appear whole, open in TFDS, give single records, and are found out when they are damaged."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from cmd_jax.data import records
 from cmd_jax.data.packed import Entries, Packed
 from cmd_jax.data.records import VERSION, Records, Shards, example, finished, parse, write_dataset, write_shard
 from cmd_jax.data.roots import Entry
@@ -32,10 +37,10 @@ def opened(shards: Shards) -> Records:
 
 
 def test_records_come_back_by_place(shards):
-    records = opened(shards)
-    found = [parse(records[place]) for place in (4, 0, 3, 1, 2)]
+    read = opened(shards)
+    found = [parse(read[place]) for place in (4, 0, 3, 1, 2)]
     wanted = [row for k in range(3) for row in rows(k)]
-    assert len(records) == 5
+    assert len(read) == 5
     for parsed, row in zip(found, [wanted[i] for i in (4, 0, 3, 1, 2)], strict=True):
         assert parsed["id"] == [row["id"]]
         assert bytes(parsed["video"][0]) == row["video"]
@@ -115,12 +120,34 @@ def test_a_shard_cut_off_or_damaged_is_found_out(shards):
     content = bytearray(path.read_bytes())
     content[content.index(bytes([2, 1]) * 300) + 100] ^= 1
     path.write_bytes(content)
-    records = opened(shards)
+    read = opened(shards)
     with pytest.raises(UserError, match="record 1"):
-        records[3]
+        read[3]
     path.write_bytes(content[:-65536])
     with pytest.raises(UserError, match=path.name):
         opened(shards)
+
+
+def test_more_shards_than_files_that_may_be_open(shards, monkeypatch):
+    monkeypatch.setattr(records, "most_open", lambda: 2)
+
+    def open_shards():
+        return sum("array_record" in os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
+
+    several, wanted = [opened(shards) for _ in range(3)], [row["id"] for k in range(3) for row in rows(k)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            order = np.random.default_rng(0).permutation(5).tolist()
+            read = [pool.submit(lambda r, place: parse(r[place])["id"], r, p) for p in order for r in several]
+            assert [future.result() for future in read] == [[wanted[p]] for p in order for _ in several]
+    assert len(records._opened) == 2 and (not Path("/proc/self/fd").exists() or open_shards() == 2)
+
+
+def test_a_shard_of_other_records_than_its_facts_say(shards):
+    paths = [shards.path(k) for k in range(3)]
+    wrong = Records(paths, [path.stat().st_size for path in paths], [2, 1, 3])
+    with pytest.raises(UserError, match="00001-of-00003: 0 records can be read, where 1 should be"):
+        wrong[2]
 
 
 def test_entries_are_what_went_in(tmp_path):
