@@ -5,8 +5,8 @@
 Makes what it reads in a temporary folder (300 MB, a minute or two), from where the page cache gives it back: the time
 that a disk takes comes on top. Each line is read by `batches()` as training reads it, by one thread, in rounds that
 take turns with those of the others; the middle one counts, and "times the files" is the middle of their ratios. Seconds
-are those that this process had a core, so that other work on the machine changes little. Training's memory allocation
-(`launch/env.sh`) makes large records four times as fast.
+are those that this process had a core, so that other work on the machine changes little. Run it
+with training's memory allocation (`launch/env.sh`): large records are read faster.
 """
 
 import argparse
