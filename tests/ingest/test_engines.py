@@ -1,5 +1,6 @@
 """The same shards from every engine, whatever kills it; and what its command refuses."""
 
+import resource
 import signal
 import subprocess
 import sys
@@ -100,19 +101,16 @@ def test_a_failing_worker_stops_the_others_and_is_heard_of(folder, tmp_path, mon
     assert written == [0] and list(digests(tmp_path)) == ["train/00000"]
 
 
-FULL = """
-import resource, sys
-from cmd_jax.main import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # stands for a full disk
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing_unfinished(folder, tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_nothing_unfinished(folder, tmp_path, capsys):
     flags = ["--config=folder:autoencoder", f"--source={folder}", f"--out={tmp_path}", "--config.data.frames=4"]
-    done = subprocess.run([sys.executable, "-c", FULL, "ingest", *flags], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("file=") and "too large" in done.stderr.splitlines()[-1]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # stands for it
+    try:
+        assert main(["ingest", *flags]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("file=") and "too large" in line
     assert not digests(tmp_path) and not [*tmp_path.glob("clips/1.0.0/*clips-*")]
 
 
