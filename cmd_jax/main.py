@@ -31,8 +31,9 @@ def run(flags, overrides: dict[str, str]) -> int:
     workdir = Path(flags.workdir).expanduser().absolute() if flags.workdir else None
     if verb == "doctor":
         from cmd_jax.verbs.doctor import doctor
+        from cmd_jax.verbs.doctor_data import doctor_data
 
-        return doctor(flags.config, overrides, workdir)
+        return (doctor_data if flags.data else doctor)(flags.config, overrides, workdir)
     if verb == "verify-resume":
         from cmd_jax.verbs.verify_resume import verify_resume
 

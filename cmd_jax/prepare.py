@@ -17,7 +17,7 @@ from cmd_jax.data.encoding import Encoder, Filler, measure
 from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.data.pipeline import Draws, order_of, video_reader
 from cmd_jax.data.sources import Source, open_source
-from cmd_jax.data.splits import Split, cut
+from cmd_jax.data.splits import Split, split_of
 from cmd_jax.data.store import StoredClips, begin_store, folder_of, open_store
 from cmd_jax.defaults import HELD_OUT
 from cmd_jax.errors import UserError
@@ -134,9 +134,7 @@ def prepare(config, workdir: Path, mesh, console, resuming: bool) -> Prepared:
 
 def prepare_stage(config, workdir: Path, source, mesh, console, earlier: Metadata) -> Prepared:
     """What a stage needs, of a source that is open. earlier: what a resumed run began with."""
-    split = Split.whole(len(source))
-    if config.data.validation:
-        split = cut(source.keys(), config.data.validation, config.data.validation_seed)
+    split = split_of(config.data, source)
     metadata = Metadata(tuple(source.class_names), DataMetadata(source.fingerprint, len(split.train)))
     prepare_kind = prepare_autoencoder if config.stage == "autoencoder" else prepare_denoiser
     return prepare_kind(config, workdir, source, split, mesh, console, metadata, earlier)

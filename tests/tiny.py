@@ -3,8 +3,10 @@
 Classes at 4x16x24; or, of kind text, captions at 4x16x32, whose frames are latents of `pipeline_folder`. H != W.
 """
 
+import atexit
 import functools
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -77,8 +79,9 @@ def metadata(*class_names: str, **more) -> Metadata:
 @functools.cache
 def scratch() -> Path:
     if SCRATCH not in os.environ:
-        scratch.folder = tempfile.TemporaryDirectory(prefix="cmd-jax-tiny-")  # kept alive, and removed at exit
-        os.environ[SCRATCH] = scratch.folder.name
+        # Until the process ends, also where a run of this file as a config made it.
+        os.environ[SCRATCH] = tempfile.mkdtemp(prefix="cmd-jax-tiny-")
+        atexit.register(shutil.rmtree, os.environ[SCRATCH], ignore_errors=True)
     return Path(os.environ[SCRATCH])
 
 

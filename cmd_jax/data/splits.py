@@ -45,6 +45,13 @@ def keys_of(names: Iterable[str]) -> np.ndarray:
     return np.frombuffer(keys, "<u8").astype(np.uint64)
 
 
+def split_of(data, source) -> Split:
+    """That of a config's `data` group."""
+    if not data.validation:
+        return Split.whole(len(source))
+    return cut(source.keys(), data.validation, data.validation_seed)
+
+
 def cut(keys: np.ndarray, fraction: float, seed: int) -> Split:
     """Hold out clips of `keys`, uint64 [N], until they are `fraction` > 0 of all; those of one key go together.
 

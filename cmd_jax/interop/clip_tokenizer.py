@@ -135,15 +135,7 @@ class Tokenizer:
 
         UserError for a text that is not valid Unicode: a lone surrogate, as broken bytes of a command line become.
         """
-        texts = [str(text) for text in texts]
-        for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as e:
-                shown = text.encode(errors="backslashreplace").decode()
-                problem = f"character {e.start + 1} is half of one, not valid Unicode"
-                raise UserError("text", shown, problem, "write it in UTF-8") from None
-        encoded = self._encoder.encode_batch(texts)
+        encoded = self._encoded(texts)
         cut = [i for i, encoding in enumerate(encoded) if encoding.overflowing]
         if cut and not self._told:
             self._told = True
@@ -153,6 +145,25 @@ class Tokenizer:
                 len(cut), len(texts), self.max_length - 2, shown,
             )  # fmt: skip
         return np.array([encoding.ids for encoding in encoded], np.int32).reshape(-1, self.max_length)
+
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """Tokens of each text, start and end counted, if it were not cut: int [N]. Errors as of the call."""
+
+        def inner(encoding) -> int:
+            return sum(encoding.attention_mask) - 2
+
+        return np.array([2 + sum(map(inner, (e, *e.overflowing))) for e in self._encoded(texts)], int)
+
+    def _encoded(self, texts: Sequence[str]) -> list:
+        texts = [str(text) for text in texts]
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as e:
+                shown = text.encode(errors="backslashreplace").decode()
+                problem = f"character {e.start + 1} is half of one, not valid Unicode"
+                raise UserError("text", shown, problem, "write it in UTF-8") from None
+        return self._encoder.encode_batch(texts)
 
     def save(self, folder: str | Path):
         """Write the files it was read from, as they were, to a folder, made if need be."""

@@ -97,7 +97,13 @@ VERBS = {
     "doctor": Verb(
         "show how the model lies on the devices, and what is not split",
         f"{QUICKSTART}:content",
-        (CONFIG, Flag("workdir", "DIR", "where trained stages are looked for")),
+        (
+            CONFIG,
+            Flag("workdir", "DIR", "where trained stages are looked for"),
+            Flag(
+                "data", "", "show the data instead: rate, a batch as a picture, balance, lengths, captions", type=bool
+            ),
+        ),
     ),
     "verify-resume": Verb(
         "kill and resume a training, and compare it with one that was left alone",
@@ -155,9 +161,9 @@ def build_parser() -> Parser:
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
         for flag in verb.flags:
             told = f"{flag.help} (config.{', config.'.join(flag.keys)})" if flag.keys else flag.help
-            sub.add_argument(
-                f"--{flag.name}", metavar=flag.metavar, help=told, type=flag.type, default=flag.default
-            )  # fmt: skip
+            kind = {"metavar": flag.metavar, "type": flag.type, "default": flag.default}
+            kind = {"action": "store_true"} if flag.type is bool else kind
+            sub.add_argument(f"--{flag.name}", help=told, **kind)
         if name == "convert":
             add_convert_flags(sub)
     return parser
@@ -174,7 +180,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
             continue
         if not name.startswith("--config.") or not equals:
             check_blank(word, arguments)
-            choices = [f"--{flag.name}={flag.metavar}" for flag in flags] + ["--debug", "--config.KEY=VALUE"]
+            choices = [f"--{flag.name}={flag.metavar}".rstrip("=") for flag in flags] + [
+                "--debug",
+                "--config.KEY=VALUE",
+            ]
             raise UserError("flag", word, f"not a flag of {known.verb}", f"did you mean {nearest(word, choices)[0]}")
         overrides[name.removeprefix("--config.")] = value
     for flag in flags:
