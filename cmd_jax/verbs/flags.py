@@ -11,7 +11,7 @@ OVERRIDE = "--config.KEY=VALUE sets any value of the config, like --config.seed=
 
 
 class Flag(NamedTuple):
-    """--name=metavar. keys: those of the config that it sets."""
+    """--name=metavar, or without metavar --name alone, of type bool. keys: those of the config that it sets."""
 
     name: str
     metavar: str
@@ -101,7 +101,7 @@ VERBS = {
             CONFIG,
             Flag("workdir", "DIR", "where trained stages are looked for"),
             Flag(
-                "data", "", "show the data instead: rate, a batch as a picture, balance, lengths, captions", type=bool
+                "data", "", "show the data instead: rate, balance, lengths, captions, a batch as a picture", type=bool
             ),
         ),
     ),
@@ -162,7 +162,7 @@ def build_parser() -> Parser:
         for flag in verb.flags:
             told = f"{flag.help} (config.{', config.'.join(flag.keys)})" if flag.keys else flag.help
             kind = {"metavar": flag.metavar, "type": flag.type, "default": flag.default}
-            kind = {"action": "store_true"} if flag.type is bool else kind
+            kind = kind if flag.metavar else {"action": "store_true"}
             sub.add_argument(f"--{flag.name}", help=told, **kind)
         if name == "convert":
             add_convert_flags(sub)
@@ -180,10 +180,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
             continue
         if not name.startswith("--config.") or not equals:
             check_blank(word, arguments)
-            choices = [f"--{flag.name}={flag.metavar}".rstrip("=") for flag in flags] + [
-                "--debug",
-                "--config.KEY=VALUE",
-            ]
+            choices = [f"--{flag.name}={flag.metavar}".rstrip("=") for flag in flags]
+            choices += ["--debug", "--config.KEY=VALUE"]
             raise UserError("flag", word, f"not a flag of {known.verb}", f"did you mean {nearest(word, choices)[0]}")
         overrides[name.removeprefix("--config.")] = value
     for flag in flags:

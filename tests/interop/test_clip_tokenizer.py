@@ -101,7 +101,8 @@ def test_cut_texts_are_told_once(caplog):
 def test_lengths_are_those_of_whole_texts():
     encode, counts = tokenizer("tiny-sd15"), [0, 1, 75, 76, 150, 151, 1000]
     assert encode.lengths(["a " * count for count in counts]).tolist() == [count + 2 for count in counts]
-    for ids, length in zip(encode([*NASTY.values()]), encode.lengths([*NASTY.values()]), strict=True):
+    texts = [text for text in NASTY.values() if "<|" not in text]
+    for ids, length in zip(encode(texts), encode.lengths(texts), strict=True):
         assert length > 77 or length == 1 + np.flatnonzero(ids == encode.end)[0]
 
 
