@@ -54,7 +54,7 @@ from cmd_jax.trained import (
 RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")
 RESUMABLE += ("train.validate_every", "train.validation_clips")
 RESUMABLE += ("data.prefetch", "data.root", "data.probe_", "mesh.", "processes.", "rules", "latents.autoencoder")
-RESUMABLE += ("pretrained.path", "diffusion.clip")  # the latter matters to sampling only
+RESUMABLE += ("latents.store_shard", "pretrained.path", "diffusion.clip")  # the latter matters to sampling only
 RESUMABLE += ("train.accumulate", "model.remat")  # fewer devices may need them
 RESUMABLE_CONSTANT = ("train.steps", "optimizer.steps")
 
@@ -73,7 +73,7 @@ def check_same_run(folder: Path, config):
     old, new = (flatten_dict(json.loads(text), sep=".") for text in texts)
     # train.* first: optimizer.steps follows train.steps, which is what the user knows.
     for key in sorted(old.keys() | new.keys(), key=lambda key: (not key.startswith("train."), key)):
-        moved = key.startswith(free) or (key == "init" and old.get(key) and new.get(key))
+        moved = key.startswith(free) or key == "latents.store" or (key == "init" and old.get(key) and new.get(key))
         if old.get(key) != new.get(key) and not moved:
             raise UserError(
                 key, new.get(key), f"the run in {folder} was started with {old.get(key)}",

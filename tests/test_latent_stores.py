@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tiny
 from processes import Job
-from processes import train as job_of_training
 
 from cmd_jax import prepare as preparing
 from cmd_jax.data.encoding import Encoder
@@ -117,17 +116,16 @@ LatentStore.write = write
 
 def test_two_processes_share_the_encoding(run, tmp_path):
     """Each makes every second shard; what comes out is what one process makes."""
-    more = [f"--config.latents.autoencoder={run / 'autoencoder'}", "--config.latents.store_shard=5"]
-    more += ["--config.train.steps=2"]
-    arguments = job_of_training(tmp_path, "content", *more)
+    arguments = ["ingest", f"--config={tiny.CONFIG_FILE}:content", "--encode=cmd", f"--workdir={run}"]
+    arguments += [f"--out={tmp_path}", "--config.latents.store_shard=5", "--config.train.batch_size=8"]
     with Job(tmp_path / "logs", *arguments, devices=1, before=dict.fromkeys(range(2), WRITES)) as job:
         assert job.wait() == [0, 0], job.out(0) + job.out(1)
         wrote = [[line for line in job.out(i).splitlines() if line.startswith("writes")] for i in (0, 1)]
     assert wrote == [[f"writes {k}" for k in range(first, 10, 2)] for first in (0, 1)]
-    ours, theirs = (open_store(folder_of(folder / "latents", "cmd")) for folder in (tmp_path, run))
+    ours, theirs = (open_store(folder_of(folder, "cmd")) for folder in (tmp_path, run / "latents"))
     assert ours.complete
     for index in range(48):
         for name, values in theirs.read(index).items():
             np.testing.assert_allclose(ours.read(index)[name], values, atol=1e-6)
-    facts = [read_json(folder / "content" / "facts.json")["statistics"]["motion"] for folder in (tmp_path, run)]
-    np.testing.assert_allclose(facts[0]["mean"], facts[1]["mean"], atol=1e-6)
+    means = [store.statistics().motion.mean for store in (ours, theirs)]
+    np.testing.assert_allclose(*means, atol=1e-6)

@@ -69,6 +69,7 @@ def test_folder_of_another_run_is_refused(begun, changes, field):
         {"train__validation_clips": 8},
         {"train__accumulate": 4, "model__remat": "dots"},
         {"data__threads": 1, "data__prefetch": 1, "latents__autoencoder": "elsewhere"},
+        {"latents__store": "elsewhere", "latents__store_shard": 7},
     ],
 )
 def test_folder_of_the_same_run_is_accepted(begun, changes):

@@ -127,11 +127,13 @@ class LatentStore:
         for k in wanted:
             if len(held) == count:
                 break
-            if (lock := locked(self.shards.work / f"{k:05d}.lock", wait=False)) is None:
+            path = self.shards.work / f"{k:05d}.lock"
+            if (lock := locked(path, wait=False)) is None:
                 continue
             if self.facts(k) is None:
                 held[k] = lock
             else:
+                path.unlink(missing_ok=True)
                 lock.close()
                 done.append(k)
         return held, done
