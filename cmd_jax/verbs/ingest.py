@@ -39,7 +39,7 @@ def ingest(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
             run_pool(plan, missing, flags.workers or cores(), limits, note.clip)
     facts = finish(plan, config.data.max_bad_fraction, config.ingest.description, config.ingest.citation)
     if facts is None:
-        left = sum(finished(plan, k) is None for k in range(count))
+        left = sum(not plan.shards.facts_path(k).exists() for k in range(count))
         console.print(f"{left:,} of {count:,} shards are left to others; the last to end finishes the dataset")
     else:
         report(plan, facts, out, console)

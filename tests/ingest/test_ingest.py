@@ -222,6 +222,24 @@ def test_names_that_are_no_utf8_are_names_too(tmp_path):
     assert bytes(row["name"][0]) == b"a/\xff.avi" and facts[0]["bad"] == {path: "is empty (zero bytes)"}
 
 
+def test_captions_and_labels_of_a_manifest_come_along(tmp_path):
+    root, out = tmp_path / "videos", tmp_path / "out"
+    for name in ("x", "y"):
+        write_clip(root / f"{name}.avi")
+    rows = ["file_name,text,label", "y.avi,a cat,pets", 'x.avi,"a dog, ü",', "y.avi,another cat,pets"]
+    (root / "metadata.csv").write_text("\n".join(rows) + "\n")
+    plan, facts = ingested(config(root), out)
+    first, second = tfds.data_source("clips", split="train", data_dir=out)
+    assert (first["name"], first["texts"], first["label"]) == (b"y.avi", [b"a cat", b"another cat"], 0)
+    assert (second["name"], [text.decode() for text in second["texts"]], second["label"]) == (
+        b"x.avi",
+        ["a dog, ü"],
+        -1,
+    )
+    with np.load(plan.shards.index) as index:
+        assert index["text_count"].tolist() == [2, 1] and index["label"].tolist() == [0, -1]
+
+
 def test_too_many_bad_clips_are_an_error_in_the_end_and_the_shards_stay(folder, tmp_path):
     plan = make_plan(config(folder), tmp_path)
     engines.run_pool(plan, range(plan.shards.count), 1, LIMITS)
