@@ -1,6 +1,7 @@
 """Which clips are held out of training: a seeded cut by hashes of their groups, the same wherever their names are."""
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -8,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cmd_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # Clips of one scene, as UCF-101 names them: v_CLASS_gGROUP_cCLIP.
 SCENE = re.compile(r"(?:.*/)?(v_.+_g\d+)_c\d+\.\w+")
@@ -64,6 +67,10 @@ def cut(keys: np.ndarray, fraction: float, seed: int) -> Split:
     if held.all():
         problem = f"all {len(keys)} clips would be held out, those of one scene together"
         raise UserError("data.validation", fraction, problem, "use less, or add clips")
+    if held.sum() > 2 * count:
+        log.warning(
+            "data.validation=%g holds out %d of %d clips: those of a scene go together", fraction, held.sum(), len(keys)
+        )
     return Split(np.flatnonzero(~held), np.flatnonzero(held))
 
 

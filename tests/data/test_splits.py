@@ -49,6 +49,14 @@ def test_a_scene_of_ucf101_is_on_one_side():
     assert len(set(keys_of(["a/v_1.avi", "a/v_2.avi", "a/v_g01.avi", "b/v_1.avi"]))) == 4
 
 
+def test_that_large_scenes_hold_out_much_more_is_said(caplog):
+    held(keys_of(UCF), 0.02)
+    assert not caplog.records
+    scenes = [f"Jump/v_Jump_g{group:02d}_c{clip:02d}.avi" for group in range(2) for clip in range(20)]
+    assert len(held(keys_of(scenes), 0.02)) == 20
+    assert "20 of 40" in caplog.records[0].getMessage()
+
+
 def test_one_scene_cannot_be_cut():
     keys = keys_of(UCF[:4])
     with pytest.raises(UserError, match="^data.validation=0.1: all 4 clips would be held out"):
