@@ -222,6 +222,11 @@ class Sandbox:
         flags, overrides = parse(list(command.cmd_jax))
         if flags.verb == "train":
             self.train(flags.config, overrides, Path(flags.workdir))
+        elif flags.verb == "ingest" and flags.encode:
+            file = flags.config.partition(":")[0]
+            self.train(f"{file}:autoencoder", overrides, Path(flags.workdir))
+            assert run(flags, overrides | shrunk(load(flags.config, overrides), file)) == 0
+            assert Path(flags.workdir, "latents", flags.encode, "1.0.0/dataset_info.json").exists()
         elif flags.verb == "ingest":
             overrides |= shrunk(load(flags.config, overrides), flags.config.partition(":")[0])
             assert run(flags, overrides) == 0
