@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from cmd_jax.data.codecs import CODECS
 from cmd_jax.declare import Key, changed, choice, fraction, key, path, walk
 from cmd_jax.diffusion.flow import Flow
 from cmd_jax.diffusion.gaussian import PREDICTIONS, Gaussian
@@ -87,7 +88,7 @@ DATA = dict(
     prefetch=key(2, "batches read ahead", at_least=1),
 )
 INGEST = dict(
-    codec=choice("raw", "how a dataset keeps frames: as they are, or each as a picture", ("raw", "jpeg", "png")),
+    codec=choice("raw", "how a dataset keeps frames: as they are, or each as a picture", CODECS),
     quality=key(95, "of jpeg, whose colours are kept at full size", at_least=1, at_most=100),
     frames=key(512, "most of a record, the middle ones of a longer clip; 0: all", at_least=0),
     shard_clips=key(0, "clips of a shard; 0: 256, or fewer for 64 shards", at_least=0),

@@ -16,7 +16,6 @@ A record has `video` (raw: one bytes of T H W 3, see `video_name`; jpeg, png: T 
 """
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -25,16 +24,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from cmd_jax.data.codecs import CODECS, decoded, video_name
 from cmd_jax.data.packed import draw_text, used_classes
-from cmd_jax.data.records import VERSION, Records, Shards, parse
+from cmd_jax.data.records import VERSION, Records, Shards, parse, text_of
 from cmd_jax.data.roots import some
 from cmd_jax.data.sizes import Size, as_text
 from cmd_jax.errors import UserError
 from cmd_jax.files import COUNT, parse_json
 
-CODECS = ("raw", "jpeg", "png")
 READING = 1  # raise it whenever the same records give other clips
 NAME = "clips"
 PLAN = {
@@ -116,7 +114,7 @@ class DatasetSource:
 
     def name(self, index: int) -> str:
         """The file's name relative to the root that the dataset was made of."""
-        return _text(self._parsed(index)["name"][0])
+        return text_of(self._parsed(index)["name"][0])
 
     def label(self, index: int) -> int:
         """Its class; len(class_names), the null class, where it has none."""
@@ -124,7 +122,7 @@ class DatasetSource:
 
     def texts(self, index: int) -> tuple[str, ...]:
         """Its captions."""
-        return tuple(map(_text, self._parsed(index)["texts"]))
+        return tuple(map(text_of, self._parsed(index)["texts"]))
 
     def keys(self) -> np.ndarray:
         """uint64 [N], see `cmd_jax.data.splits`."""
@@ -141,26 +139,15 @@ class DatasetSource:
         length = int(self.lengths[index])
         last = length - self._needed
         start = int(rng.integers(0, last + 1)) if self.random_start else 0
-        wanted = slice(start, start + self._needed, self.stride)
+        wanted = range(start, start + self._needed, self.stride)
         try:
-            video = self._decode(record[self._video], length, wanted, self.sizes[self.buckets[index]])
+            size = self.sizes[self.buckets[index]]
+            video = decoded(record[self._video], self.codec, length, size, wanted)
         except (OSError, ValueError, SyntaxError) as error:
             shard, row = self._records.where(int(self._places[index]))
             problem = f"record {row} is not what its index says ({error})"
             raise UserError("shard", shard, problem, "run cmd-jax ingest again in another folder") from error
-        return video, self.label(index), draw_text([*map(_text, record["texts"])], rng)
-
-    def _decode(self, video: list[memoryview], length: int, wanted: slice, size: Size) -> np.ndarray:
-        """Of a record's `length` frames those wanted: uint8 [T,H,W,3], in memory of their own."""
-        if self.codec == "raw":
-            return np.frombuffer(video[0], np.uint8).reshape(length, *size, 3)[wanted].copy()
-        if len(video) != length:
-            raise ValueError(f"{len(video)} images where {length} should be")
-        out = np.empty((self.frames, *size, 3), np.uint8)
-        for frame, image in zip(out, video[wanted], strict=True):
-            with Image.open(io.BytesIO(image), formats=(self.codec,)) as picture:
-                frame[:] = np.asarray(picture)
-        return out
+        return video, self.label(index), draw_text([*map(text_of, record["texts"])], rng)
 
     def _check_cut(self, plan: dict, fps: float):
         (height, width), *further = self.sizes
@@ -189,15 +176,6 @@ class DatasetSource:
             problem = f"{bad} of {total} clips cannot be used{allowed}: {short} have fewer than {self._needed} frames"
             problem += f", {bad - short} were left out by ingest"
             raise UserError("data.root", self.folder, problem, "use fewer data.frames, or raise data.max_bad_fraction")
-
-
-def video_name(codec: str, buckets: str) -> str:
-    """Of a record's frames: TFDS keeps bytes whose shape varies in more than one dimension beside a shape."""
-    return "video/value" if codec == "raw" and buckets else "video"
-
-
-def _text(view) -> str:
-    return bytes(view).decode("utf-8", "surrogateescape")
 
 
 class Index(dict):

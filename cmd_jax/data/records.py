@@ -211,6 +211,11 @@ def parse(record: bytes) -> dict[str, list]:
     return features
 
 
+def text_of(value: bytes | memoryview) -> str:
+    """A text of a record; names of files may be no UTF-8."""
+    return bytes(value).decode("utf-8", "surrogateescape")
+
+
 def _varint(record: bytes, position: int) -> tuple[int, int]:
     """(value, the position behind it)."""
     if (value := record[position]) < 128:

@@ -20,7 +20,7 @@ from typing import ClassVar
 import numpy as np
 
 from cmd_jax.data.latents import LatentStatistics, Sums
-from cmd_jax.data.records import VERSION, Records, Shards, example, finished, parse, write_dataset, write_shard
+from cmd_jax.data.records import VERSION, Records, Shards, example, finished, parse, text_of, write_dataset, write_shard
 from cmd_jax.data.splits import Split
 from cmd_jax.errors import UserError
 from cmd_jax.files import COUNT, atomic_path, read_json, write_json
@@ -94,7 +94,7 @@ class LatentStore:
 
     def name(self, index: int) -> str:
         """Of an example's clip."""
-        return bytes(self.record(index)["name"][0]).decode()
+        return text_of(self.record(index)["name"][0])
 
     def _open(self, k: int) -> tuple[Records, list[int]]:
         while (facts := self.facts(k)) is None:

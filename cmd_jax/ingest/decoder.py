@@ -4,7 +4,6 @@
 is given a "path" and a "cut", and perhaps a "seed", which draws a window of the frames that are needed.
 """
 
-import io
 import itertools
 import math
 import sys
@@ -13,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from cmd_jax.data import timing, video
+from cmd_jax.data.codecs import decoded, encoded
 from cmd_jax.data.sizes import Size, nearest_size, sizes
 from cmd_jax.data.supervised import LARGEST_PAYLOAD, Supervised, serve
 
@@ -63,7 +62,7 @@ class Clip(NamedTuple):
 
     def pixels(self, cut: Cut) -> np.ndarray:
         """uint8 [T,H,W,3]."""
-        return decoded(self.parts, cut.codec, *cut.sizes[self.bucket])
+        return decoded(self.parts, cut.codec, self.frames, cut.sizes[self.bucket], range(self.frames))
 
 
 class BadClip(Exception):
@@ -106,23 +105,6 @@ class Decoder:
 
     def close(self):
         self.child.close()
-
-
-def encoded(frame: Image.Image, cut: Cut) -> bytes:
-    """A fitted frame as the cut's codec has it."""
-    if cut.codec == "raw":
-        return frame.tobytes()
-    file = io.BytesIO()
-    options = {"jpeg": dict(quality=cut.quality, subsampling=0), "png": dict(compress_level=1)}
-    frame.save(file, cut.codec, **options[cut.codec])
-    return file.getvalue()
-
-
-def decoded(parts: Sequence[bytes], codec: str, height: int, width: int) -> np.ndarray:
-    """Frames of a record -> uint8 [T,H,W,3]."""
-    if codec == "raw":
-        return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, height, width, 3)
-    return np.stack([np.asarray(Image.open(io.BytesIO(part)).convert("RGB")) for part in parts])
 
 
 # The child's side.
@@ -192,7 +174,7 @@ def _pass(
                         shown = np.array(video.shown(stream, frame)[:2])[:, None]
                         bucket = int(nearest_size(*shown, cut.sizes)[0])
                         fitter = video.Fitter(stream, *cut.sizes[bucket])
-                    image, last = encoded(fitter(frame), cut), index
+                    image, last = encoded(fitter(frame), cut.codec, cut.quality), index
                 kept.append(image)
                 held += len(kept[-1])
                 if held > LARGEST_PAYLOAD:

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from cmd_jax.data import records
-from cmd_jax.data.dataset import video_name
+from cmd_jax.data.codecs import encoded, video_name
 from cmd_jax.data.roots import stat_inside
 from cmd_jax.errors import UserError
-from cmd_jax.ingest.decoder import BadClip, Clip, Cut, Decoder, encoded
+from cmd_jax.ingest.decoder import BadClip, Clip, Cut, Decoder
 from cmd_jax.ingest.plan import Plan, generated
 
 
@@ -56,7 +56,7 @@ class Generated:
     def clip(self, place: int) -> Clip:
         begun = time.thread_time()
         video, *_ = self.source.clip(place, np.random.default_rng(place))
-        parts = [encoded(Image.fromarray(frame), self.cut) for frame in video]
+        parts = [encoded(Image.fromarray(frame), self.cut.codec, self.cut.quality) for frame in video]
         parts = [b"".join(parts)] if self.cut.codec == "raw" else parts
         return Clip(len(video), parts, 0.0, len(video), 0, time.thread_time() - begun)
 

@@ -10,10 +10,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cmd_jax.data.dataset import video_name
-from cmd_jax.data.records import Records, parse
+from cmd_jax.data.codecs import decoded, video_name
+from cmd_jax.data.records import Records, parse, text_of
 from cmd_jax.files import write_json
-from cmd_jax.ingest.decoder import decoded
 from cmd_jax.ingest.plan import Plan, used
 from cmd_jax.report.gallery import Item, Section, write_gallery
 from cmd_jax.report.video import film_strip, write_png
@@ -114,19 +113,17 @@ def clips_section(plan: Plan, facts: list[dict], out: Path, name: str) -> Sectio
     """First, middle and last frame of some clips, from all over the split."""
     counts = [fact["records"] for fact in facts]
     records = Records([plan.shards.path(k) for k in range(len(facts))], [fact["bytes"] for fact in facts], counts)
-    items, cut, buckets = [], plan.cut, [bucket for fact in facts for bucket in fact["buckets"]]
+    items, cut = [], plan.cut
+    lengths, buckets = ([n for fact in facts for n in fact[key]] for key in ("lengths", "buckets"))
     for place in sorted({*np.linspace(0, len(records) - 1, min(SHOWN, len(records))).astype(int).tolist()}):
-        record = parse(records[place])
-        frames, (height, width) = record[video_name(cut.codec, cut.buckets)], cut.sizes[buckets[place]]
-        size = height * width * 3
-        count = len(frames) if cut.codec != "raw" else len(frames[0]) // size
+        record, count = parse(records[place]), lengths[place]
         which = sorted({0, count // 2, count - 1})
-        parts = [frames[i] if cut.codec != "raw" else frames[0][i * size : (i + 1) * size] for i in which]
+        video, size = record[video_name(cut.codec, cut.buckets)], cut.sizes[buckets[place]]
         path = f"{name}/{place:08d}.png"
-        write_png(out / path, film_strip(decoded(parts, cut.codec, height, width)))
-        label, texts = record["label"][0], [bytes(text).decode(errors="replace") for text in record["texts"]]
+        write_png(out / path, film_strip(decoded(video, cut.codec, count, size, which)))
+        label, texts = record["label"][0], [*map(text_of, record["texts"])]
         caption = texts[0] if texts else plan.class_names[label] if label >= 0 else ""
-        extra = {"": bytes(record["name"][0]).decode(errors="replace"), "frames": count, "fps": record["fps"][0]}
+        extra = {"": text_of(record["name"][0]), "frames": count, "fps": record["fps"][0]}
         items.append(Item(caption, image=path, extra=extra))
     return Section("Clips", items, "first, middle and last frame of some, as they lie in the shards")
 

@@ -3,6 +3,7 @@
 import json
 
 from cmd_jax import config as configs
+from cmd_jax.data.codecs import decoded
 from cmd_jax.data.records import Records, parse
 from cmd_jax.ingest import engines
 from cmd_jax.ingest.finish import finish
@@ -31,6 +32,12 @@ def records_of(plan, facts) -> list[dict]:
     paths = [plan.shards.path(k) for k in range(plan.shards.count)]
     records = Records(paths, [f["bytes"] for f in facts], [f["records"] for f in facts])
     return [parse(records[i]) for i in range(len(records))]
+
+
+def frames_of(record, codec="raw"):
+    """uint8 [T,24,32,3]."""
+    length = len(record["video"]) if codec != "raw" else len(record["video"][0]) // (24 * 32 * 3)
+    return decoded(record["video"], codec, length, (24, 32), range(length))
 
 
 def digests(out) -> dict[str, str]:

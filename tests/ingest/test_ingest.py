@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from data.clip_files import numbered, numbers, quarters, write_clip, write_sound
 from data.folders import names
-from ingest.datasets import LIMITS, config, digests, ingested, records_of
+from ingest.datasets import LIMITS, config, digests, frames_of, ingested, records_of
 from rich.console import Console
 
 from cmd_jax.data.folder import FolderSource
@@ -19,7 +19,7 @@ from cmd_jax.data.sources import open_source
 from cmd_jax.data.splits import keys_of
 from cmd_jax.errors import UserError
 from cmd_jax.ingest import engines
-from cmd_jax.ingest.decoder import decoded, middle
+from cmd_jax.ingest.decoder import middle
 from cmd_jax.ingest.finish import finish
 from cmd_jax.ingest.plan import make_plan, source_of
 from cmd_jax.main import main
@@ -59,7 +59,7 @@ def test_records_are_the_clips_of_the_folder_in_its_order(folder, made):
     rows = records_of(plan, facts)
     assert [bytes(row["name"][0]).decode() for row in rows] == [source.name(i) for i in range(len(source))]
     for i, row in enumerate(rows):
-        video = decoded(row["video"], "raw", 24, 32)
+        video = frames_of(row)
         assert len(video) == source.lengths[i]
         first, last = (source.clip(i, np.random.default_rng(seed))[0] for seed in (0, 1))
         for window in (first, last):
@@ -99,7 +99,7 @@ def test_pictures_are_the_frames_too(folder, made, tmp_path, codec):
     plan, facts = ingested(config(folder, ingest__codec=codec, ingest__shard_clips=9), tmp_path)
     exact = records_of(*made[1:])
     for row, raw in zip(records_of(plan, facts), exact, strict=True):
-        video, wanted = (decoded(x["video"], c, 24, 32) for x, c in ((row, codec), (raw, "raw")))
+        video, wanted = (frames_of(row, codec), frames_of(raw))
         assert np.abs(video.astype(int) - wanted).max() <= (0 if codec == "png" else 12)
     shown = tfds.data_source("clips", split="train", data_dir=tmp_path)[5]["video"]
     assert np.array_equal(np.stack(shown), video)
@@ -115,7 +115,7 @@ def test_a_long_clip_gives_its_middle_whatever_its_header_promises(tmp_path):
     lying.write_bytes(data.replace((21).to_bytes(4, "little"), (15).to_bytes(4, "little")))
     plan, facts = ingested(config(root, ingest__frames=6), tmp_path / "out")
     for row in records_of(plan, facts):
-        assert numbers(decoded(row["video"], "raw", 24, 32)) == list(range(7, 13))
+        assert numbers(frames_of(row)) == list(range(7, 13))
     assert [fact["whole"] for fact in facts] == [[21]] * 3 and [fact["lengths"] for fact in facts] == [[6]] * 3
 
 
@@ -130,7 +130,7 @@ def test_data_fps_goes_by_the_times_of_the_frames(tmp_path):
     (row,) = records_of(plan, facts)
     source = FolderSource(root, frames=8, height=24, width=32, fps=12.5)
     assert facts[0]["lengths"] == [8] and row["fps"] == [12.5]
-    assert np.array_equal(decoded(row["video"], "raw", 24, 32), source.clip(0, np.random.default_rng(0))[0])
+    assert np.array_equal(frames_of(row), source.clip(0, np.random.default_rng(0))[0])
 
 
 def test_frames_of_too_many_pixels_are_refused_from_their_first_or_on_the_way(tmp_path):
