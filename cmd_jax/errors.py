@@ -3,9 +3,9 @@
 import contextlib
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-LONGEST_VALUE, LONGEST_PROBLEM = 120, 600
+LONGEST_VALUE, LONGEST_PROBLEM, LONGEST_BRIEF = 120, 600, 40
 
 
 class UserError(Exception):
@@ -29,6 +29,18 @@ def _short(text: str, length: int = LONGEST_VALUE) -> str:
 def printable(text: str) -> str:
     """One line, and nothing that a terminal would obey: names and values may come from any file."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
+def some(names: Sequence[str], most: int = 10) -> str:
+    """The first of the names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "") or "none"
+
+
+def brief(value) -> str:
+    """A value, or of a long one, like a digest, how it begins."""
+    text = str(value)
+    return text if len(text) <= LONGEST_BRIEF else f"{text[:12]}..."
 
 
 def of_file(error: OSError) -> UserError:

@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Callable
 from pathlib import Path
 
-from cmd_jax.errors import UserError, nearest
+from cmd_jax.errors import UserError, nearest, some
 from cmd_jax.interop.weights import flatten, unflatten
 from cmd_jax.state import overlay
 from cmd_jax.trained import Metadata, open_params, read_stage
@@ -48,7 +48,8 @@ def given_params(config, stage, metadata: Metadata, shardings: Callable, console
         given = read(unflatten(fitting))
     fresh = [name for name in wanted if name in skipped]
     console.print(
-        f"starting from {path}: {len(fitting)} of {len(wanted)} arrays" + (f"; not {_some(fresh)}" if fresh else "")
+        f"starting from {path}: {len(fitting)} of {len(wanted)} arrays"
+        + (f"; not {some(fresh, NAMED)}" if fresh else "")
     )
     for line in _differences(earlier, config, facts, metadata):
         console.print(f"init: {line}")
@@ -100,10 +101,6 @@ def _branches(name: str) -> list[str]:
     """a/b/c -> a, a/b."""
     parts = name.split("/")
     return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _differences(earlier, config, facts: Metadata, metadata: Metadata) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, brief
 from cmd_jax.files import COUNT, as_json, read_json
 from cmd_jax.interop import schedulers, sd_config
 from cmd_jax.interop.clip import load_text_encoder, text_fields, text_from_config, text_rename
@@ -18,7 +18,6 @@ from cmd_jax.models.conditions import Classes, Texts
 from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.running.distributed import agree, leader_alone
 
-LONGEST_SHOWN = 40
 TOKENIZER = {"vocabulary": str, "merges": str, "added_tokens": [list], "start": COUNT, "end": COUNT, "pad": COUNT,
              "max_length": COUNT}  # fmt: skip
 
@@ -136,14 +135,9 @@ def compare(folder: Path | str, theirs: Part, ours: Part, origin: str) -> Part:
     one_has, digests = before.keys() ^ now.keys(), f"{ours.part}: "
     for name in sorted(before | now, key=lambda name: (name in one_has, name.startswith(digests), name)):
         if before.get(name) != now.get(name):
-            problem = f"its {name} is {_shown(now.get(name))}, {origin} {_shown(before.get(name))}"
+            problem = f"its {name} is {brief(now.get(name))}, {origin} {brief(before.get(name))}"
             raise UserError("pretrained.path", folder, problem, "give the folder that training was given")
     return ours
-
-
-def _shown(value) -> str:
-    text = str(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:12]}..."
 
 
 def load_space(pretrained, shardings) -> VAELatents:

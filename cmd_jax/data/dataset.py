@@ -28,9 +28,8 @@ import numpy as np
 from cmd_jax.data.codecs import CODECS, decoded, video_name
 from cmd_jax.data.packed import draw_text, used_classes
 from cmd_jax.data.records import VERSION, Records, Shards, parse, text_of
-from cmd_jax.data.roots import some
 from cmd_jax.data.sizes import Size, as_text
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, some
 from cmd_jax.files import COUNT, parse_json
 
 READING = 1  # raise it whenever the same records give other clips

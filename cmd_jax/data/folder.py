@@ -16,10 +16,10 @@ from cmd_jax.data import timing, video
 from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.outcomes import Outcomes
 from cmd_jax.data.packed import Rows, draw_text, used_classes
-from cmd_jax.data.roots import check_root, some, stat_inside
+from cmd_jax.data.roots import check_root, stat_inside
 from cmd_jax.data.sizes import Size, nearest_size
 from cmd_jax.data.splits import keys_of
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, some
 
 VERSION = 1  # raise it whenever the same files give other clips
 NAMED_IN_WARNING = 10

@@ -13,9 +13,9 @@ import numpy as np
 from cmd_jax.data import ucf101, video, webvid
 from cmd_jax.data.grouped import Conflict, Rows
 from cmd_jax.data.packed import Entries, Listing
-from cmd_jax.data.roots import COPY, Entry, check_root, inside, names_in, normal, some
+from cmd_jax.data.roots import COPY, Entry, check_root, inside, names_in, normal
 from cmd_jax.data.tables import csv_columns, csv_rows, json_rows, lines
-from cmd_jax.errors import UserError, choose
+from cmd_jax.errors import UserError, choose, some
 
 MANIFESTS = ("metadata.csv", "metadata.jsonl")
 COLUMNS = ("file_name", "text", "label")

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from cmd_jax.errors import UserError
 
-NAMED_IN_ERROR = 10
 COPY = "copy what it leads to in its place, or give a root that holds both"
 
 
@@ -44,12 +43,6 @@ def folder_with(root: str, holds: Callable[[str], bool]) -> str | None:
     """The path of the first folder of the root that holds what is looked for."""
     paths = (os.path.join(root, name) for name in names_in(root))
     return next((path for path in paths if os.path.isdir(path) and os.access(path, os.R_OK) and holds(path)), None)
-
-
-def some(names: list[str]) -> str:
-    """The first of the names, and how many more there are."""
-    more = len(names) - NAMED_IN_ERROR
-    return ", ".join(names[:NAMED_IN_ERROR]) + (f" and {more} more" if more > 0 else "") or "none"
 
 
 def normal(name: str, where: str) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from cmd_jax.data.latents import LatentStatistics, Sums
 from cmd_jax.data.records import VERSION, Records, Shards, example, finished, parse, text_of, write_dataset, write_shard
 from cmd_jax.data.splits import Split
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, brief
 from cmd_jax.files import COUNT, atomic_path, read_json, write_json
 
 SPLIT = "train"
@@ -35,7 +35,6 @@ LEFT_OUT = -1  # the label of a window that could not be read
 STATISTICS_EXAMPLES = 10_000  # of a store's first shards: means come out to 1 % of a deviation
 OTHER = "give another latents.store, or remove this one"
 POLL = 0.05  # seconds
-LONGEST_SHOWN = 40
 
 
 class LatentStore:
@@ -291,13 +290,8 @@ def check_made_of(store: LatentStore, made_of: dict):
     for name in sorted(made_of.keys() | theirs.keys()):
         before, now = theirs.get(name), made_of.get(name)
         if before != now:
-            problem = f"its {name} is {_shown(before)}, here {_shown(now)}"
+            problem = f"its {name} is {brief(before)}, here {brief(now)}"
             raise UserError("latents.store", store.shards.folder, problem, OTHER)
-
-
-def _shown(value) -> str:
-    text = str(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:12]}..."
 
 
 def digest_of(order: np.ndarray) -> str:

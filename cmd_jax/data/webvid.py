@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 from cmd_jax.data.grouped import Rows
 from cmd_jax.data.packed import Listing
-from cmd_jax.data.roots import folder_with, inside, names_in, normal, some
+from cmd_jax.data.roots import folder_with, inside, names_in, normal
 from cmd_jax.data.tables import csv_rows
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, some
 
 HEADER = "videoid,contentUrl,duration,page_dir,name"
 COLUMNS = ("videoid", "page_dir", "name")  # those that are read

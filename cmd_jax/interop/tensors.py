@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, some
 from cmd_jax.interop.folders import WeightFiles
 from cmd_jax.interop.weights import Weights, flatten, open_weights, unflatten
 
@@ -132,12 +132,7 @@ class Mismatch(NamedTuple):
             (f"{len(self.misshapen)} of another shape", shapes),
             (f"not of dtype {', '.join(FLOATS[:4])}", [f"{n} of {dtype}" for n, dtype in self.dtypes.items()]),
         )
-        return "; ".join(f"{what}: {_some(list(names))}" for what, names in told if names)
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - NAMES_IN_ERROR
-    return ", ".join(names[:NAMES_IN_ERROR]) + (f" and {more} more" if more > 0 else "")
+        return "; ".join(f"{what}: {some(list(names), NAMES_IN_ERROR)}" for what, names in told if names)
 
 
 def check(tensors: Iterable[Tensor], weights: Weights, refuse: Callable[[Mismatch], UserError]):

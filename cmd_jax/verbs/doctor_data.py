@@ -79,7 +79,7 @@ def examples_in(store: LatentStore, split: Split) -> np.ndarray:
     return np.intersect1d(split.of_examples(len(store)).train, np.concatenate([*parts, np.arange(0)]))
 
 
-def some(number: float) -> str:
+def rounded(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
@@ -144,7 +144,12 @@ def read_some(config, read, examples: np.ndarray) -> tuple[float, list[dict]]:
 def rate_rows(config, rate: float, folder: Path | None) -> list[tuple[str, str]]:
     """rate: clips a second that this machine reads. folder: of the stage, where a run may have told its own."""
     size, threads = config.train.batch_size, config.data.threads
-    rows = [("reading", f"{some(rate)} clips/s by data.threads={threads}: {some(rate / size)} steps/s of {size} clips")]
+    rows = [
+        (
+            "reading",
+            f"{rounded(rate)} clips/s by data.threads={threads}: {rounded(rate / size)} steps/s of {size} clips",
+        )
+    ]
     summary = folder / "summary.json" if folder else None
     like = {"steps_per_second?": (float, None), "processes?": int, ...: object}
     summary = read_json(summary, "workdir", like=like) if summary and summary.exists() else {}
@@ -152,11 +157,11 @@ def rate_rows(config, rate: float, folder: Path | None) -> list[tuple[str, str]]
     steps = summary.get("steps_per_second") or (lines[-1]["steps_per_second"] if lines else None)
     if steps:
         processes = summary.get("processes", 1)
-        told = f"{some(steps)} steps/s" + (
+        told = f"{rounded(steps)} steps/s" + (
             f" by {processes} processes, each with its part of a batch" * (processes > 1)
         )
         factor = rate * processes / size / steps
-        told += f"; reading is {some(factor)} times as fast" + ("" if factor > 1 else ": training waits for it")
+        told += f"; reading is {rounded(factor)} times as fast" + ("" if factor > 1 else ": training waits for it")
         rows.append(("the last run", told))
     waits = [(line["data_wait"], 1 / line["steps_per_second"]) for line in lines if "data_wait" in line]
     if waits:
