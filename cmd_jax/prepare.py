@@ -13,9 +13,10 @@ from flax.traverse_util import flatten_dict
 
 from cmd_jax.builders import check_fits
 from cmd_jax.config import from_dict, to_json
+from cmd_jax.data.draws import Draws
 from cmd_jax.data.encoding import Encoder, Filler, measure
 from cmd_jax.data.latents import LatentStatistics
-from cmd_jax.data.pipeline import Draws, order_of, video_reader
+from cmd_jax.data.pipeline import order_of, video_reader
 from cmd_jax.data.sources import Source, open_source
 from cmd_jax.data.splits import Split, split_of
 from cmd_jax.data.store import StoredClips, begin_store, folder_of, open_store

@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from cmd_jax.data.codecs import CODECS, decoded, video_name
-from cmd_jax.data.packed import draw_text, used_classes
+from cmd_jax.data.draws import draw_start, draw_text, frames_needed
+from cmd_jax.data.packed import used_classes
 from cmd_jax.data.records import VERSION, Records, Shards, parse, text_of
 from cmd_jax.data.sizes import Size, as_text
 from cmd_jax.errors import UserError, some
@@ -94,7 +95,7 @@ class DatasetSource:
         if not len(self._records) == len(index["length"]) == len(index["label"]) == len(index["text_count"]):
             raise UserError("data.root", index.path, "its columns are not of one length", index.REMEDY)
 
-        self._needed = (frames - 1) * stride + 1
+        self._needed = frames_needed(frames, stride)
         usable = index["length"] >= self._needed
         total = plan["clips"] + len(plan["bad"])
         self._places = np.flatnonzero(usable).astype(np.int32)
@@ -136,8 +137,7 @@ class DatasetSource:
 
     def _cut(self, index: int, record: dict[str, list], rng: np.random.Generator):
         length = int(self.lengths[index])
-        last = length - self._needed
-        start = int(rng.integers(0, last + 1)) if self.random_start else 0
+        start = draw_start(length, self._needed, rng) if self.random_start else 0
         wanted = range(start, start + self._needed, self.stride)
         try:
             size = self.sizes[self.buckets[index]]

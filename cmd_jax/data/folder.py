@@ -13,9 +13,10 @@ import numpy as np
 
 from cmd_jax.data import probe as probing
 from cmd_jax.data import timing, video
+from cmd_jax.data.draws import draw_start, draw_text, frames_needed
 from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.outcomes import Outcomes
-from cmd_jax.data.packed import Rows, draw_text, used_classes
+from cmd_jax.data.packed import Rows, used_classes
 from cmd_jax.data.roots import check_root, stat_inside
 from cmd_jax.data.sizes import Size, nearest_size
 from cmd_jax.data.splits import keys_of
@@ -101,7 +102,7 @@ class FolderSource:
                 self.bad[name] = str(error)
         limits = probe_timeout, probe_cap or math.inf
         facts = _probe(self.root, stats, *limits, cache and Path(cache), probe_command, times=fps > 0)
-        needed, lengths = (frames - 1) * stride + 1, {}
+        self._needed, lengths = frames_needed(frames, stride), {}
         for name, fact in facts.items():
             if "error" in fact:
                 self.bad[name] = fact["error"]
@@ -109,7 +110,7 @@ class FolderSource:
             lengths[name] = fact["frames"]
             if fps:
                 lengths[name] = timing.length_at(timing.seconds(fact["steps"], _tick(fact))[-1], fps)
-            if shortage := video.shortage(lengths[name], needed, fps, fact["frames"], fact["declared"]):
+            if shortage := video.shortage(lengths[name], self._needed, fps, fact["frames"], fact["declared"]):
                 self.bad[name] = shortage
         self._report_bad(len(self.bad.keys() | {*entries.names}), max_bad_fraction)
 
@@ -160,9 +161,8 @@ class FolderSource:
         player shows, then antialiased resize. Of several captions `rng` then draws one. Raises UserError if the file
         has changed since its test.
         """
-        last = int(self.lengths[index]) - (self.frames - 1) * self.stride - 1
-        start = int(rng.integers(0, last + 1)) if self.random_start else 0
-        wanted = range(start, start + self.frames * self.stride, self.stride)
+        start = draw_start(int(self.lengths[index]), self._needed, rng) if self.random_start else 0
+        wanted = range(start, start + self._needed, self.stride)
         if self.fps:
             wanted = timing.frames_at(timing.seconds(self._steps[index], self._ticks[index]), self.fps, wanted)
         path, size = os.path.join(self.root, self.name(index)), self.sizes[self.buckets[index]]

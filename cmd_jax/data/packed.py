@@ -197,8 +197,3 @@ def used_classes(label: np.ndarray, class_names: Sequence[str]) -> tuple[tuple[s
     used = np.bincount(label[label >= 0], minlength=len(class_names)) > 0
     numbers = np.append(np.cumsum(used) - 1, np.count_nonzero(used)).astype(np.int32)  # -1 finds the last
     return tuple(name for name, has in zip(class_names, used, strict=True) if has), numbers[label]
-
-
-def draw_text(texts: Sequence[str], rng: np.random.Generator) -> str | None:
-    """The one text, one of several that `rng` draws, or None where there is none."""
-    return texts[rng.integers(len(texts))] if len(texts) > 1 else texts[0] if texts else None

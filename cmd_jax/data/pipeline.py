@@ -1,6 +1,5 @@
 """From a source of clips to global batches on the mesh. What is in the batch at step n depends on seed and n alone."""
 
-import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
+from cmd_jax.data.draws import Draws
 from cmd_jax.errors import UserError
 from cmd_jax.sharding import batch_sharding
 
@@ -70,20 +70,6 @@ class BatchPlan:
     def rng(self, step: int, row: int) -> np.random.Generator:
         """The generator for everything random about one example (its start frame)."""
         return Draws((self.seed, 1, step, row))
-
-
-class Draws:
-    """The numpy generator of a seed, made when something is drawn: to make it takes longer than to read latents."""
-
-    def __init__(self, seed: tuple[int, ...]):
-        self.seed = seed
-
-    @functools.cached_property
-    def _generator(self) -> np.random.Generator:
-        return np.random.default_rng(self.seed)
-
-    def __getattr__(self, name: str):
-        return getattr(self._generator, name)
 
 
 class BucketPlan(BatchPlan):

@@ -15,6 +15,7 @@ import numpy as np
 
 from cmd_jax.data import timing, video
 from cmd_jax.data.codecs import decoded, encoded
+from cmd_jax.data.draws import draw_start
 from cmd_jax.data.sizes import Size, nearest_size, sizes
 from cmd_jax.data.supervised import LARGEST_PAYLOAD, Supervised, serve
 
@@ -117,8 +118,8 @@ def middle(count: int, most: int) -> range:
 
 
 def window(count: int, needed: int, rng: np.random.Generator) -> range:
-    """The places of `needed` of `count` frames, from a start that is drawn as a FolderSource draws it."""
-    start = int(rng.integers(0, max(count - needed, 0) + 1))
+    """The places of a window of `needed` frames; from the first on where there are only `count` < `needed`."""
+    start = draw_start(max(count, needed), needed, rng)
     return range(start, start + needed)
 
 

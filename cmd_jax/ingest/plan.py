@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cmd_jax.data.dataset import NAME
+from cmd_jax.data.draws import frames_needed
 from cmd_jax.data.layouts import MANIFESTS, list_clips
 from cmd_jax.data.packed import Entries, Listing
 from cmd_jax.data.records import VERSION, Shards
@@ -195,13 +196,12 @@ def _write(plan: Plan):
 
 def _cut(config) -> dict:
     data, ingest = config.data, config.ingest
-    needed = (data.frames - 1) * data.stride + 1
+    needed = frames_needed(data.frames, data.stride)
     if 0 < ingest.frames < needed:
         problem = f"fewer than the {needed} frames from which data.frames={data.frames} are drawn"
         raise UserError("ingest.frames", ingest.frames, problem, f"use at least {needed}, or 0 for all")
     quality = ingest.quality if ingest.codec == "jpeg" else 0
-    fps = float(data.get("fps", 0.0))
-    buckets = as_text(sizes_of(data)[1:])
+    buckets, fps = as_text(sizes_of(data)[1:]), float(data.fps)
     return Cut(
         data.height, data.width, buckets, fps, ingest.codec, quality, ingest.frames, needed, ingest.pixels
     )._asdict()  # fmt: skip

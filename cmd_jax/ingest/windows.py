@@ -6,9 +6,8 @@ import queue
 
 import numpy as np
 
+from cmd_jax.data.draws import Draws, draw_start, draw_text, frames_needed
 from cmd_jax.data.layouts import list_clips
-from cmd_jax.data.packed import draw_text
-from cmd_jax.data.pipeline import Draws
 from cmd_jax.data.roots import check_root, stat_inside
 from cmd_jax.data.splits import keys_of
 from cmd_jax.data.store import LEFT_OUT
@@ -31,7 +30,7 @@ class ListedClips:
         if not len(self.entries):
             raise UserError("data.root", self.root, "none of its clips can be used", "mend or replace them")
         self.listed = len(self.entries) + len(self.bad)
-        needed = (data.frames - 1) * data.stride + 1
+        needed = frames_needed(data.frames, data.stride)
         self._cut = Cut(data.height, data.width, "", float(data.fps), "raw", 0, needed, needed, config.ingest.pixels)
         self._limits = data.probe_timeout, data.probe_cap or math.inf
         self._decoders: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
@@ -57,7 +56,7 @@ class ListedClips:
             self.bad[entry.name] = str(error)
             frames = len(range(0, self._cut.needed, self.stride))
             return np.zeros((frames, self._cut.height, self._cut.width, 3), np.uint8), LEFT_OUT, ""
-        rng.integers(0, whole - self._cut.needed + 1)  # the start, which the child has drawn
+        draw_start(whole, self._cut.needed, rng)  # as the child has
         return video[:: self.stride], label if label >= 0 else len(self.class_names), draw_text(entry.texts, rng)
 
     def _window(self, name: str, seed) -> tuple[np.ndarray, int]:

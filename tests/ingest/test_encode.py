@@ -8,8 +8,8 @@ import tensorflow_datasets as tfds
 import tiny
 from data.clip_files import numbered, write_clip
 
+from cmd_jax.data.draws import Draws
 from cmd_jax.data.folder import FolderSource
-from cmd_jax.data.pipeline import Draws
 from cmd_jax.data.store import LEFT_OUT, folder_of, open_store
 from cmd_jax.files import read_json
 from cmd_jax.ingest.windows import ListedClips
