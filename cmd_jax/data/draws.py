@@ -1,4 +1,4 @@
-"""What is drawn of a clip: which window, and which caption; the same over files, datasets and while latents are made."""
+"""What is drawn of a clip, a window and a caption: the same over files, datasets and while latents are made."""
 
 import functools
 from collections.abc import Sequence
