@@ -188,6 +188,11 @@ class Index(dict):
         self.plan = parse_json(self.pop("plan").tobytes(), "data.root", path, self.REMEDY, PLAN)
 
 
+def indices(folder: Path) -> dict[str, Path]:
+    """Those of the finished splits in DIR/clips/1.0.0, by split."""
+    return {path.stem.removeprefix("index-"): path for path in sorted(folder.glob("index-*.npz"))}
+
+
 def read_columns(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     """Of an index. UserError where it is damaged."""
     try:
@@ -227,7 +232,7 @@ def open_folder(root: str | os.PathLike) -> Path:
 def read_index(folder: Path, split: str) -> Index:
     """Of a finished split; UserError for one that is absent or not finished."""
     shards = Shards(folder, split, 0)
-    splits = sorted(path.stem.removeprefix("index-") for path in folder.glob("index-*.npz"))
+    splits = indices(folder)
     if split in splits and (folder / "dataset_info.json").exists():
         return Index(shards.index)
     if split in splits or shards.work.exists():

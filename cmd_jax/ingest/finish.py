@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from cmd_jax.data.dataset import read_columns
 from cmd_jax.data.records import write_dataset
 from cmd_jax.data.splits import keys_of
 from cmd_jax.errors import UserError
 from cmd_jax.files import atomic_path
-from cmd_jax.ingest.plan import Plan, used
-from cmd_jax.ingest.plan import finished as finished_plans
+from cmd_jax.ingest.plan import Plan, finished_plans
 from cmd_jax.ingest.shard import finished
 
 DESCRIPTION = "Clips, decoded and cut by cmd-jax ingest."
@@ -50,19 +50,8 @@ def check_bad(plan: Plan, facts: list[dict], max_bad_fraction: float):
 
 
 def index_of(plan: Plan, facts: list[dict]) -> dict[str, np.ndarray]:
-    """The columns of a split: of each shard, and of each clip, in the order of the listing.
-
-    counts, sizes   int64 [shards]: records, and bytes
-    sha256          uint8 [shards, 32]
-    length          int32 [N]: frames of a record
-    bucket          uint8 [N]: which of the cut's sizes it has
-    label           int32 [N]: number of a listed class, or -1
-    key             uint64 [N]: what a validation split goes by
-    text_count      int32 [N]
-    plan            uint8: the plan's id and fields, as JSON
-    """
-    places = used(facts, plan)
-    entries = plan.entries
+    """The columns of a split (see `cmd_jax.data.dataset`), in the order of the listing."""
+    places, entries = plan.used(facts), plan.entries
     return {
         "counts": np.array([fact["records"] for fact in facts], np.int64),
         "sizes": np.array([fact["bytes"] for fact in facts], np.int64),
@@ -102,12 +91,12 @@ def features_of(plan: Plan):
 
 
 def _write_metadata(plan: Plan, plans: dict[str, dict], description: str, citation: str):
-    """Of the finished splits: `plans` as `plan.finished` has them."""
+    """Of the finished splits: plans: as of `finished_plans`."""
     splits, told = {}, {}
     for split, made in plans.items():
-        with np.load(plan.shards._replace(split=split).index) as index:
-            splits[split] = index["counts"].tolist(), int(index["sizes"].sum())
-            told[split] = {"plan": made["id"], "clips": len(index["length"]), "listed": made["fields"]["clips"]}
+        index = read_columns(plan.shards._replace(split=split).index, ["counts", "sizes", "length"])
+        splits[split] = index["counts"].tolist(), int(index["sizes"].sum())
+        told[split] = {"plan": made["id"], "clips": len(index["length"]), "listed": made["fields"]["clips"]}
     metadata = {"class_names": list(plan.class_names), "cut": plan.cut._asdict(), "splits": told}
     text = {"description": description or DESCRIPTION, "citation": citation}
     write_dataset(plan.folder, features_of(plan), splits, metadata=metadata, **text)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cmd_jax.data.dataset import NAME
+from cmd_jax.data.dataset import NAME, indices, read_columns
 from cmd_jax.data.draws import frames_needed
 from cmd_jax.data.layouts import MANIFESTS, list_clips
 from cmd_jax.data.packed import Entries, Listing
@@ -76,6 +76,13 @@ class Plan:
         size = self.fields["shard_clips"]
         return range(k * size, min((k + 1) * size, len(self.entries)))
 
+    def used(self, facts: list[dict]) -> np.ndarray:
+        """int64 [N]: the places of the clips that are in the dataset; facts: of all shards."""
+        good = np.ones(len(self.entries), bool)
+        for k, fact in enumerate(facts):
+            good[np.array(fact["bad_places"], np.int64) + self.places(k).start] = False
+        return np.flatnonzero(good)
+
 
 def version_folder(out: Path) -> Path:
     return out / NAME / VERSION
@@ -134,7 +141,7 @@ def make_plan(config, out: Path, keep_listing: bool = False) -> Plan:
         least = -(-count // MOST_SHARDS)
         problem = f"makes more than {MOST_SHARDS} shards"
         raise UserError("ingest.shard_clips", config.ingest.shard_clips, problem, f"give {least} or more")
-    done = finished(folder).get(data.split)
+    done = finished_plans(folder).get(data.split)
     for old in [*([there.fields] if there else []), *([done["fields"]] if done else [])]:
         _compare(out, old, fields, fields.keys() | old.keys(), "was planned")
     for split, other in other_fields(folder, data.split).items():
@@ -147,17 +154,17 @@ def make_plan(config, out: Path, keep_listing: bool = False) -> Plan:
 def other_fields(folder: Path, split: str) -> dict[str, dict]:
     """The fields of the plans of a dataset's other splits, by split: planned, or finished."""
     planned = [read_plan(folder, path.parent.name) for path in folder.glob(".ingest/*/plan.json")]
-    fields = {plan.split: plan.fields for plan in planned} | {name: x["fields"] for name, x in finished(folder).items()}
+    fields = {plan.split: plan.fields for plan in planned} | {
+        name: x["fields"] for name, x in finished_plans(folder).items()
+    }
     return {name: fields[name] for name in sorted(fields) if name != split}
 
 
-def finished(folder: Path) -> dict[str, dict]:
-    """The plans in the indices of the finished splits: split -> {"id", "fields"}."""
-    plans = {}
-    for path in sorted(folder.glob("index-*.npz")):
-        with np.load(path) as index:
-            plans[path.stem.removeprefix("index-")] = json.loads(index["plan"].tobytes())
-    return plans
+def finished_plans(folder: Path) -> dict[str, dict]:
+    """Those in the indices of the finished splits: split -> {"id", "fields"}."""
+    return {
+        split: json.loads(read_columns(path, ["plan"])["plan"].tobytes()) for split, path in indices(folder).items()
+    }
 
 
 def read_plan(folder: Path, split: str) -> Plan | None:
@@ -250,11 +257,3 @@ def _generated_listing(source) -> Listing:
     names = source.class_names
     entries = [Entry(source.name(i), names[source.label(i)], source.texts(i)) for i in range(len(source))]
     return Listing.of(entries, tuple(names), {})
-
-
-def used(facts: list[dict], plan: Plan) -> np.ndarray:
-    """int64 [N]: the places of the good clips in the listing, of the facts of all shards."""
-    good = np.ones(len(plan.entries), bool)
-    for k, fact in enumerate(facts):
-        good[np.array(fact["bad_places"], np.int64) + plan.places(k).start] = False
-    return np.flatnonzero(good)

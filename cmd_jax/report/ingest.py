@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cmd_jax.data.codecs import decoded, video_name
 from cmd_jax.data.records import Records, parse, text_of
 from cmd_jax.files import write_json
-from cmd_jax.ingest.plan import Plan, used
+from cmd_jax.ingest.plan import Plan
 from cmd_jax.report.gallery import Item, Section, write_gallery
 from cmd_jax.report.video import film_strip, write_png
 
@@ -62,7 +62,7 @@ def summary_of(plan: Plan, facts: list[dict]) -> dict:
     bad = plan.bad | {name: reason for fact in facts for name, reason in fact["bad"].items()}
     columns = ([n for fact in facts for n in fact[key]] for key in ("lengths", "whole", "seconds"))
     lengths, whole, seconds = map(np.array, columns)
-    labels = collections.Counter(np.asarray(plan.entries.label)[used(facts, plan)].tolist())
+    labels = collections.Counter(np.asarray(plan.entries.label)[plan.used(facts)].tolist())
     return {
         "split": plan.split,
         "plan": plan.id,
