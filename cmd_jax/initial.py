@@ -47,10 +47,8 @@ def given_params(config, stage, metadata: Metadata, shardings: Callable, console
             raise UserError("init_skip", config.init_skip, f"leaves nothing of {path}", "leave out less, or init")
         given = read(unflatten(fitting))
     fresh = [name for name in wanted if name in skipped]
-    console.print(
-        f"starting from {path}: {len(fitting)} of {len(wanted)} arrays"
-        + (f"; not {some(fresh, NAMED)}" if fresh else "")
-    )
+    told = f"starting from {path}: {len(fitting)} of {len(wanted)} arrays"
+    console.print(told + (f"; not {some(fresh, NAMED)}" if fresh else ""))
     for line in _differences(earlier, config, facts, metadata):
         console.print(f"init: {line}")
     own = stage.pretrained(shardings) if fresh else None
