@@ -29,6 +29,7 @@ from cmd_jax.data.codecs import CODECS, decoded, video_name
 from cmd_jax.data.draws import draw_start, draw_text, frames_needed
 from cmd_jax.data.packed import used_classes
 from cmd_jax.data.records import VERSION, Records, Shards, parse, text_of
+from cmd_jax.data.roots import check_bad
 from cmd_jax.data.sizes import Size, as_text
 from cmd_jax.errors import UserError, some
 from cmd_jax.files import COUNT, parse_json
@@ -170,11 +171,8 @@ class DatasetSource:
                 "%d of %d clips in %s are left out: the shortest has %d frames; %d are needed",
                 short, total, self.folder, lengths.min(), self._needed,
             )  # fmt: skip
-        if bad > max_bad_fraction * total or bad == total:
-            allowed = "" if bad == total else f", more than data.max_bad_fraction={max_bad_fraction:g}"
-            problem = f"{bad} of {total} clips cannot be used{allowed}: {short} have fewer than {self._needed} frames"
-            problem += f", {bad - short} were left out by ingest"
-            raise UserError("data.root", self.folder, problem, "use fewer data.frames, or raise data.max_bad_fraction")
+        why = f"{short} have fewer than {self._needed} frames, {bad - short} were left out by ingest"
+        check_bad(self.folder, bad, total, max_bad_fraction, why, "use fewer data.frames")
 
 
 class Index(dict):

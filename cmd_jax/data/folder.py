@@ -17,7 +17,7 @@ from cmd_jax.data.draws import draw_start, draw_text, frames_needed
 from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.outcomes import Outcomes
 from cmd_jax.data.packed import Rows, used_classes
-from cmd_jax.data.roots import check_root, stat_inside
+from cmd_jax.data.roots import check_bad, check_root, stat_inside
 from cmd_jax.data.sizes import Size, nearest_size
 from cmd_jax.data.splits import keys_of
 from cmd_jax.errors import UserError, some
@@ -102,7 +102,7 @@ class FolderSource:
                 self.bad[name] = str(error)
         limits = probe_timeout, probe_cap or math.inf
         facts = _probe(self.root, stats, *limits, cache and Path(cache), probe_command, times=fps > 0)
-        self._needed, lengths = frames_needed(frames, stride), {}
+        needed, lengths = frames_needed(frames, stride), {}
         for name, fact in facts.items():
             if "error" in fact:
                 self.bad[name] = fact["error"]
@@ -110,7 +110,7 @@ class FolderSource:
             lengths[name] = fact["frames"]
             if fps:
                 lengths[name] = timing.length_at(timing.seconds(fact["steps"], _tick(fact))[-1], fps)
-            if shortage := video.shortage(lengths[name], self._needed, fps, fact["frames"], fact["declared"]):
+            if shortage := video.shortage(lengths[name], needed, fps, fact["frames"], fact["declared"]):
                 self.bad[name] = shortage
         self._report_bad(len(self.bad.keys() | {*entries.names}), max_bad_fraction)
 
@@ -161,8 +161,9 @@ class FolderSource:
         player shows, then antialiased resize. Of several captions `rng` then draws one. Raises UserError if the file
         has changed since its test.
         """
-        start = draw_start(int(self.lengths[index]), self._needed, rng) if self.random_start else 0
-        wanted = range(start, start + self._needed, self.stride)
+        needed = frames_needed(self.frames, self.stride)
+        start = draw_start(int(self.lengths[index]), needed, rng) if self.random_start else 0
+        wanted = range(start, start + needed, self.stride)
         if self.fps:
             wanted = timing.frames_at(timing.seconds(self._steps[index], self._ticks[index]), self.fps, wanted)
         path, size = os.path.join(self.root, self.name(index)), self.sizes[self.buckets[index]]
@@ -178,17 +179,7 @@ class FolderSource:
         log.warning(
             "%d of %d files in %s cannot be used: %s", bad, total, self.root, "; ".join(named[:NAMED_IN_WARNING] + more)
         )
-        if bad == total:
-            raise UserError(
-                "data.root",
-                self.root,
-                f"none of its {total} files can be used, the first: {named[0]}",
-                "mend or replace them",
-            )
-        if bad > max_bad_fraction * total:
-            allowed = f"more than data.max_bad_fraction={max_bad_fraction:g}"
-            problem = f"{bad} of {total} files cannot be used, {allowed}, the first: {named[0]}"
-            raise UserError("data.root", self.root, problem, "mend or remove them, or raise data.max_bad_fraction")
+        check_bad(self.root, bad, total, max_bad_fraction, f"the first, {named[0]}")
 
 
 def _probe(

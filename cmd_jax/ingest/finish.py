@@ -8,8 +8,8 @@ import numpy as np
 
 from cmd_jax.data.dataset import read_columns
 from cmd_jax.data.records import write_dataset
+from cmd_jax.data.roots import check_bad
 from cmd_jax.data.splits import keys_of
-from cmd_jax.errors import UserError
 from cmd_jax.files import atomic_path
 from cmd_jax.ingest.plan import Plan, finished_plans
 from cmd_jax.ingest.shard import finished
@@ -28,25 +28,15 @@ def finish(plan: Plan, max_bad_fraction: float, description: str = "", citation:
         facts.append(finished(plan, k))
         if facts[-1] is None:
             return None
-    check_bad(plan, facts, max_bad_fraction)
+    if bad := plan.left_out(facts):
+        total, (name, reason) = len(plan.entries) + len(plan.bad), min(bad.items())
+        check_bad(plan.root, len(bad), total, max_bad_fraction, f"the first, {name} {reason}")
     write_arrays(plan.shards.index, index_of(plan, facts))
     while True:
         plans = finished_plans(plan.folder)
         _write_metadata(plan, plans, description, citation)
         if plans == finished_plans(plan.folder):  # unless another split was finished in between
             return facts
-
-
-def check_bad(plan: Plan, facts: list[dict], max_bad_fraction: float):
-    """UserError where too many clips were left out, or all."""
-    bad = plan.bad | {name: reason for fact in facts for name, reason in fact["bad"].items()}
-    total = len(plan.entries) + len(plan.bad)
-    if len(bad) <= max_bad_fraction * total and len(bad) < total:
-        return
-    name, reason = min(bad.items())
-    allowed = "" if len(bad) == total else f", more than data.max_bad_fraction={max_bad_fraction:g}"
-    problem = f"{len(bad)} of {total} files cannot be used{allowed}, the first: {name} {reason}"
-    raise UserError("data.root", plan.root, problem, "mend or remove them, or raise data.max_bad_fraction")
 
 
 def index_of(plan: Plan, facts: list[dict]) -> dict[str, np.ndarray]:

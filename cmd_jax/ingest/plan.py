@@ -76,6 +76,10 @@ class Plan:
         size = self.fields["shard_clips"]
         return range(k * size, min((k + 1) * size, len(self.entries)))
 
+    def left_out(self, facts: list[dict]) -> dict[str, str]:
+        """Name -> reason, of the listing and the facts of all shards."""
+        return self.bad | {name: reason for fact in facts for name, reason in fact["bad"].items()}
+
     def used(self, facts: list[dict]) -> np.ndarray:
         """int64 [N]: the places of the clips that are in the dataset; facts: of all shards."""
         good = np.ones(len(self.entries), bool)
@@ -154,17 +158,15 @@ def make_plan(config, out: Path, keep_listing: bool = False) -> Plan:
 def other_fields(folder: Path, split: str) -> dict[str, dict]:
     """The fields of the plans of a dataset's other splits, by split: planned, or finished."""
     planned = [read_plan(folder, path.parent.name) for path in folder.glob(".ingest/*/plan.json")]
-    fields = {plan.split: plan.fields for plan in planned} | {
-        name: x["fields"] for name, x in finished_plans(folder).items()
-    }
+    fields = {plan.split: plan.fields for plan in planned}
+    fields |= {name: made["fields"] for name, made in finished_plans(folder).items()}
     return {name: fields[name] for name in sorted(fields) if name != split}
 
 
 def finished_plans(folder: Path) -> dict[str, dict]:
     """Those in the indices of the finished splits: split -> {"id", "fields"}."""
-    return {
-        split: json.loads(read_columns(path, ["plan"])["plan"].tobytes()) for split, path in indices(folder).items()
-    }
+    plans = {split: read_columns(path, ["plan"])["plan"] for split, path in indices(folder).items()}
+    return {split: json.loads(plan.tobytes()) for split, plan in plans.items()}
 
 
 def read_plan(folder: Path, split: str) -> Plan | None:

@@ -59,7 +59,6 @@ class Note:
 
 def summary_of(plan: Plan, facts: list[dict]) -> dict:
     """What went in and what did not, as JSON."""
-    bad = plan.bad | {name: reason for fact in facts for name, reason in fact["bad"].items()}
     columns = ([n for fact in facts for n in fact[key]] for key in ("lengths", "whole", "seconds"))
     lengths, whole, seconds = map(np.array, columns)
     labels = collections.Counter(np.asarray(plan.entries.label)[plan.used(facts)].tolist())
@@ -78,7 +77,7 @@ def summary_of(plan: Plan, facts: list[dict]) -> dict:
         "seconds": spread(seconds),
         "classes": {name: labels[i] for i, name in enumerate(plan.class_names)},
         "without_class": labels[-1],
-        "quarantined": dict(sorted(bad.items())),
+        "quarantined": dict(sorted(plan.left_out(facts).items())),
         "shard_seconds": sum(fact["wall"] for fact in facts),
         "cpu_seconds": sum(fact["cpu"] for fact in facts),
     }

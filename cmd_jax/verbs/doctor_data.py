@@ -45,7 +45,7 @@ def doctor_data(specification: str, overrides: dict[str, str], workdir: Path | N
     table = Table("data", "")
     rows = [] if isinstance(source, StoredClips) else clip_rows(source, split) + text_rows(source, tokenizer)
     read, examples = video_reader(source), split.train
-    if config.latents.get("starts", 0):
+    if config.latents.starts:
         store = open_store(store_folder(config, workdir or Path.cwd()))
         stored = examples_in(store, split) if store else examples[:0]
         rows.append(
@@ -144,12 +144,8 @@ def read_some(config, read, examples: np.ndarray) -> tuple[float, list[dict]]:
 def rate_rows(config, rate: float, folder: Path | None) -> list[tuple[str, str]]:
     """rate: clips a second that this machine reads. folder: of the stage, where a run may have told its own."""
     size, threads = config.train.batch_size, config.data.threads
-    rows = [
-        (
-            "reading",
-            f"{rounded(rate)} clips/s by data.threads={threads}: {rounded(rate / size)} steps/s of {size} clips",
-        )
-    ]
+    told = f"{rounded(rate)} clips/s by data.threads={threads}: {rounded(rate / size)} steps/s of {size} clips"
+    rows = [("reading", told)]
     summary = folder / "summary.json" if folder else None
     like = {"steps_per_second?": (float, None), "processes?": int, ...: object}
     summary = read_json(summary, "workdir", like=like) if summary and summary.exists() else {}

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+from cmd_jax.data.roots import check_bad
 from cmd_jax.errors import UserError
 from cmd_jax.ingest.windows import ListedClips
 from cmd_jax.prepare import open_clips, prepare_stage, store_folder
@@ -42,12 +43,6 @@ def encode(config, workdir: Path, end_process: Callable | None = None, listed: b
         filler = prepare_stage(config, workdir, source, mesh, console, Metadata()).filler
         filler.fill()
         summary = leader_alone(lambda: report(filler.store, source.bad, console))
-        if listed:
-            check_bad(config.data, len(summary["quarantined"]), source.listed)
-
-
-def check_bad(data, bad: int, listed: int):
-    """UserError where more of the listed clips were left out than data.max_bad_fraction allows."""
-    if bad > data.max_bad_fraction * listed:
-        problem = f"{bad} of {listed} files cannot be used, more than data.max_bad_fraction={data.max_bad_fraction:g}"
-        raise UserError("data.root", data.root, problem, "mend or remove them, or raise data.max_bad_fraction")
+        if listed and (bad := summary["quarantined"]):
+            why = f"the first, {' '.join(min(bad.items()))}"
+            check_bad(source.root, len(bad), source.listed, config.data.max_bad_fraction, why)

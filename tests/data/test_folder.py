@@ -91,14 +91,14 @@ def test_bad_files_are_named_and_skipped(put, tmp_path, caplog):
 
 def test_stride_counts_in_the_length_needed(put):
     assert len(probed(put("c/a.avi"), frames=10, stride=2)) == 1  # 19 of 20 frames
-    with pytest.raises(UserError, match=r"none of its 1 files.*has only 20 frames; 21 are needed"):
+    with pytest.raises(UserError, match=r"1 of 1 clips.*has only 20 frames; 21 are needed"):
         probed(put("c/a.avi"), frames=6, stride=4)
 
 
 def test_all_bad_is_an_error_whatever_the_fraction(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.avi").write_bytes(b"")
-    with pytest.raises(UserError, match=r"^data\.root=.*none of its 2 files can be used.*a\.avi is empty"):
+    with pytest.raises(UserError, match=r"^data\.root=.*2 of 2 clips cannot be used.*a\.avi is empty"):
         probed(tmp_path, max_bad_fraction=1.0)
 
 

@@ -258,7 +258,7 @@ def test_bad_files_are_not_absent_ones(root, tmp_path):
     (root / "000051_000100/13.mp4").symlink_to(tmp_path / "outside.mp4")
     (root / "000101_000150").mkdir()
     (root / "000101_000150/14.mp4").symlink_to(tmp_path / "nothing.mp4")
-    refused("2 of 4 files cannot be used, more than data.max_bad_fraction=0.05", root)
+    refused("2 of 4 clips cannot be used, more than data.max_bad_fraction=0.05", root)
     got = source(root, max_bad_fraction=0.5)
     assert (len(got), got.absent) == (2, 0)
     assert "leaves the data root" in got.bad["000051_000100/13.mp4"]

@@ -110,7 +110,7 @@ def test_a_store_made_ahead_is_the_one_that_a_training_fills(run, tmp_path):
         (["--encode=cmd", "--config.latents.starts=0"], "latents.starts=0: no latents are kept"),
         (["--encode=cmd", "--source=CLIPS", "--config.data.root=x"], "--config.data.root is given too"),
         (["--encode=cmd", "--out=x", "--config.latents.store=y"], "--out=x: --config.latents.store is given too"),
-        (["--encode=cmd", "--source=CLIPS", "--out=STORE"], "2 of 8 files cannot be used, more than data.max_bad_frac"),
+        (["--encode=cmd", "--source=CLIPS", "--out=STORE"], "2 of 8 clips cannot be used, more than data.max_bad_frac"),
         (["--out=x"], "--workdir=RUN: is for --encode"),
     ],
 )

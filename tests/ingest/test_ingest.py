@@ -243,7 +243,7 @@ def test_captions_and_labels_of_a_manifest_come_along(tmp_path):
 def test_too_many_bad_clips_are_an_error_in_the_end_and_the_shards_stay(folder, tmp_path):
     plan = make_plan(config(folder), tmp_path)
     engines.run_pool(plan, range(plan.shards.count), 1, LIMITS)
-    with pytest.raises(UserError, match="3 of 9 files cannot be used, more than data.max_bad_fraction=0.3") as error:
+    with pytest.raises(UserError, match="3 of 9 clips cannot be used, more than data.max_bad_fraction=0.3") as error:
         finish(plan, 0.3)
     assert error.value.field == "data.root"
     assert not plan.shards.index.exists() and len(digests(tmp_path)) == 9
