@@ -75,9 +75,9 @@ def device_counts(text: str | None) -> tuple[int, ...]:
 
 
 def check_stage(verb: str, stage: str):
-    training = stage != "sample"
-    if (verb in ("train", "ingest")) != training:
-        wanted = "autoencoder, content or motion" if verb == "train" else "sample"
+    training = verb in ("train", "ingest")
+    if training == (stage == "sample"):
+        wanted = "autoencoder, content or motion" if training else "sample"
         raise UserError("config", stage, f"`{verb}` takes another stage", f"use FILE:{wanted}")
 
 

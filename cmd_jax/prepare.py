@@ -1,4 +1,4 @@
-"""Before the first step: open the data, apply the frozen autoencoder, build the stage."""
+"""Before the first step: open the data, begin or open the store of latents that a stage is trained on, build it."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -96,6 +96,14 @@ class Prepared(NamedTuple):
     metadata: Metadata  # a resumed run keeps what it began with
     filler: Filler | None = None
 
+    @classmethod
+    def of(cls, stage, source, split: Split, metadata: Metadata, read, filler: Filler | None) -> "Prepared":
+        """Of a source's clips and their split; with a filler, of the examples in its store. read: of clips."""
+        if filler is None:
+            return cls(stage, read, len(source), split, source, metadata)
+        store = filler.store
+        return cls(stage, store.read, len(store), store.split_of(split), source, metadata, filler)
+
     def fill(self, indices: Sequence[int]):
         """Make sure that `read` can read these; every process must call it."""
         if self.filler:
@@ -183,16 +191,15 @@ def prepare_autoencoder(
         metadata = replace(metadata, vae=part_of(config.pretrained.path, VAEMetadata, earlier.vae))
         space = load_space(config.pretrained, partial(abstract, mesh=mesh, rules=config.rules))
     stage, read = AutoencoderStage(config, lpips, space), video_reader(source)
-    if not config.latents.starts:
-        return Prepared(stage, read, len(source), split, source, metadata)
 
     def encode(params, batch):
         return {"frames": space.encode(params, batch["video"]), "label": batch["label"]}
 
-    encoding = Encoding(read, encode, space.params, {"frames": (config.latents.store_dtype, stage.video_shape[1:])})
-    filler = fill_store(config, workdir, source, split, encoding, metadata, mesh, console)
-    store = filler.store
-    return Prepared(stage, store.read, len(store), store.split_of(split), source, metadata, filler)
+    filler = None
+    if config.latents.starts:
+        encoding = Encoding(read, encode, space.params, {"frames": (config.latents.store_dtype, stage.video_shape[1:])})
+        filler = fill_store(config, workdir, source, split, encoding, metadata, mesh, console)
+    return Prepared.of(stage, source, split, metadata, read, filler)
 
 
 def prepare_denoiser(
@@ -249,10 +256,7 @@ def prepare_denoiser(
         statistics = filler.statistics() if filler else sampled_statistics(config, split, encoding, mesh)
     stage = diffusion_stage(config, autoencoder, conditions, statistics, image_model)
     metadata = replace(metadata, statistics=stage.statistics)
-    if filler:
-        store = filler.store
-        return Prepared(stage, store.read, len(store), store.split_of(split), source, metadata, filler)
-    return Prepared(stage, read, len(source), split, source, metadata)
+    return Prepared.of(stage, source, split, metadata, read, filler)
 
 
 def open_autoencoder(path: Path, config, shardings, console) -> tuple[Trained, FrozenAutoencoder]:

@@ -49,7 +49,7 @@ class Encoder:
         parts = [parts[g] if g < len(parts) else parts[0] for g in range(self.groups)]
         ours, mine, waiting = parts[self.group], len(self._rows[self.group]), None
         calls = max(-(-len(part) // len(rows)) for part, rows in zip(parts, self._rows, strict=True))
-        plan = Part(dict(zip(self._rows[self.group], range(mine), strict=True)), ours, self.batch_size)
+        plan = PartPlan(dict(zip(self._rows[self.group], range(mine), strict=True)), ours, self.batch_size)
         read = lambda number, _: self.read(number)  # noqa: E731
         data = batches(read, plan, self.mesh, start=0, stop=calls, **self.options)
         with contextlib.closing(data):
@@ -62,7 +62,7 @@ class Encoder:
             yield own(*waiting)
 
 
-class Part(NamedTuple):
+class PartPlan(NamedTuple):
     """As a BatchPlan: which example stands in which row, those of other processes left out."""
 
     rows: dict[int, int]  # global row -> its place among this process's

@@ -16,13 +16,13 @@ from cmd_jax.data import timing, video
 from cmd_jax.data.draws import draw_start, draw_text, frames_needed
 from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.outcomes import Outcomes
-from cmd_jax.data.packed import Rows, used_classes
+from cmd_jax.data.packed import Ragged, used_classes
 from cmd_jax.data.roots import check_bad, check_root, stat_inside
 from cmd_jax.data.sizes import Size, nearest_size
 from cmd_jax.data.splits import keys_of
 from cmd_jax.errors import UserError, some
 
-VERSION = 1  # raise it whenever the same files give other clips
+READING = 1  # raise it whenever the same files give other clips
 NAMED_IN_WARNING = 10
 NOTE_EVERY = 30.0  # seconds
 
@@ -122,11 +122,11 @@ class FolderSource:
         self.lengths = np.array([lengths[name] for name in self._entries.names], np.int32)
         shown = np.array([[facts[name][side] for name in self._entries.names] for side in ("width", "height")])
         self.buckets = nearest_size(*shown, self.sizes)
-        self._key_frames = Rows.of([facts[name]["key_frames"] for name in self._entries.names], 3)
-        self._steps = Rows.of([facts[name]["steps"] for name in self._entries.names], 2) if fps else None
+        self._key_frames = Ragged.of([facts[name]["key_frames"] for name in self._entries.names], 3)
+        self._steps = Ragged.of([facts[name]["steps"] for name in self._entries.names], 2) if fps else None
         self._ticks = np.array([_tick(facts[name]) for name in self._entries.names]) if fps else None
         self.has_texts = bool((np.diff(self._entries.text_edges) > 0).all())
-        cut = [VERSION, frames, height, width, stride, random_start, *([fps] if fps else [])]
+        cut = [READING, frames, height, width, stride, random_start, *([fps] if fps else [])]
         cut += [further_sizes, self.buckets.tolist()] if further_sizes else []
         digest = hashlib.sha256(json.dumps(cut).encode())
         digest.update(b"\n" + json.dumps(self.class_names).encode())

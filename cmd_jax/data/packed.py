@@ -78,14 +78,14 @@ def _places(edges: np.ndarray, which: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
 
 
-class Rows:
+class Ragged:
     """Rows of n numbers, some for each clip. data: int64 [K, n]; edges: int64 [N + 1], where each clip's are."""
 
     def __init__(self, data: np.ndarray, edges: np.ndarray):
         self.data, self.edges = data, edges
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[Sequence[int]]], n: int) -> "Rows":
+    def of(cls, rows: Sequence[Sequence[Sequence[int]]], n: int) -> "Ragged":
         data = np.array([*itertools.chain(*rows)], np.int64).reshape(-1, n)
         return cls(data, _edges([*map(len, rows)]))
 
