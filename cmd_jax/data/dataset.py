@@ -31,7 +31,7 @@ from cmd_jax.data.packed import used_classes
 from cmd_jax.data.records import VERSION, Records, Shards, parse, text_of
 from cmd_jax.data.roots import check_bad
 from cmd_jax.data.sizes import Size, as_text
-from cmd_jax.errors import UserError, some
+from cmd_jax.errors import UserError
 from cmd_jax.files import COUNT, parse_json
 
 READING = 1  # raise it whenever the same records give other clips
@@ -103,9 +103,6 @@ class DatasetSource:
         self._check_bad(total, index["length"], max_bad_fraction)
         self.lengths, self.buckets = index["length"][self._places], index["bucket"][self._places]
         self.class_names, self.labels = used_classes(index["label"][self._places], plan["class_names"])
-        if len(self.class_names) < len(plan["class_names"]):
-            empty = [name for name in plan["class_names"] if name not in {*self.class_names}]
-            log.warning("classes without a usable clip are left out: %s", some(empty))
         self.has_texts = bool((index["text_count"][self._places] > 0).all())
         cut = json.dumps(["dataset", READING, index.plan["id"], frames, stride, random_start])
         self.fingerprint = hashlib.sha256(cut.encode() + index["sha256"].tobytes()).hexdigest()

@@ -20,7 +20,7 @@ from cmd_jax.data.packed import Ragged, used_classes
 from cmd_jax.data.roots import check_bad, check_root, stat_inside
 from cmd_jax.data.sizes import Size, nearest_size
 from cmd_jax.data.splits import keys_of
-from cmd_jax.errors import UserError, some
+from cmd_jax.errors import UserError
 
 READING = 1  # raise it whenever the same files give other clips
 NAMED_IN_WARNING = 10
@@ -116,9 +116,6 @@ class FolderSource:
 
         self._entries = entries.take(np.flatnonzero([name not in self.bad for name in entries.names]))
         self.class_names, self.labels = used_classes(self._entries.label, listed)
-        if len(self.class_names) < len(listed):
-            empty = [name for name in listed if name not in {*self.class_names}]
-            log.warning("classes without a usable clip are left out: %s", some(empty))
         self.lengths = np.array([lengths[name] for name in self._entries.names], np.int32)
         shown = np.array([[facts[name][side] for name in self._entries.names] for side in ("width", "height")])
         self.buckets = nearest_size(*shown, self.sizes)

@@ -3,6 +3,7 @@ cluster reads its own part of a listing straight from the disk."""
 
 import hashlib
 import itertools
+import logging
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from cmd_jax.data.roots import Entry
+from cmd_jax.errors import some
 
 BLOCK = 2**12  # texts that are moved at a time: their places take eight times the room of what is moved
+
+log = logging.getLogger(__name__)
 
 
 class Packed(Sequence[str]):
@@ -190,10 +194,13 @@ class Listing(NamedTuple):
 
 
 def used_classes(label: np.ndarray, class_names: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Of the listed classes those that have a clip, and the clips' labels among these.
+    """Of the listed classes those that have a clip, and the clips' labels among these; the others are told.
 
     label: int [N], numbers of listed classes, -1 for none -> (names, int32 [N], len(names) for none).
     """
     used = np.bincount(label[label >= 0], minlength=len(class_names)) > 0
     numbers = np.append(np.cumsum(used) - 1, np.count_nonzero(used)).astype(np.int32)  # -1 finds the last
+    if not used.all():
+        empty = [name for name, has in zip(class_names, used, strict=True) if not has]
+        log.warning("classes without a usable clip are left out: %s", some(empty))
     return tuple(name for name, has in zip(class_names, used, strict=True) if has), numbers[label]
