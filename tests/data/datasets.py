@@ -1,25 +1,19 @@
 """Datasets as cmd-jax ingest makes them, of any frames."""
 
-import io
 import json
 
 import numpy as np
 from PIL import Image
 
+from cmd_jax.data.codecs import encoded
 from cmd_jax.data.dataset import NAME
 from cmd_jax.data.records import VERSION, Shards, example, write_shard
 
 
-def encoded(frames, codec):
+def video_of(frames, codec) -> list[bytes]:
     """uint8 [T,H,W,3] -> the feature `video` of a record."""
-    if codec == "raw":
-        return frames.tobytes()
-    images = []
-    for frame in frames:
-        file = io.BytesIO()
-        Image.fromarray(frame).save(file, codec, quality=95, subsampling=0)
-        images.append(file.getvalue())
-    return images
+    parts = [encoded(Image.fromarray(frame), codec, 95) for frame in frames]
+    return [b"".join(parts)] if codec == "raw" else parts
 
 
 def write_records(out, clips, class_names=(), *, codec="raw", split="train", shards=3, finished=True, plan=None):
@@ -30,18 +24,12 @@ def write_records(out, clips, class_names=(), *, codec="raw", split="train", sha
     facts = []
     for k, part in enumerate(parts):
         records = (
-            example({"video": encoded(v, codec), "label": label, "name": name, "texts": texts, "fps": []})
+            example({"video": video_of(v, codec), "label": label, "name": name, "texts": texts, "fps": []})
             for v, label, name, texts in part
         )
         facts.append(write_shard(made, k, records, dict))
-    fields = {
-        "height": shape[0],
-        "width": shape[1],
-        "buckets": "",
-        "fps": 0.0,
-        "codec": codec,
-        "class_names": list(class_names),
-    }
+    fields = {"height": shape[0], "width": shape[1], "buckets": "", "fps": 0.0, "codec": codec}
+    fields["class_names"] = list(class_names)
     plan = {"id": "0" * 64, "fields": fields | {"clips": len(clips), "bad": {}} | (plan or {})}
     index = {
         "counts": np.array([len(part) for part in parts]),

@@ -48,8 +48,6 @@ def test_records_come_back_by_place(shards):
 
 
 def test_an_example_is_read_as_protobuf_reads_it():
-    from tensorflow_datasets.proto import tf_example_pb2
-
     message = tf_example_pb2.Example()
     features = message.features.feature
     features["empty"].SetInParent()
