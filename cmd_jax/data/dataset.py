@@ -168,7 +168,7 @@ class DatasetSource:
                 "%d of %d clips in %s are left out: the shortest has %d frames; %d are needed",
                 short, total, self.folder, lengths.min(), self._needed,
             )  # fmt: skip
-        why = f"{short} have fewer than {self._needed} frames, {bad - short} were left out by ingest"
+        why = f": {short} have fewer than {self._needed} frames, {bad - short} were left out by ingest"
         check_bad(self.folder, bad, total, max_bad_fraction, why, "use fewer data.frames")
 
 

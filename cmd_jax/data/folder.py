@@ -176,7 +176,7 @@ class FolderSource:
         log.warning(
             "%d of %d files in %s cannot be used: %s", bad, total, self.root, "; ".join(named[:NAMED_IN_WARNING] + more)
         )
-        check_bad(self.root, bad, total, max_bad_fraction, f"the first, {named[0]}")
+        check_bad(self.root, bad, total, max_bad_fraction, f", the first: {named[0]}")
 
 
 def _probe(

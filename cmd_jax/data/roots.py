@@ -80,11 +80,11 @@ def _blobs(root: str) -> str | None:
 def check_bad(root, bad: int, total: int, most: float, why: str, remedy: str = "mend or remove them"):
     """UserError where more than a part `most`, of the config's data.max_bad_fraction, of all clips are bad, or all.
 
-    why: told of the bad ones.
+    why: goes on from there, of the bad ones.
     """
     if bad > most * total or bad == total:
         allowed = "" if bad == total else f", more than data.max_bad_fraction={most:g}"
-        problem = f"{bad} of {total} clips cannot be used{allowed}: {why}"
+        problem = f"{bad} of {total} clips cannot be used{allowed}{why}"
         raise UserError("data.root", root, problem, f"{remedy}, or raise data.max_bad_fraction")
 
 

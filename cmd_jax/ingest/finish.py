@@ -30,7 +30,7 @@ def finish(plan: Plan, max_bad_fraction: float, description: str = "", citation:
             return None
     if bad := plan.left_out(facts):
         total, (name, reason) = len(plan.entries) + len(plan.bad), min(bad.items())
-        check_bad(plan.root, len(bad), total, max_bad_fraction, f"the first, {name} {reason}")
+        check_bad(plan.root, len(bad), total, max_bad_fraction, f", the first: {name} {reason}")
     write_arrays(plan.shards.index, index_of(plan, facts))
     while True:
         plans = finished_plans(plan.folder)

@@ -44,5 +44,5 @@ def encode(config, workdir: Path, end_process: Callable | None = None, listed: b
         filler.fill()
         summary = leader_alone(lambda: report(filler.store, source.bad, console))
         if listed and (bad := summary["quarantined"]):
-            why = f"the first, {' '.join(min(bad.items()))}"
+            why = f", the first: {' '.join(min(bad.items()))}"
             check_bad(source.root, len(bad), source.listed, config.data.max_bad_fraction, why)

@@ -105,7 +105,7 @@ def test_all_bad_is_an_error_whatever_the_fraction(tmp_path):
 def test_more_bad_than_allowed_is_an_error(put):
     root = put(*(f"c/{i}.avi" for i in range(3)))
     (root / "c/bad.avi").write_bytes(b"")
-    with pytest.raises(UserError, match=r"1 of 4 files .* data\.max_bad_fraction=0\.2, the first: c/bad\.avi is empty"):
+    with pytest.raises(UserError, match=r"1 of 4 clips .* data\.max_bad_fraction=0\.2, the first: c/bad\.avi is empty"):
         probed(root, max_bad_fraction=0.2)
     assert len(probed(root, max_bad_fraction=0.25)) == 3
 
