@@ -12,8 +12,6 @@ from cmd_jax.errors import Stopped, UserError, of_file, tell
 from cmd_jax.running.runtime import check_devices, keep_freed_memory
 from cmd_jax.verbs.flags import parse
 
-TOGETHER = ("train", "sample", "evaluate", "ingest")  # what several processes do
-
 
 def run(flags, overrides: dict[str, str]) -> int:
     """Do what the verb says -> exit code. Modules are imported here, since they start JAX."""

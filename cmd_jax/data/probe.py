@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from cmd_jax.data import seeking, timing, video
-from cmd_jax.data.supervised import Ended, Supervised, answered, is_error, serve
+from cmd_jax.data.supervised import Ended, Supervised, is_error, serve
 
 COMMAND = (sys.executable, "-m", "cmd_jax.data.probe")
 MOST_CHILDREN = 8
@@ -82,12 +82,8 @@ def probe(
             worker.join()
 
 
-def inspect(path: str, progress: Callable[[], None] = lambda: None, times: bool = False) -> dict:
-    """Decode all of one file -> the facts that `probe` yields. Runs in the child; calls `progress` at each frame."""
-    return answered(_inspect, {"path": path, "times": times}, progress)[0]
-
-
-def _inspect(request: dict, progress: Callable[[], None]) -> tuple[dict, list]:
+def inspect(request: dict, progress: Callable[[], None]) -> tuple[dict, list]:
+    """Decode all of one file -> (the facts that `probe` yields, nothing). Runs in the child."""
     path = request["path"]
     with video.open_video(path) as (container, stream):
         count, candidates, clock, steps = 0, seeking.Candidates(), timing.Clock.of(stream), timing.Steps()
@@ -105,4 +101,4 @@ def _inspect(request: dict, progress: Callable[[], None]) -> tuple[dict, list]:
 
 
 if __name__ == "__main__":
-    serve(_inspect)
+    serve(inspect)

@@ -82,10 +82,12 @@ def check_bad(root, bad: int, total: int, most: float, why: str, remedy: str = "
 
     why: goes on from there, of the bad ones.
     """
-    if bad > most * total or bad == total:
-        allowed = "" if bad == total else f", more than data.max_bad_fraction={most:g}"
-        problem = f"{bad} of {total} clips cannot be used{allowed}{why}"
-        raise UserError("data.root", root, problem, f"{remedy}, or raise data.max_bad_fraction")
+    if bad <= most * total and bad < total:
+        return
+    problem = f"{bad} of {total} clips cannot be used"
+    if bad < total:
+        problem, remedy = f"{problem}, more than data.max_bad_fraction={most:g}", f"{remedy}, or raise that"
+    raise UserError("data.root", root, problem + why, remedy)
 
 
 def stat_inside(root: str, name: str) -> os.stat_result:

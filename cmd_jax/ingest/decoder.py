@@ -76,9 +76,9 @@ class Decoder:
     timeout: seconds without a further frame after which a file hangs. cap: seconds that a file may take.
     """
 
-    def __init__(self, cut: Cut, timeout: float, cap: float = math.inf, command: Sequence[str] = COMMAND):
+    def __init__(self, cut: Cut, timeout: float, cap: float):
         self.cut = cut
-        self.child = Supervised(command, timeout, cap, self._is_clip)
+        self.child = Supervised(COMMAND, timeout, cap, self._is_clip)
 
     def read(self, path: str, seed: Sequence[int] | None = None) -> Clip:
         """The clip, or with a seed its window: cut.needed frames. Raises BadClip."""

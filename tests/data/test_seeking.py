@@ -16,6 +16,11 @@ X264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:b-pyramid=normal"
 TIMES = np.cumsum([0] + [40, 13, 200, 20] * (FRAMES // 4))[:FRAMES].tolist()
 
 
+def facts_of(path) -> dict:
+    """As a child has them of a file."""
+    return probe.inspect({"path": str(path), "times": False}, lambda: None)[0]
+
+
 def moving(count=FRAMES, height=48, width=64):
     """A texture that passes by: no two frames are alike. [T,H,W,3]"""
     blocks = np.random.default_rng(0).integers(0, 255, (height // 8, (width + count) // 8 + 1, 3), np.uint8)
@@ -92,7 +97,7 @@ def test_frames_are_those_of_a_full_decode(tmp_path, kind):
     path = write_clip(tmp_path / name, moving(), codec, options=options, **settings)
     if spoil:
         spoil(path)
-    facts = probe.inspect(str(path))
+    facts = facts_of(path)
     count, key_frames = facts["frames"], facts["key_frames"]
     assert count == (FRAMES if kind != "edit list" else FRAMES - 5)
     indices = [key_frame.index for key_frame in key_frames]
@@ -107,7 +112,7 @@ def test_frames_are_those_of_a_full_decode(tmp_path, kind):
 
 def test_few_frames_are_decoded(tmp_path, monkeypatch):
     path, seen, decode = write_clip(tmp_path / "a.mp4", moving(), options={"x264-params": X264}), [], video.decode
-    key_frames = probe.inspect(str(path))["key_frames"]
+    key_frames = facts_of(path)["key_frames"]
     monkeypatch.setattr(video, "decode", lambda *args: (seen.append(1) or frame for frame in decode(*args)))
     video.read_frames(path, range(100, 108), key_frames=key_frames)
     assert len(seen) == 12  # from 96 on
@@ -135,10 +140,10 @@ def test_frames_that_are_alike_prove_no_seek(tmp_path):
     frames, lossless = moving(), {"x264-params": X264 + ":qp=0"}
     frames[40:70] = frames[40]
     path = write_clip(tmp_path / "a.mp4", frames, options=lossless)
-    assert [key_frame.index for key_frame in probe.inspect(str(path))["key_frames"]] == [72]
+    assert [key_frame.index for key_frame in facts_of(path)["key_frames"]] == [72]
     blinking = frames[np.arange(FRAMES) % 2]
     path = write_clip(tmp_path / "b.mp4", blinking, options=lossless)
-    assert probe.inspect(str(path))["key_frames"] == []
+    assert facts_of(path)["key_frames"] == []
 
 
 def test_a_key_frame_from_which_other_frames_come_is_none(tmp_path, monkeypatch):
@@ -150,7 +155,7 @@ def test_a_key_frame_from_which_other_frames_come_is_none(tmp_path, monkeypatch)
         return frames if key_frame.index != 48 else ((i - 1, f) for i, f in frames if next(frames))
 
     monkeypatch.setattr(video, "decode_from", one_off)
-    assert [key_frame.index for key_frame in probe.inspect(str(path))["key_frames"]] == [96]
+    assert [key_frame.index for key_frame in facts_of(path)["key_frames"]] == [96]
 
 
 def test_a_folder_draws_from_key_frames(tmp_path, monkeypatch):
