@@ -7,6 +7,7 @@ import pytest
 
 from cmd_jax.data import probe
 from cmd_jax.data.folder import FolderSource
+from cmd_jax.data.supervised import answered
 from cmd_jax.errors import UserError
 
 SIZE = {"frames": 8, "height": 24, "width": 32}
@@ -27,6 +28,11 @@ def source(root, **settings):
 
 def probed(root, **settings):
     return source(root, probe_command=probe.COMMAND, **settings)
+
+
+def facts_of(path, progress=lambda: None) -> dict:
+    """What a child says of a file."""
+    return answered(probe.inspect, {"path": str(path), "times": False}, progress)[0]
 
 
 def names(source):

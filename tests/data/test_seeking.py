@@ -7,18 +7,14 @@ import av
 import numpy as np
 import pytest
 from data.clip_files import write_clip
+from data.folders import facts_of
 
-from cmd_jax.data import probe, seeking, video
+from cmd_jax.data import seeking, video
 from cmd_jax.data.folder import FolderSource
 
 FRAMES = 120
 X264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:b-pyramid=normal"
 TIMES = np.cumsum([0] + [40, 13, 200, 20] * (FRAMES // 4))[:FRAMES].tolist()
-
-
-def facts_of(path) -> dict:
-    """As a child has them of a file."""
-    return probe.inspect({"path": str(path), "times": False}, lambda: None)[0]
 
 
 def moving(count=FRAMES, height=48, width=64):
@@ -176,5 +172,5 @@ def test_a_folder_draws_from_key_frames(tmp_path, monkeypatch):
 
 def test_progress_is_told_for_every_frame_decoded_or_compared(tmp_path):
     path, told = write_clip(tmp_path / "a.mp4", moving(), options={"x264-params": X264}), []
-    probe.inspect(str(path), lambda: told.append(1))
+    facts_of(path, lambda: told.append(1))
     assert len(told) == FRAMES + 2 * seeking.COMPARED

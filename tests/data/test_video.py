@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
 from data.clip_files import CODECS, numbered, numbers, quarters, write_clip, write_huge_header, write_sound
+from data.folders import facts_of
 
-from cmd_jax.data import probe, video
+from cmd_jax.data import video
 from cmd_jax.errors import UserError
 
 
@@ -17,7 +18,7 @@ from cmd_jax.errors import UserError
 def test_frames_are_exact_in_every_container(tmp_path, suffix):
     assert f".{suffix}" in video.EXTENSIONS
     path = write_clip(tmp_path / f"a.{suffix}", numbered(height=576, width=720) if suffix == "dv" else None)
-    assert probe.inspect(str(path))["frames"] == 20
+    assert facts_of(path)["frames"] == 20
     assert numbers(video.read_frames(path, range(20))) == list(range(20))
     assert numbers(video.read_frames(path, range(3, 8))) == [3, 4, 5, 6, 7]
     assert numbers(video.read_frames(path, range(2, 22, 4))) == [2, 6, 10, 14, 18]
@@ -91,7 +92,7 @@ def extent(frame):
 @pytest.mark.parametrize("suffix", ["avi", "mp4", "mkv", "mov", "mpeg", "ts", "wmv"])
 def test_a_disc_stays_round_where_pixels_are_not_square(tmp_path, suffix):
     path = write_clip(tmp_path / f"a.{suffix}", disc(96, 96, Fraction(4, 3)), aspect=Fraction(4, 3))
-    facts = probe.inspect(str(path))
+    facts = facts_of(path)
     assert (facts["width"], facts["height"]) == (128, 96)
     (frame,) = video.read_frames(path, [1], size=(64, 64))
     assert extent(frame) == (pytest.approx(32, abs=1), pytest.approx(32, abs=1))
@@ -100,7 +101,7 @@ def test_a_disc_stays_round_where_pixels_are_not_square(tmp_path, suffix):
 @pytest.mark.parametrize("rotation", [90, 180])
 def test_pixels_are_stretched_before_a_frame_is_turned(tmp_path, rotation):
     path = write_clip(tmp_path / "a.mp4", disc(96, 72, 2), aspect=Fraction(2), rotation=rotation)
-    facts = probe.inspect(str(path))
+    facts = facts_of(path)
     assert (facts["width"], facts["height"]) == ((96, 144) if rotation == 90 else (144, 96))
     for size in ((48, 48), (48, 72), (72, 48)):
         high, wide = extent(video.read_frames(path, [0], size=size)[0])
@@ -111,11 +112,11 @@ def test_the_container_s_pixel_aspect_goes_before_the_codec_s(tmp_path):
     """And what neither can mean is none."""
     path = write_clip(tmp_path / "a.mp4", quarters(), aspect=Fraction(3, 2))
     data = path.read_bytes()
-    assert probe.inspect(str(path))["width"] == 96
+    assert facts_of(path)["width"] == 96
     at = data.index(b"pasp") + 4
     for horizontal, vertical, width in ((2, 1, 128), (1, 2, 32), (0, 0, 96), (1, 0, 96), (1000, 1, 64), (1, 1000, 64)):
         path.write_bytes(data[:at] + struct.pack(">II", horizontal, vertical) + data[at + 8 :])
-        assert probe.inspect(str(path))["width"] == width
+        assert facts_of(path)["width"] == width
 
 
 def test_the_crop_is_cut_from_what_is_shown():
@@ -177,7 +178,7 @@ def test_fit_enlarges_too():
 def test_reasons_why_a_file_gives_no_frames(tmp_path, make, reason):
     write_clip(tmp_path / "other.avi")
     make(tmp_path / "a.avi")
-    assert reason in probe.inspect(str(tmp_path / "a.avi"))["error"]
+    assert reason in facts_of(tmp_path / "a.avi")["error"]
 
 
 @pytest.mark.parametrize("suffix", ["avi", "webm"])
@@ -188,7 +189,7 @@ def test_a_truncated_file_gives_the_frames_before_the_cut(tmp_path, suffix):
     write_clip(path, numbered() + noise // 8)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * 0.7)])
-    facts = probe.inspect(str(path))
+    facts = facts_of(path)
     assert 8 <= facts["frames"] < 20
     count = facts["frames"]
     assert numbers(video.read_frames(path, range(count))) == list(range(count))
@@ -211,7 +212,7 @@ def test_decoding_leaves_no_frames_and_threads_behind(tmp_path):
     try:
         for _ in range(3):
             video.read_frames(path, range(20))
-        probe.inspect(str(path))
+        facts_of(path)
         assert threads() <= before + 1
         assert [held for held in gc.get_objects() if isinstance(held, av.VideoFrame)] == []
     finally:
