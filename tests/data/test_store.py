@@ -1,5 +1,6 @@
 """Stores of latents: what lies where, what is refused, and that TFDS opens them."""
 
+import os
 import threading
 
 import numpy as np
@@ -88,6 +89,12 @@ def test_a_complete_store_stands_for_its_clips(folder):
     assert [clips.store.name(i) for i in range(3)] == ["clip0", "clip1", "clip2"]
 
 
+def test_names_that_are_no_utf8_come_back(folder):
+    store = begin_store(folder, plan(), lambda: (ORDER, KEYS))
+    store.write(0, [values(store.examples_of(0))], lambda clip: os.fsdecode(b"\xff%d" % clip))
+    assert store.name(4) == os.fsdecode(b"\xff1")
+
+
 def test_a_shard_is_made_once(folder):
     store = filled(folder, 0)
     before = store.shards.path(0).stat()
@@ -128,14 +135,14 @@ def test_shards_are_claimed_by_one_of_those_that_fill(folder):
 
 def test_statistics_are_those_of_the_values_that_are_kept(folder):
     parts = values(range(6))
-    wanted = LatentStatistics.of([{name: stores_sums(parts[name]) for name in ("content", "motion")}])
+    wanted = LatentStatistics.of([{name: sums_of(parts[name]) for name in ("content", "motion")}])
     found = filled(folder, 0, 1).statistics()
     np.testing.assert_allclose(found.content.mean, parts["content"].reshape(-1, 3).mean(0))
     np.testing.assert_allclose(found.content.std, parts["content"].reshape(-1, 3).std(0))
     np.testing.assert_allclose(found.motion.mean, wanted.motion.mean)
 
 
-def stores_sums(x):
+def sums_of(x):
     sums = stores.Sums()
     sums.add(x)
     return sums.as_json()

@@ -170,6 +170,13 @@ def test_another_plan_in_the_same_place_is_refused_by_the_field_that_differs(fol
     refused("clips", root=copied)
 
 
+def test_a_damaged_index_is_told(folder, tmp_path):
+    plan, _ = ingested(config(folder, ingest__shard_clips=9), tmp_path)
+    plan.shards.index.write_bytes(plan.shards.index.read_bytes()[:700])
+    with pytest.raises(UserError, match="index-train.npz: cannot be read"):
+        make_plan(config(folder, ingest__shard_clips=9), tmp_path)
+
+
 def test_splits_share_a_dataset_if_their_classes_are_the_same(tmp_path):
     root, out = tmp_path / "videos", tmp_path / "out"
     for name in ("train/a/1", "train/b/2", "test/a/3", "test/b/4", "val/a/5"):
