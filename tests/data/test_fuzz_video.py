@@ -108,6 +108,33 @@ def mutate(rng, sound) -> tuple[str, bytes]:
     return kind, bytes(data)
 
 
+def write_damaged(root, count: int, rng, sound) -> set[str]:
+    """So many damaged files of three classes -> their names."""
+    names = set()
+    for index in range(count):
+        kind, data = mutate(rng, sound)
+        path = root / f"class{index % 3}" / f"{index:04d}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        names.add(path.relative_to(root).as_posix())
+    return names
+
+
+def timed(monkeypatch) -> list[float]:
+    """Grows by the seconds of each answer of a child."""
+    seconds, ask = [], supervised.Child.ask
+
+    def asked(self, *arguments, **options):
+        begun = time.monotonic()
+        try:
+            return ask(self, *arguments, **options)
+        finally:
+            seconds.append(time.monotonic() - begun)
+
+    monkeypatch.setattr(supervised.Child, "ask", asked)
+    return seconds
+
+
 # What a training does with the files that passed: a line for each draw.
 DRAW = """
 import json, resource, sys, time
@@ -133,25 +160,8 @@ print(json.dumps({"name": ""}))
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_damaged_videos_are_read_or_named(tmp_path, monkeypatch):
-    rng, sound, root = random.Random(0), samples(tmp_path / "sound"), tmp_path / "clips"
-    names = set()
-    for index in range(COUNT):
-        kind, data = mutate(rng, sound)
-        path = root / f"class{index % 3}" / f"{index:04d}.{kind}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        names.add(path.relative_to(root).as_posix())
-
-    seconds, ask = [], supervised.Child.ask
-
-    def timed(self, *arguments, **options):
-        begun = time.monotonic()
-        try:
-            return ask(self, *arguments, **options)
-        finally:
-            seconds.append(time.monotonic() - begun)
-
-    monkeypatch.setattr(supervised.Child, "ask", timed)
+    root, seconds = tmp_path / "clips", timed(monkeypatch)
+    names = write_damaged(root, COUNT, random.Random(0), samples(tmp_path / "sound"))
     options = {**SHAPE, "layout": "classes", "max_bad_fraction": 1.0}
     source = FolderSource(root, cache=tmp_path / "probe.json", **options)
     usable = {source.name(index) for index in range(len(source))}

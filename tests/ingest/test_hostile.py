@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.test_fuzz_video import PATIENCE, mutate, samples
+from data.test_fuzz_video import PATIENCE, samples, timed, write_damaged
 from ingest.datasets import config, digests, records_of
 from ingest.hostile import NEEDED, tree
 from processes import environment
 
-from cmd_jax.data import supervised
 from cmd_jax.ingest import engines
 from cmd_jax.ingest.finish import finish
 from cmd_jax.ingest.plan import make_plan, read_plan, version_folder
@@ -30,6 +29,7 @@ ENGINES = {
     "processes": [BEAM],
 }
 KILLS = 20
+COUNT = 2000  # damaged files
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -132,32 +132,18 @@ def test_twenty_kills_change_nothing(hostile, engine):
 
 
 def test_damaged_files_are_ingested_or_named(tmp_path, monkeypatch):
-    count, rng, root = 2000, random.Random(1), tmp_path / "clips"
+    root, seconds = tmp_path / "clips", timed(monkeypatch)
     sound = [one for one in samples(tmp_path / "sound") if one[0] in ("mp4", "avi")]
-    for index in range(count):
-        kind, data = mutate(rng, sound)
-        path = root / f"class{index % 3}" / f"{index:04d}.{kind}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    seconds, ask = [], supervised.Child.ask
-
-    def timed(self, *arguments, **options):
-        begun = time.monotonic()
-        try:
-            return ask(self, *arguments, **options)
-        finally:
-            seconds.append(time.monotonic() - begun)
-
-    monkeypatch.setattr(supervised.Child, "ask", timed)
+    write_damaged(root, COUNT, random.Random(1), sound)
     plan = make_plan(config(root, data__max_bad_fraction=1.0, ingest__codec="jpeg"), tmp_path / "out")
     engines.run_pool(plan, range(plan.shards.count), 2, Limits(20.0, PATIENCE))
     facts = finish(plan, 1.0)
     bad = {name: reason for fact in facts for name, reason in fact["bad"].items()}
     rows = records_of(plan, facts)
-    assert len(rows) + len(bad) == count == len(plan.entries)
+    assert len(rows) + len(bad) == COUNT == len(plan.entries)
     assert max(seconds) < PATIENCE
     assert all(reason and reason.isprintable() and "Traceback" not in reason for reason in bad.values())
-    assert len(rows) > count / 10 and len(bad) > count / 10  # neither door is shut
+    assert len(rows) > COUNT / 10 and len(bad) > COUNT / 10  # neither door is shut
     assert all(len(row["video"]) >= 4 and np.isfinite(row["fps"]).all() for row in rows)
     hung, crashed = (sum(word in reason for reason in bad.values()) for word in ("hangs", "crash"))
     print(f"{len(rows)} in, {len(bad)} left out, {crashed} by a crash, {hung} by a hang, slowest {max(seconds):.1f} s")
