@@ -76,8 +76,9 @@ def check_same_run(folder: Path, config):
     for key in sorted(old.keys() | new.keys(), key=lambda key: (not key.startswith("train."), key)):
         moved = key.startswith(free) or key == "latents.store" or (key == "init" and old.get(key) and new.get(key))
         if old.get(key) != new.get(key) and not moved:
+            before = "it empty" if old.get(key) == "" else old.get(key)
             raise UserError(
-                key, new.get(key), f"the run in {folder} was started with {old.get(key)}",
+                key, new.get(key), f"the run in {folder} was started with {before}",
                 "resume with that value, or start anew in another --workdir",
             )  # fmt: skip
 

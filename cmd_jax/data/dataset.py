@@ -15,6 +15,7 @@ A record has `video` (raw: one bytes of T H W 3, see `video_name`; jpeg, png: T 
 `fps`.
 """
 
+import bisect
 import hashlib
 import json
 import logging
@@ -31,6 +32,7 @@ from cmd_jax.data.packed import used_classes
 from cmd_jax.data.records import VERSION, Records, Shards, parse, text_of
 from cmd_jax.data.roots import check_bad
 from cmd_jax.data.sizes import Size, as_text
+from cmd_jax.data.splits import keys_of
 from cmd_jax.errors import UserError
 from cmd_jax.files import COUNT, parse_json
 
@@ -93,6 +95,9 @@ class DatasetSource:
         self.codec, self._video = plan["codec"], video_name(plan["codec"], plan["buckets"])
         shards = Shards(self.folder, split, len(index["counts"]))
         self._records = Records([shards.path(k) for k in range(shards.count)], index["sizes"], index["counts"])
+        self._first = np.cumsum(index["counts"]) - index["counts"]
+        self._first_keys = self._all_keys().take(self._first, mode="clip")
+        self._known = np.zeros(shards.count, bool)
         if not len(self._records) == len(index["length"]) == len(index["label"]) == len(index["text_count"]):
             raise UserError("data.root", index.path, "its columns are not of one length", index.REMEDY)
 
@@ -124,14 +129,30 @@ class DatasetSource:
 
     def keys(self) -> np.ndarray:
         """uint64 [N], see `cmd_jax.data.splits`."""
-        return read_columns(self.index, ["key"])["key"][self._places]
+        return self._all_keys()[self._places]
+
+    def _all_keys(self) -> np.ndarray:
+        return read_columns(self.index, ["key"])["key"]
 
     def clip(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int, str | None]:
         """-> (video uint8 RGB [T,H,W,3], its `label`, its caption or None), drawn as a FolderSource draws them."""
         return self._cut(index, self._parsed(index), rng)
 
     def _parsed(self, index: int) -> dict[str, list]:
-        return parse(self._records[int(self._places[index])])
+        place = int(self._places[index])
+        shard = bisect.bisect_right(self._first, place) - 1
+        if not self._known[shard]:
+            self._check_shard(shard)
+        return parse(self._records[place])
+
+    def _check_shard(self, shard: int):
+        """UserError where it is another's, as many are of one size: by the name of its first clip."""
+        path, _ = self._records.where(place := int(self._first[shard]))
+        name = text_of(parse(self._records[place])["name"][0])
+        if keys_of([name])[0] != self._first_keys[shard]:
+            remedy = "bring back the one of this dataset"
+            raise UserError("shard", path, f"is another's: it begins with {name}, and not as the index says", remedy)
+        self._known[shard] = True
 
     def _cut(self, index: int, record: dict[str, list], rng: np.random.Generator):
         length = int(self.lengths[index])

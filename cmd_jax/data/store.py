@@ -11,6 +11,7 @@ records.py.
 import bisect
 import fcntl
 import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -50,6 +51,7 @@ class LatentStore:
         self.place[order] = np.arange(len(order), dtype=order.dtype)
         self._files: dict[int, tuple[Records, list[int]]] = {}
         self._abandoned = threading.Event()
+        self.id = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
         return self.plan["examples"]
@@ -68,7 +70,10 @@ class LatentStore:
 
     def facts(self, k: int) -> dict | None:
         """Of shard k, None until it is finished."""
-        return finished(self.shards, k)
+        facts = finished(self.shards, k)
+        if facts is not None and facts.get("plan") != self.id:
+            raise UserError("latents.store", self.shards.facts_path(k), "is of another store's shard", OTHER)
+        return facts
 
     def missing(self) -> list[int]:
         """The shards that are not finished. UserError for a finished one whose file is damaged."""
@@ -169,7 +174,12 @@ class LatentStore:
                     yield example({name: x.tobytes() for name, x in values.items()} | told)
 
         def facts() -> dict:
-            return {"sums": {n: x.as_json() for n, x in sums.items()}, "left_out": left_out, "bad": bad}
+            return {
+                "plan": self.id,
+                "sums": {n: x.as_json() for n, x in sums.items()},
+                "left_out": left_out,
+                "bad": bad,
+            }
 
         written = write_shard(self.shards, k, records(), facts)
         (self.shards.work / f"{k:05d}.lock").unlink(missing_ok=True)

@@ -4,6 +4,8 @@ Workers must have this package and see the folders of the clips and of the datas
 three transforms, whatever the number of shards: what it hands around are their numbers.
 """
 
+import contextlib
+import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,8 +42,14 @@ def run_beam(plan: Plan, shards: Sequence[int], limits: Limits, runner: str, fla
     """Write the shards; returns when the pipeline has ended. flags: Beam's own, like --direct_num_workers=2."""
     if runner in ("DirectRunner", "PrismRunner"):
         raise UserError("--beam", runner, "downloads a binary first", f"use {LOCAL} on this machine")
-    options = PipelineOptions(list(flags))  # given, or it would read the flags of this command
-    known = options.get_all_options()
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            options = PipelineOptions(list(flags))  # given, or it would read the flags of this command
+            known = options.get_all_options()
+    except SystemExit as error:  # argparse's, after a page on how Beam is used
+        problem = said.getvalue().strip().rpartition("\n")[2].rpartition("error: ")[2]
+        raise UserError("--beam", runner, problem, "see Beam's documentation") from error
     for flag in flags:
         if (name := flag.removeprefix("--").partition("=")[0]) not in known:
             raise UserError(f"--beam.{name}", flag.partition("=")[2], "not a flag of Beam's", "see its documentation")

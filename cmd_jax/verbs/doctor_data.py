@@ -44,14 +44,15 @@ def doctor_data(specification: str, overrides: dict[str, str], workdir: Path | N
 
     table = Table("data", "")
     rows = [] if isinstance(source, StoredClips) else clip_rows(source, split) + text_rows(source, tokenizer)
-    read, examples = video_reader(source), split.train
+    read, examples, name_of = video_reader(source), split.train, lambda index: source.name(index % len(source))
     if config.latents.starts:
         store = open_store(store_folder(config, workdir or Path.cwd()))
         stored = examples_in(store, split) if store else examples[:0]
         rows.append(
             ("stored latents", f"{len(stored):,} of clips to train on" if store else "none yet: clips are read")
         )
-        read, examples = (store.read, stored) if len(stored) else (read, examples)
+        if len(stored):
+            read, examples, name_of = store.read, stored, store.name
     rate, seen = read_some(config, read, examples)
     rows += rate_rows(config, rate, workdir and workdir / config.stage) + value_rows(seen)
     for name, told in rows:
@@ -64,11 +65,11 @@ def doctor_data(specification: str, overrides: dict[str, str], workdir: Path | N
     console.print(f"{path}: the first batch, a clip a row")
     ids, labels = (seen[0][name][:SHOWN_CLIPS].tolist() for name in ("id", "label"))
     for row, (index, label) in enumerate(zip(ids, labels, strict=True), 1):
-        index, texts = index % len(source), ()
+        texts = ()
         if source.has_texts and not isinstance(source, StoredClips):
-            texts = source.texts(index)
+            texts = source.texts(index % len(source))
         named = [source.class_names[label]] if label < len(source.class_names) else []
-        console.print(f"{row}: " + ", ".join([source.name(index), *named, *(repr(text) for text in texts[:1])]))
+        console.print(f"{row}: " + ", ".join([name_of(index), *named, *(repr(text) for text in texts[:1])]))
     return 0
 
 

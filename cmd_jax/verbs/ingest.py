@@ -20,7 +20,7 @@ def ingest(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     """Write the shards of the flags' part that are not there yet, and if then all are there, finish the split -> 0."""
     check_engine(flags)
     if flags.source:
-        overrides = overrides | source_overrides(flags.source, overrides, load(flags.config, overrides).data.split)
+        overrides = overrides | source_overrides(flags.source, flags.config, overrides)
     config, console = load(flags.config, overrides), make_console()
     out = Path(flags.out).expanduser().absolute()
     plan = make_plan(config, out, keep_listing=flags.part is not None)
@@ -48,6 +48,7 @@ def ingest(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 def check_engine(flags: argparse.Namespace):
     """UserError where the flags name two engines, or one that is not installed."""
+    check_empty(flags)
     if not flags.out:
         raise UserError("--out", "", "missing", "see cmd-jax ingest --help")
     if flags.workdir:
@@ -65,17 +66,26 @@ def check_engine(flags: argparse.Namespace):
         raise UserError("--beam", flags.beam, "Apache Beam is not installed", "pip install 'cmd-jax[beam]'")
 
 
-def source_overrides(source: str, overrides: dict[str, str], split: str) -> dict[str, str]:
+def check_empty(flags: argparse.Namespace):
+    """UserError for a flag without a value, as an unset variable of a shell makes it: it would read as left out."""
+    for name in ("source", "part", "beam", "encode"):
+        if getattr(flags, name) == "":
+            raise UserError(f"--{name}", "", "is empty", "give a value, or leave it out")
+
+
+def source_overrides(source: str, specification: str, overrides: dict[str, str]) -> dict[str, str]:
     """What --source sets of the config."""
     for name in ("data.source", "data.root"):
         if name in overrides:
             raise UserError("--source", source, f"--config.{name} is given too", "give one of the two")
-    root, layout = source_of(source, split)
-    return {"data.source": "folder", "data.root": root} | ({"data.layout": layout} if layout else {})
+    folder = {"data.source": "folder", "data.root": source}  # not what the config has, with which others may not go
+    root, layout = source_of(source, load(specification, overrides | folder).data.split)
+    return folder | {"data.root": root} | ({"data.layout": layout} if layout else {})
 
 
 def encode_overrides(flags: argparse.Namespace, overrides: dict[str, str]) -> dict[str, str]:
     """With what the flags set of the config. UserError for flags that do not go together."""
+    check_empty(flags)
     kinds = KINDS.get(flags.encode)
     if kinds is None:
         raise UserError("--encode", flags.encode, "no such latents", f"use {' or '.join(KINDS)}")
@@ -84,6 +94,11 @@ def encode_overrides(flags: argparse.Namespace, overrides: dict[str, str]) -> di
             raise UserError(f"--{name}", getattr(flags, name), "is not for --encode", "start more processes instead")
     if not flags.workdir:
         raise UserError("--workdir", "", "missing", "give the folder of the trained autoencoder")
+    if flags.source and flags.encode == "vae":
+        problem = "straight from clips go only --encode=cmd"
+        raise UserError("--source", flags.source, problem, "set --config.data.root instead")
+    if flags.source:
+        overrides = overrides | source_overrides(flags.source, flags.config, overrides)
     stage = load(flags.config, overrides).stage
     if stage not in kinds:
         raise UserError("--encode", flags.encode, f"is not what the {stage} stage is trained on",
@@ -92,9 +107,4 @@ def encode_overrides(flags: argparse.Namespace, overrides: dict[str, str]) -> di
         if "latents.store" in overrides:
             raise UserError("--out", flags.out, "--config.latents.store is given too", "give one of the two")
         overrides = overrides | {"latents.store": flags.out}
-    if flags.source:
-        if flags.encode == "vae":
-            problem = "straight from clips go only --encode=cmd"
-            raise UserError("--source", flags.source, problem, "set --config.data.root instead")
-        overrides |= source_overrides(flags.source, overrides, load(flags.config, overrides).data.split)
     return overrides

@@ -8,6 +8,7 @@ from PIL import Image
 from cmd_jax.data.codecs import encoded
 from cmd_jax.data.dataset import NAME
 from cmd_jax.data.records import VERSION, Shards, example, write_shard
+from cmd_jax.data.splits import keys_of
 
 
 def video_of(frames, codec) -> list[bytes]:
@@ -38,7 +39,7 @@ def write_records(out, clips, class_names=(), *, codec="raw", split="train", sha
         "length": np.array([len(v) for v, *_ in clips], np.int32),
         "bucket": np.zeros(len(clips), np.uint8),
         "label": np.array([label for _, label, *_ in clips], np.int32),
-        "key": np.arange(len(clips), dtype=np.uint64),
+        "key": keys_of(name for _, _, name, _ in clips),
         "text_count": np.array([len(texts) for *_, texts in clips], np.int32),
         "plan": np.frombuffer(json.dumps(plan).encode(), np.uint8),
     }

@@ -180,6 +180,20 @@ def test_a_record_that_is_not_as_its_index_says(tmp_path):
             opened(tmp_path).clip(3, np.random.default_rng(seed))
 
 
+def test_another_s_shard_of_the_same_size_is_refused(tmp_path):
+    clips = [(np.full((9, 24, 32, 3), i, np.uint8), -1, str(i), ()) for i in range(4)]
+    first, second = sorted(write_records(tmp_path, clips, shards=2).glob("*array_record*"))
+    first.rename(tmp_path / "x")
+    second.rename(first)
+    (tmp_path / "x").rename(second)
+    assert first.stat().st_size == second.stat().st_size
+    source = opened(tmp_path)
+    for index, path in ((1, first), (3, second), (1, first)):  # not by the first record alone, and not only once
+        with pytest.raises(UserError, match="another's: it begins with") as error:
+            source.clip(index, np.random.default_rng(0))
+        assert (error.value.field, error.value.value) == ("shard", path)
+
+
 def test_a_config_names_it(made):
     options = defaults.stage("autoencoder").data
     options.update({**SIZE, "source": "dataset", "root": str(made[1]), "max_bad_fraction": 0.5})

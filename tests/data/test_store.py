@@ -207,6 +207,15 @@ def test_damages_are_found(damage, folder):
     assert error.value.field == field
 
 
+def test_shards_that_an_earlier_store_left_are_not_taken_for_its_own(folder):
+    filled(folder, 0, 1)
+    (folder / "plan.json").unlink()
+    store = filled(folder, made_of=MADE_OF | {"autoencoder: parameters": "b"})
+    with pytest.raises(UserError, match="of another store") as error:
+        store.missing()
+    assert error.value.field == "latents.store"
+
+
 def test_two_that_begin_a_store_get_the_same(folder):
     begun = []
     orders = [ORDER, ORDER[::-1]]

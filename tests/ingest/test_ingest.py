@@ -14,6 +14,7 @@ from data.folders import names
 from ingest.datasets import LIMITS, config, digests, frames_of, ingested, records_of
 from rich.console import Console
 
+from cmd_jax.config import load
 from cmd_jax.data.folder import FolderSource
 from cmd_jax.data.sources import open_source
 from cmd_jax.data.splits import keys_of
@@ -26,6 +27,7 @@ from cmd_jax.main import main
 from cmd_jax.report import ingest as reporting
 from cmd_jax.report.console import make_console
 from cmd_jax.report.ingest import Note, report
+from cmd_jax.verbs.ingest import source_overrides
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +217,12 @@ def test_a_list_is_a_source_by_its_folder(tmp_path):
     for path, split in ((lists["val"], "train"), (lists["train"], "all"), (tmp_path / "results_train.csv", "val")):
         with pytest.raises(UserError, match="--source"):
             source_of(str(path), split)
+
+
+def test_a_source_takes_settings_that_the_config_s_own_would_refuse(tmp_path):
+    sizes = {"data.buckets": "64x32"}  # which generated clips cannot have
+    found = source_overrides(str(tmp_path), "quickstart:autoencoder", sizes)
+    assert load("quickstart:autoencoder", sizes | found).data.root == str(tmp_path)
 
 
 def test_names_that_are_no_utf8_are_names_too(tmp_path):

@@ -102,6 +102,10 @@ def test_latents_are_read_from_their_store(examine):
     path = run / "data-content.png"
     assert Image.open(path).size[0] == 2 * 24 * 8 + 2 and f"{path}: " in out
     path.unlink()
+    gone = ("--config.data.source=folder", "--config.data.root=nowhere")
+    rows, out = examine("content", f"--workdir={run}", *gone)
+    assert "clips" not in rows and re.search(r"^1: \w+", out, flags=re.M)
+    path.unlink()
     rows, _ = examine("content", "--config.latents.store=none")
     assert rows["stored latents"].startswith("none yet") and "video" in rows
     Path("data-content.png").unlink()
