@@ -1,4 +1,4 @@
-"""Before the first step: open the data, begin or open the store of latents that a stage is trained on, build it."""
+"""Before the first step: open the data and the store of latents, load what is frozen, build the stage."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.data.pipeline import order_of, video_reader
 from cmd_jax.data.sources import Source, open_source
 from cmd_jax.data.splits import Split, split_of
-from cmd_jax.data.store import StoredClips, begin_store, folder_of, open_store
+from cmd_jax.data.store import KINDS, StoredClips, begin_store, folder_of, open_store
 from cmd_jax.defaults import HELD_OUT
 from cmd_jax.errors import UserError
 from cmd_jax.files import read_json, versions, write_json
@@ -152,8 +152,7 @@ def prepare_stage(config, workdir: Path, source, mesh, console, earlier: Metadat
 
 def store_folder(config, workdir: Path) -> Path:
     """Of the latents that a stage is trained on."""
-    kind = "vae" if config.stage == "autoencoder" else "cmd"
-    return folder_of(Path(config.latents.store or workdir / "latents").expanduser().absolute(), kind)
+    return folder_of(Path(config.latents.store or workdir / "latents").expanduser().absolute(), KINDS[config.stage])
 
 
 def open_clips(config, workdir: Path) -> Source | StoredClips:
@@ -199,7 +198,7 @@ def prepare_autoencoder(
     filler = None
     if config.latents.starts:
         encoding = Encoding(read, encode, space.params, {"frames": (config.latents.store_dtype, stage.video_shape[1:])})
-        filler = fill_store(config, workdir, source, split, encoding, metadata, mesh, console)
+        filler = filler_of(config, workdir, source, split, encoding, metadata, mesh, console)
     return Prepared.of(stage, source, split, metadata, read, filler)
 
 
@@ -252,7 +251,7 @@ def prepare_denoiser(
 
     encoding, filler, statistics = Encoding(read, encode, params, arrays), None, earlier.statistics
     if config.latents.starts:
-        filler = fill_store(config, workdir, source, split, encoding, metadata, mesh, console)
+        filler = filler_of(config, workdir, source, split, encoding, metadata, mesh, console)
     if config.latents.get("normalize", False) and not statistics:
         statistics = filler.statistics() if filler else sampled_statistics(config, split, encoding, mesh)
     stage = diffusion_stage(config, autoencoder, conditions, statistics, image_model)
@@ -306,7 +305,7 @@ class Encoding(NamedTuple):
         )  # fmt: skip
 
 
-def fill_store(
+def filler_of(
     config, workdir: Path, source, split: Split, encoding: Encoding, metadata: Metadata, mesh, console
 ) -> Filler:
     """The store of these latents, which is begun if it is not there, and what fills it. Every process must call it.

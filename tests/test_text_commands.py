@@ -136,7 +136,7 @@ def test_shapes_that_do_not_fit_are_named(tmp_path):
 
 
 def test_a_dit_on_latents_refuses_the_clip_of_pixels_before_it_encodes(tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "fill_store", None)
+    monkeypatch.setattr(preparing, "filler_of", None)
     latents = {"latents__autoencoder": trained() / "autoencoder", "latents__starts": 1, "model__patch": 2}
     text = {"model__condition": "text", "pretrained__path": tiny.pipeline_folder(), "data__width": 32}
     config = tiny.config_of("content,kind=gaussian", **latents, **text, diffusion__clip=1.0)

@@ -134,24 +134,24 @@ def _read_classes(root: str, split: str, guess: bool) -> Listing:
     """
     tree = _walk(root)
     parts = _parts(root, {_top(name) for name in [*tree.videos, *_manifests(tree.lists), *tree.bad]}, split)
-    parts_of, classes = [], set()
+    found, classes = [], set()
     for base in [f"{part}/" for part in parts] or [""]:
         inner = Tree(*([name for name in names if name.startswith(base)] for names in tree[:3]), {})
         manifests = [name for name in _manifests(inner.lists) if guess and os.path.dirname(name) == base.rstrip("/")]
         if guess:
             _refuse_parent(root, base.rstrip("/"), inner, manifests)
         if manifests:
-            parts_of.append(_manifest_entries(root, base))
-            classes |= {*parts_of[-1].labels}
+            found.append(_manifest_entries(root, base))
+            classes |= {*found[-1].labels}
             continue
         names = [name.removeprefix(base) for name in inner.videos]
         labels = [_top(name) if "/" in name else None for name in names]
         if not any(labels) and all(flat := [FLAT.fullmatch(name) for name in names]):
             labels = [match[1] for match in flat]
-        parts_of.append([Entry(base + name, label) for name, label in zip(names, labels, strict=True)])
+        found.append([Entry(base + name, label) for name, label in zip(names, labels, strict=True)])
         classes |= {*labels} | {_top(name.removeprefix(base)) for name in inner.folders}
     bad = {name: why for name, why in tree.bad.items() if not parts or _top(name) in parts}
-    return Listing.of(itertools.chain(*parts_of), _in_order(classes), bad)
+    return Listing.of(itertools.chain(*found), _in_order(classes), bad)
 
 
 def _parts(root: str, tops: set[str], split: str) -> list[str]:

@@ -27,6 +27,7 @@ from cmd_jax.errors import UserError, brief
 from cmd_jax.files import COUNT, atomic_path, read_json, write_json
 
 SPLIT = "train"
+KINDS = {"autoencoder": "vae", "content": "cmd", "motion": "cmd"}  # stage -> the kind of store that it is trained on
 PLAN = {
     "made_of": dict, "made_with": dict, "class_names": [str], "has_texts": bool, "clips": COUNT, "examples": COUNT,
     "held_out": COUNT, "shard": range(1, 2**31), "order": str,
@@ -199,8 +200,7 @@ class LatentStore:
             return
         facts = [self.facts(k) for k in range(self.shards.count)]
         left_out = [self.examples_of(k)[fact["left_out"]] for k, fact in enumerate(facts)]
-        with atomic_path(self.shards.folder / "left_out.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, np.concatenate(left_out).astype(np.int64))
+        write_array(self.shards.folder / "left_out.npy", np.concatenate(left_out).astype(np.int64))
         sizes = [fact["records"] for fact in facts], sum(fact["bytes"] for fact in facts)
         told = {name: self.plan[name] for name in ("made_of", "made_with", "class_names", "clips", "held_out")}
         description = "Latents of clips, made by cmd-jax."
@@ -269,9 +269,8 @@ def begin_store(folder: Path, plan: dict, arrays: Callable[[], tuple[np.ndarray,
             if (store := open_store(folder)) is None:
                 order, keys = arrays()
                 order = order.astype(np.int32)
-                for name, array in (("order", order), ("keys", keys)):
-                    with atomic_path(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
-                        np.save(file, array)
+                write_array(folder / "order.npy", order)
+                write_array(folder / "keys.npy", keys)
                 plan = plan | {"order": digest_of(order)}
                 write_json(folder / "plan.json", plan)
                 store = LatentStore(folder, plan, order)
@@ -302,6 +301,11 @@ def check_made_of(store: LatentStore, made_of: dict):
         if before != now:
             problem = f"its {name} is {brief(before)}, here {brief(now)}"
             raise UserError("latents.store", store.shards.folder, problem, OTHER)
+
+
+def write_array(path: Path, array: np.ndarray):
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
 
 
 def digest_of(order: np.ndarray) -> str:

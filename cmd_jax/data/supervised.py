@@ -211,6 +211,7 @@ class Supervised:
 
 
 def is_error(answer: dict) -> bool:
+    """Whether an answer that has an "error" is as `Supervised.ask` gives it."""
     limits = (answer.get("hung", 0), answer.get("endless", 0))
     return isinstance(answer["error"], str) and all(isinstance(limit, int | float) for limit in limits)
 

@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 
 from cmd_jax.config import load
+from cmd_jax.data.store import KINDS
 from cmd_jax.errors import UserError
 from cmd_jax.ingest.engines import cores, part_of, run_pool
 from cmd_jax.ingest.finish import finish
@@ -12,8 +13,6 @@ from cmd_jax.ingest.plan import make_plan, source_of
 from cmd_jax.ingest.shard import Limits, finished
 from cmd_jax.report.console import make_console
 from cmd_jax.report.ingest import Note, report
-
-KINDS = {"vae": ("autoencoder",), "cmd": ("content", "motion")}
 
 
 def ingest(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -86,9 +85,8 @@ def source_overrides(source: str, specification: str, overrides: dict[str, str])
 def encode_overrides(flags: argparse.Namespace, overrides: dict[str, str]) -> dict[str, str]:
     """With what the flags set of the config. UserError for flags that do not go together."""
     check_empty(flags)
-    kinds = KINDS.get(flags.encode)
-    if kinds is None:
-        raise UserError("--encode", flags.encode, "no such latents", f"use {' or '.join(KINDS)}")
+    if not (stages := [stage for stage, kind in KINDS.items() if kind == flags.encode]):
+        raise UserError("--encode", flags.encode, "no such latents", f"use {' or '.join(sorted({*KINDS.values()}))}")
     for name in ("part", "beam", "workers"):
         if getattr(flags, name):
             raise UserError(f"--{name}", getattr(flags, name), "is not for --encode", "start more processes instead")
@@ -100,9 +98,9 @@ def encode_overrides(flags: argparse.Namespace, overrides: dict[str, str]) -> di
     if flags.source:
         overrides = overrides | source_overrides(flags.source, flags.config, overrides)
     stage = load(flags.config, overrides).stage
-    if stage not in kinds:
+    if stage not in stages:
         raise UserError("--encode", flags.encode, f"is not what the {stage} stage is trained on",
-                        f"use --config=FILE:{kinds[0]}")  # fmt: skip
+                        f"use --config=FILE:{stages[0]}")  # fmt: skip
     if flags.out:
         if "latents.store" in overrides:
             raise UserError("--out", flags.out, "--config.latents.store is given too", "give one of the two")
