@@ -17,6 +17,7 @@ from cmd_jax.data.roots import COPY, Entry, check_root, inside, names_in, normal
 from cmd_jax.data.tables import csv_columns, csv_rows, json_rows, lines
 from cmd_jax.errors import UserError, choose, some
 
+MOST_KINDS = 12  # of files that are no videos, that a line tells
 MANIFESTS = ("metadata.csv", "metadata.jsonl")
 COLUMNS = ("file_name", "text", "label")
 HEADER = "file_name,text[,label]"
@@ -102,7 +103,9 @@ def _walk(root: str) -> Tree:
                 tree.videos.append(below + name)
             else:
                 passed[ending] += 1
-    kinds = ", ".join(f"{count} {ending}" for ending, count in passed.most_common())
+    kinds = ", ".join(f"{count} {ending}" for ending, count in passed.most_common(MOST_KINDS))
+    if (more := len(passed) - MOST_KINDS) > 0:  # numbers of shards are endings too, by thousands
+        kinds += f" and {more} more kinds"
     if kinds:
         log.info("%s: passed over: %s", root, kinds)
     if not (tree.videos or tree.bad or _manifests(tree.lists)):

@@ -266,6 +266,9 @@ def test_files_passed_over_are_counted_by_kind(put, caplog):
     (root / "c/a.avi").unlink()
     (root / "c/b.m2ts").unlink()
     refused("data.root", r"holds no videos \(.*, but files: 2 \.txt", root)
+    for number in range(40):
+        (root / f"clips.{number:05d}-of-00040").touch()
+    refused("data.root", r"but files: 2 \.txt, (1 \S+, ){10}1 \S+ and \d\d more kinds;", root)
 
 
 def test_links_of_the_hub_s_cache(tmp_path, clip_bytes):
