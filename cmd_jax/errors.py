@@ -22,8 +22,10 @@ class Stopped(KeyboardInterrupt):
 
 
 def _short(text: str, length: int = LONGEST_VALUE) -> str:
-    shown = printable(text[: 2 * length])
-    return shown if len(shown) <= length else shown[:length] + "..."
+    """Without its middle, if it is long: the end of a path says most."""
+    shown = printable(text if len(text) <= 2 * length else f"{text[:length]}...{text[-length:]}")
+    half = length // 2
+    return shown if len(shown) <= length else f"{shown[:half]}...{shown[-half:]}"
 
 
 def printable(text: str) -> str:

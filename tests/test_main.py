@@ -294,6 +294,6 @@ def test_the_module_is_the_command():
 
 
 def test_errors_stay_one_short_line():
-    text = str(UserError("a", "x\n\ty\0" + "z" * 1000, "two\nlines", "do\nthis"))
-    assert text.startswith("a=x y\\x00zzz") and text.endswith("...: two lines; do this") and len(text) < 160
+    text = str(UserError("a", "x\n\ty\0" + "z" * 1000 + "/name", "two\nlines", "do\nthis"))
+    assert text.startswith("a=x y\\x00zzz") and text.endswith("zzz/name: two lines; do this") and len(text) < 160
     assert json.dumps(text).count("\\n") == 0

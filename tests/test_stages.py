@@ -24,7 +24,7 @@ from stage_parts import (
 )
 
 from cmd_jax.builders import build_process, check_fits, check_patches
-from cmd_jax.data.latents import LatentStatistics
+from cmd_jax.data.latents import LatentStatistics, Sums
 from cmd_jax.defaults import CLIP_BY_SPACE
 from cmd_jax.errors import UserError
 from cmd_jax.keys import derive
@@ -55,7 +55,10 @@ def latents(autoencoder):
 
 @pytest.fixture(scope="module")
 def statistics(latents):
-    return LatentStatistics.of(latents._asdict())
+    sums = {"content": Sums(), "motion": Sums()}
+    for name, part in sums.items():
+        part.add(getattr(latents, name))
+    return LatentStatistics.of([{name: part.as_json() for name, part in sums.items()}])
 
 
 @pytest.fixture(scope="module")
