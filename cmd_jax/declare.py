@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from cmd_jax.buckets import check_url
 from cmd_jax.errors import UserError, choose
-from cmd_jax.files import check_path
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a table"}
 
@@ -51,7 +51,7 @@ class Key:
         if self.choices and value not in self.choices:
             choose(field, value, filter(None, self.choices))
         if self.path:
-            check_path(field, value)
+            check_url(field, value)
         if type(self.default) not in (int, float) or self.follows:
             return
         if not abs(value) <= sys.float_info.max:  # true of integers that no float holds, and of nan

@@ -17,6 +17,10 @@ class UserError(Exception):
         super().__init__(f"{field}={value}: {problem}; {printable(remedy)}")
 
 
+class Unavailable(OSError):
+    """A store that could not be reached for as long as it is tried: another try later may do. Exit code 3."""
+
+
 class Stopped(KeyboardInterrupt):
     """A request to stop was followed: what there was to save is saved, and nothing else goes on."""
 
@@ -48,7 +52,18 @@ def brief(value) -> str:
 def of_file(error: OSError) -> UserError:
     """What a file system refused, as the user is shown it."""
     problem, remedy = error.strerror or str(error), "free space or mend its rights, or give another folder"
+    if isinstance(error, Unavailable):
+        remedy = "run the same command again when the store answers"
     return UserError("file", error.filename or "?", problem, remedy)
+
+
+def exit_code(error: BaseException | None) -> int:
+    """2 for what the user must mend, 3 where a store that could not be reached is the error or its cause."""
+    while error is not None:
+        if isinstance(error, Unavailable):
+            return 3
+        error = error.__cause__
+    return 2
 
 
 def tell(text):

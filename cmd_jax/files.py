@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import glob
 import json
 import os
-import re
+import shutil
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 from cmd_jax import __version__
+from cmd_jax.buckets import BucketPath, scheme_of
 from cmd_jax.errors import UserError
 
 LARGEST_JSON = 2**28  # bytes
@@ -21,29 +24,109 @@ AGAIN = "fetch or write the file again"
 POINTER = b"version https://git-lfs.github.com/spec/"
 
 
+def as_path(text: str | os.PathLike) -> Path | BucketPath:
+    """A path that a user gave: of this machine, with its ~, or of a bucket."""
+    if isinstance(text, BucketPath):
+        return text
+    return BucketPath(text) if scheme_of(str(text)) else Path(text).expanduser()
+
+
+def is_remote(path) -> bool:
+    return isinstance(path, BucketPath)
+
+
 @contextlib.contextmanager
 def atomic_path(path, sync: bool = True) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it becomes `path` upon success and vanishes upon failure.
 
     Missing parent folders are made. sync: it is on the disk, its name too, when this returns. An OSError of it names
-    `path`.
+    `path`. For a bucket it is a file of this machine, which is uploaded.
     """
-    path = Path(path)
+    path = as_path(path)
+    if is_remote(path):
+        with _scratch_file(path) as temporary:
+            yield temporary
+            path.upload(temporary)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{temporary_prefix()}{path.name}"
     try:
-        yield temporary
-        if sync:
-            sync_path(temporary)
-        os.replace(temporary, path)
-        if sync:
-            sync_path(path.parent)
-    except OSError as e:
-        if e.filename in (None, str(temporary)):  # a write, whose errors name no file, or what nobody would know
-            e.filename = str(path)
-        raise
+        with _naming(path, temporary):
+            yield temporary
+            if sync:
+                sync_path(temporary)
+            os.replace(temporary, path)
+            if sync:
+                sync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path, temporary: Path):
+    """OSErrors of a temporary file, or of a write, whose errors name no file, name the file that it stands for."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename in (None, str(temporary)):
+            e.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def _scratch_file(path: BucketPath) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix=temporary_prefix(), dir=scratch()) as folder:
+        temporary = Path(folder, path.name)
+        with _naming(path, temporary):
+            yield temporary
+
+
+@contextlib.contextmanager
+def local_file(path: Path | BucketPath) -> Iterator[Path]:
+    """A file of this machine with what `path` holds: itself, or for an object a copy that lasts as long as this."""
+    if not is_remote(path):
+        yield path
+        return
+    with _scratch_file(path) as temporary:
+        path.download(temporary)
+        yield temporary
+
+
+def cache_root() -> Path:
+    """The folder of this machine for copies of what lies in buckets: CMD_JAX_CACHE, or ~/.cache/cmd_jax."""
+    return Path(os.environ.get("CMD_JAX_CACHE") or "~/.cache/cmd_jax").expanduser().absolute()
+
+
+def scratch() -> Path:
+    """A folder of this machine for what is on its way to a bucket, or from one; what dead processes left goes."""
+    folder = cache_root() / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in leftovers(folder):
+        remove_tree(path)
+    return folder
+
+
+def leftovers(folder: Path, name: str = "") -> Iterator[Path]:
+    """Temporary files of `name`, or of any, whose processes, of this machine, are dead."""
+    for path in folder.glob(f"{temporary_prefix('*')}{glob.escape(name) or '*'}"):
+        pid = path.name.removeprefix(".tmp-").partition("@")[0]
+        with contextlib.suppress(PermissionError):
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                yield path
+
+
+def remove_tree(path: Path | BucketPath):
+    """Remove a file or a folder and all below it, as far as that goes; no error if it does not."""
+    if is_remote(path):
+        with contextlib.suppress(OSError):
+            path.rmtree()
+    elif path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def temporary_prefix(pid: int | str | None = None) -> str:
@@ -64,7 +147,10 @@ def sync_path(path: Path):
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str, sync: bool = True):
+def write_text(path: Path | BucketPath, text: str, sync: bool = True):
+    if is_remote(path):
+        path.write_text(text)
+        return
     with atomic_path(path, sync) as temporary:
         temporary.write_text(text, "utf-8")
 
@@ -73,13 +159,13 @@ def write_json(path: Path, value, sync: bool = True):
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n", sync)
 
 
-def check_content(source: Path | bytes, field: str, place=None):
+def check_content(source: Path | BucketPath | bytes, field: str, place=None):
     """UserError for the text that git leaves in place of a large file where git-lfs is not installed.
 
     source: a file, or the content of one that was read from `place`.
     """
-    if isinstance(source, Path):
-        with open(source, "rb") as file:
+    if not isinstance(source, bytes):
+        with source.open("rb") as file:
             source, place = file.read(len(POINTER)), source
     if source.startswith(POINTER):
         remedy = "run `git lfs pull` where it was cloned, or download the file"
@@ -209,26 +295,21 @@ def read_json(
 
     missing: what to do about no file.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
-        if path.exists() and not path.is_file():  # to open a named pipe would wait for ever
+        if not is_remote(path) and path.exists() and not path.is_file():  # to open a named pipe would wait for ever
             raise UserError(field, path, "not a file", missing)
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             # The room is taken before it is known how much there is to read.
-            text = file.read(min(os.fstat(file.fileno()).st_size, LARGEST_JSON) + 1)
+            text = file.read(min(size, LARGEST_JSON) + 1)
     except FileNotFoundError:
         raise UserError(field, path, "no such file", missing) from None
     except OSError as e:
         raise UserError(field, path, f"cannot be read ({e.strerror})", missing) from e
     check_content(text, field, path)
     return parse_json(text, field, path, remedy, like)
-
-
-def check_path(field: str, text: str):
-    """UserError for a path with a scheme (gs://, s3://, file://), which would become a local folder of that name."""
-    if scheme := re.match(r"[A-Za-z][\w+.-]+:(?=/)", text):
-        problem = f"{scheme[0]}// is not supported, only paths of a file system"
-        raise UserError(field, text, problem, "give one, like that of a mounted bucket")
 
 
 def versions() -> dict[str, str]:

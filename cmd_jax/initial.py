@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cmd_jax.errors import UserError, nearest, some
+from cmd_jax.files import as_path
 from cmd_jax.interop.weights import flatten, unflatten
 from cmd_jax.state import overlay
 from cmd_jax.trained import Metadata, open_params, read_stage
@@ -25,7 +26,7 @@ def given_params(config, stage, metadata: Metadata, shardings: Callable, console
     """
     if not config.init:
         return stage.pretrained(shardings)
-    path, wanted = Path(config.init), flatten(shardings(stage.init))
+    path, wanted = as_path(config.init), flatten(shardings(stage.init))
     try:
         earlier, facts = read_stage(path, config.stage)
     except UserError as e:

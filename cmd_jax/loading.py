@@ -9,6 +9,7 @@ from cmd_jax import defaults
 from cmd_jax.config import STAGES, shipped
 from cmd_jax.data.sizes import Size, sizes_of
 from cmd_jax.errors import UserError
+from cmd_jax.files import as_path
 from cmd_jax.models.conditions import Classes
 from cmd_jax.pretrained import check_same, load_texts, open_space, stated_conditions, stated_space
 from cmd_jax.sample import Sampler
@@ -37,7 +38,7 @@ def load_sampler(
     """
     config = defaults.stage("sample")
     config.pretrained.path = str(pretrained)
-    folder, named = Path(folder), shipped() / "weights" / folder
+    folder, named = as_path(folder), shipped() / "weights" / folder
     folder = named if named.is_dir() and not folder.exists() else folder
     suffix = ".safetensors" if (folder / "autoencoder.safetensors").exists() else ""
     paths = {name: folder / f"{name}{suffix}" for name in stages}
@@ -46,7 +47,7 @@ def load_sampler(
 
 def open_sampler(config, workdir: Path) -> Sampler:
     """The sampler of a sample config: its weights, or the stages of the workdir."""
-    root, suffix = (Path(config.weights), ".safetensors") if config.weights else (workdir, "")
+    root, suffix = (as_path(config.weights), ".safetensors") if config.weights else (workdir, "")
     stages = ("autoencoder",) if config.sampling.mode == "reconstruct" else STAGES
     paths = {name: root / f"{name}{suffix}" for name in stages}
     size = config.data.height, config.data.width

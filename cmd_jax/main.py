@@ -6,9 +6,9 @@ import os
 import sys
 import traceback
 from importlib import import_module
-from pathlib import Path
 
-from cmd_jax.errors import Stopped, UserError, of_file, tell
+from cmd_jax.errors import Stopped, UserError, exit_code, of_file, tell
+from cmd_jax.files import as_path
 from cmd_jax.running.runtime import check_devices, keep_freed_memory
 from cmd_jax.verbs.flags import parse
 
@@ -26,7 +26,7 @@ def run(flags, overrides: dict[str, str]) -> int:
         from cmd_jax.verbs.ingest import ingest
 
         return ingest(flags, overrides)
-    workdir = Path(flags.workdir).expanduser().absolute() if flags.workdir else None
+    workdir = as_path(flags.workdir).absolute() if flags.workdir else None
     if verb == "doctor":
         from cmd_jax.verbs.doctor import doctor
         from cmd_jax.verbs.doctor_data import doctor_data
@@ -79,11 +79,11 @@ def check_stage(verb: str, stage: str):
         raise UserError("config", stage, f"`{verb}` takes another stage", f"use FILE:{wanted}")
 
 
-def fail(error: UserError, debug: bool) -> int:
+def fail(error: UserError, debug: bool, cause: OSError | None = None) -> int:
     if debug:
         traceback.print_exc()
     tell(error)
-    return 2
+    return exit_code(cause or error)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,7 +133,7 @@ def command(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        return fail(of_file(error), debug)
+        return fail(of_file(error), debug, error)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's name for it
             raise

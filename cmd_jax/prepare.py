@@ -22,7 +22,7 @@ from cmd_jax.data.splits import Split, split_of
 from cmd_jax.data.store import KINDS, StoredClips, begin_store, folder_of, open_store
 from cmd_jax.defaults import HELD_OUT
 from cmd_jax.errors import UserError
-from cmd_jax.files import read_json, versions, write_json
+from cmd_jax.files import as_path, read_json, versions, write_json
 from cmd_jax.interop.lpips import load_lpips
 from cmd_jax.models.conditions import Classes
 from cmd_jax.models.frames import Pixels
@@ -152,12 +152,12 @@ def prepare_stage(config, workdir: Path, source, mesh, console, earlier: Metadat
 
 def store_folder(config, workdir: Path) -> Path:
     """Of the latents that a stage is trained on."""
-    return folder_of(Path(config.latents.store or workdir / "latents").expanduser().absolute(), KINDS[config.stage])
+    return folder_of(as_path(config.latents.store or workdir / "latents").absolute(), KINDS[config.stage])
 
 
 def open_clips(config, workdir: Path) -> Source | StoredClips:
     """The data; where it is not there any more, what a complete store says of it."""
-    there = config.data.source == "shapes" or (config.data.root and Path(config.data.root).exists())
+    there = config.data.source == "shapes" or (config.data.root and as_path(config.data.root).exists())
     if config.latents.starts and not there:
         store = open_store(store_folder(config, workdir))
         if store and store.complete:
@@ -214,7 +214,7 @@ def prepare_denoiser(
 ) -> Prepared:
     """As `prepare_autoencoder`."""
     shardings = partial(abstract, mesh=mesh, rules=config.rules)
-    path = Path(config.latents.autoencoder or workdir / "autoencoder")
+    path = as_path(config.latents.autoencoder or workdir / "autoencoder")
     trained, autoencoder = open_autoencoder(path, config, shardings, console)
     ours, before = AutoencoderMetadata.of(trained), earlier.autoencoder
     if before and not (before.fits(ours.config) and before.params in (None, ours.params)):

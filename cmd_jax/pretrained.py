@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from cmd_jax.errors import UserError, brief
-from cmd_jax.files import COUNT, as_json, read_json
+from cmd_jax.files import COUNT, as_json, as_path, read_json
 from cmd_jax.interop import schedulers, sd_config
 from cmd_jax.interop.clip import load_text_encoder, text_fields, text_from_config, text_rename
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
@@ -86,7 +86,7 @@ def read_config(folder: Path | str, name: str) -> dict:
     if not folder:
         raise UserError("pretrained.path", "", "missing", SOURCE)
     check_folder("pretrained.path", folder, SOURCE, "model_index.json")
-    path = Path(folder, name)
+    path = as_path(folder) / name
     if not path.exists():
         raise UserError("pretrained.path", folder, f"holds no {name}", SOURCE)
     return read_json(path, "pretrained.path", SOURCE, "fetch the file again")
@@ -109,10 +109,10 @@ def describe(folder: Path | str, kind: type[Part]) -> Part:
     part, seen = stated(folder, kind), []
     if kind is not ImageModelMetadata:
         stems, rename = kind.layout
-        files = find_weights(Path(folder, kind.part), stems)
+        files = find_weights(as_path(folder) / kind.part, stems)
         seen = [[path.name, path.stat().st_size] for path in files.parts]
     if kind is TextEncoderMetadata:
-        part = replace(part, tokenizer=Tokenizer(Path(folder, "tokenizer")).identity)
+        part = replace(part, tokenizer=Tokenizer(as_path(folder) / "tokenizer").identity)
     small = json.dumps([as_json(part), seen], sort_keys=True)
     agree({f"pretrained.path: {kind.part}": small}, "let every process see the same")
     if kind is not ImageModelMetadata:
@@ -143,15 +143,15 @@ def compare(folder: Path | str, theirs: Part, ours: Part, origin: str) -> Part:
 def load_space(pretrained, shardings) -> VAELatents:
     """The space of the VAE of a config's `pretrained` group. shardings: as of `load_vae`."""
     read_config(pretrained.path, "vae/config.json")
-    module, params = load_vae(Path(pretrained.path, "vae"), pretrained.dtype, shardings)
+    module, params = load_vae(as_path(pretrained.path) / "vae", pretrained.dtype, shardings)
     return VAELatents(module, params, pretrained.vae_frames)
 
 
 def load_texts(pretrained, shardings) -> tuple[Texts, Tokenizer]:
     """The text encoder of a config's `pretrained` group as conditions, and its tokenizer."""
     read_config(pretrained.path, "text_encoder/config.json")
-    module, params = load_text_encoder(Path(pretrained.path, "text_encoder"), pretrained.dtype, shardings)
-    tokenizer = Tokenizer(Path(pretrained.path, "tokenizer"))
+    module, params = load_text_encoder(as_path(pretrained.path) / "text_encoder", pretrained.dtype, shardings)
+    tokenizer = Tokenizer(as_path(pretrained.path) / "tokenizer")
     check_tokenizer(tokenizer, module)
     return Texts(module, params, tokenizer([""])[0], tokenizer.end), tokenizer
 

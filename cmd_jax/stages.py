@@ -13,7 +13,6 @@ A batch holds "video" uint8 [B, T, H, W, 3] or, encoded before, "frames" (for th
 
 import copy
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.data.sizes import check_sizes
 from cmd_jax.diffusion.flow import Flow
 from cmd_jax.diffusion.guidance import guide, interleave, separate
+from cmd_jax.files import as_path
 from cmd_jax.interop.diffusers import load_unet
 from cmd_jax.interop.schedulers import SOLVERS, from_scheduler_config
 from cmd_jax.interop.sd_config import unet_from_config
@@ -342,7 +342,7 @@ class FineTunedContentStage(ContentStage):
         return init_unet(self.module, key)
 
     def pretrained(self, shardings):
-        return load_unet(Path(self.folder) / "unet", "float32", shardings)[1]
+        return load_unet(as_path(self.folder) / "unet", "float32", shardings)[1]
 
     def apply(self, params, x, timesteps, condition, content):
         return self.module.apply({"params": params}, x, timesteps, condition.states)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cmd_jax.config import to_json
 from cmd_jax.data.pipeline import BatchPlan, BucketPlan, Waited, batches
 from cmd_jax.errors import Stopped, UserError
-from cmd_jax.files import read_json, versions, write_json, write_text
+from cmd_jax.files import as_path, read_json, versions, write_json, write_text
 from cmd_jax.initial import given_params
 from cmd_jax.keys import derive
 from cmd_jax.models.frames import to_uint8
@@ -58,7 +58,7 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
     ends the process: see StopRequest and `watched` for what is done instead.
     """
     begun = time.perf_counter()
-    workdir, console = Path(workdir).expanduser().absolute(), make_console(quiet=not is_leader())
+    workdir, console = as_path(workdir).absolute(), make_console(quiet=not is_leader())
     folder, mesh = workdir / config.stage, make_mesh(config.mesh)
     check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulate)
     flight = FlightRecord(folder, jax.process_index())

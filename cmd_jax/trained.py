@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from cmd_jax.config import from_dict
 from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.errors import UserError
-from cmd_jax.files import COUNT, as_json, check_like, from_json, like_of, parse_json, read_json, write_json
+from cmd_jax.files import COUNT, as_json, as_path, check_like, from_json, like_of, parse_json, read_json, write_json
 from cmd_jax.interop.weights import flatten, read_metadata, read_state_dict, unflatten, write_safetensors
 from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, VAEMetadata
 from cmd_jax.running.checkpoint import Checkpoints
@@ -98,7 +98,7 @@ def load_trained(
     shardings: (config, metadata) -> ShapeDtypeStructs with shardings; the parameters are compared with these and read
     straight into their shards, one at a time. Without it they are numpy arrays.
     """
-    path = Path(path)
+    path = as_path(path)
     config, metadata = read_stage(path, stage)
     like = shardings and shardings(config, metadata)
     if path.suffix == ".safetensors":

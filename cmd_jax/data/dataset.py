@@ -34,7 +34,7 @@ from cmd_jax.data.roots import check_bad
 from cmd_jax.data.sizes import Size, as_text
 from cmd_jax.data.splits import keys_of
 from cmd_jax.errors import UserError
-from cmd_jax.files import COUNT, parse_json
+from cmd_jax.files import COUNT, as_path, parse_json
 
 READING = 1  # raise it whenever the same records give other clips
 NAME = "clips"
@@ -227,7 +227,7 @@ def open_folder(root: str | os.PathLike) -> Path:
     """DIR/clips/1.0.0 of a dataset DIR; UserError where there is none, or only another kind of folder."""
     if not root:
         raise UserError("data.root", root, "missing", "give the folder of a dataset, what cmd-jax ingest had as --out")
-    root = Path(root).expanduser()
+    root = as_path(root)
     folder = root / NAME / VERSION
     if folder.is_dir():
         return folder

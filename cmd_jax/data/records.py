@@ -8,7 +8,6 @@ dataset_info.json. Reading needs neither TFDS nor TensorFlow.
 import bisect
 import contextlib
 import errno
-import glob
 import hashlib
 import os
 import resource
@@ -25,7 +24,16 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from cmd_jax.errors import UserError
-from cmd_jax.files import COUNT, atomic_path, read_json, sync_path, temporary_prefix, write_json
+from cmd_jax.files import (
+    COUNT,
+    atomic_path,
+    leftovers,
+    read_json,
+    remove_tree,
+    sync_path,
+    temporary_prefix,
+    write_json,
+)
 
 OPTIONS = "group_size:1,uncompressed"  # a record is read alone, and hardly anything in it can be compressed
 VERSION = "1.0.0"
@@ -87,7 +95,8 @@ def write_shard(shards: Shards, k: int, records: Iterable[bytes], facts: Callabl
     if done := finished(shards, k):
         return done
     shards.work.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(shards.path(k))
+    for path in leftovers(shards.folder, shards.path(k).name):
+        remove_tree(path)
     try:
         digest, size, count = _write_file(shards, k, records)
     except _Quicker as other:
@@ -128,17 +137,6 @@ def _as_os_error():
         yield
     except RuntimeError as error:
         raise OSError(errno.EIO, str(error).partition(";")[0]) from error
-
-
-def remove_leftovers(path: Path):
-    """Remove temporary files of `path` whose processes, of this machine, are dead."""
-    for temporary in path.parent.glob(f"{temporary_prefix('*')}{glob.escape(path.name)}"):
-        pid = temporary.name.removeprefix(".tmp-").partition("@")[0]
-        with contextlib.suppress(PermissionError):
-            try:
-                os.kill(int(pid), 0)
-            except ProcessLookupError:
-                temporary.unlink(missing_ok=True)
 
 
 def example(features: Mapping[str, bytes | str | int | float | Sequence[bytes] | Sequence[str]]) -> bytes:

@@ -8,12 +8,12 @@ import contextlib
 import io
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import apache_beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from cmd_jax.errors import UserError
+from cmd_jax.files import as_path
 from cmd_jax.ingest.plan import Plan, read_plan
 from cmd_jax.ingest.shard import Limits, open_reader, write_shard
 
@@ -27,7 +27,7 @@ class WriteShards(apache_beam.DoFn):
         self.folder, self.split, self.limits = folder, split, limits
 
     def setup(self):
-        self.plan = read_plan(Path(self.folder), self.split)
+        self.plan = read_plan(as_path(self.folder), self.split)
         self.reader = open_reader(self.plan, self.limits)
 
     def process(self, k: int):

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cmd_jax.errors import UserError, choose
-from cmd_jax.files import read_json
+from cmd_jax.files import as_path, read_json
 from cmd_jax.interop.clip_tokenizer import VOCABULARIES, Tokenizer, check_tokenizer
 from cmd_jax.interop.folders import TRANSFORMERS, check_folder, find_weights, is_size, note_unknown
 from cmd_jax.interop.tensors import LAYOUTS, Mismatch, Tensor, load_params, state_dict_of, tensor
@@ -96,7 +96,7 @@ def load(path: str | Path, dtype="float32", shardings: Callable | None = None):
     Raises UserError for files that are missing or damaged, for fields of the config that would change the function and
     are not supported, and for tensors that are missing, left over or of another shape, by name.
     """
-    path = Path(path)
+    path = as_path(path)
     config = _read_config(path)
     if config.get("model_type", "clip") != "clip":
         problem = "not a whole CLIP with a text and a vision tower"
@@ -128,7 +128,7 @@ def load_text_encoder(folder: str | Path, dtype="float32", shardings: Callable |
 
     dtype, shardings and errors as of `load`. The weights' names may or may not begin with `text_model.`.
     """
-    folder, dtype = Path(folder), jnp.dtype(dtype)
+    folder, dtype = as_path(folder), jnp.dtype(dtype)
     config = _read_config(folder)
     module = _text(f"{folder}/config.json: ", config, dtype)
     return module, _read_params(folder, module, (jnp.zeros((1, 1), jnp.int32),), dtype, shardings, config)

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 from tokenizers import Tokenizer as Encoder
 
 from cmd_jax.errors import UserError, choose
-from cmd_jax.files import check_content, read_json
+from cmd_jax.files import as_path, check_content, read_json
 from cmd_jax.models.clip import CLIPText
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
+        folder = as_path(folder)
         names = [name for name in VOCABULARIES + SETTINGS if (folder / name).is_file()]
         self._files = {name: (folder / name).read_bytes() for name in names}
         for name, content in self._files.items():
@@ -167,9 +167,9 @@ class Tokenizer:
 
     def save(self, folder: str | Path):
         """Write the files it was read from, as they were, to a folder, made if need be."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        as_path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
-            (Path(folder) / name).write_bytes(content)
+            (as_path(folder) / name).write_bytes(content)
 
 
 def _added_tokens(config: dict, special: dict, numbers: dict, listed: list):

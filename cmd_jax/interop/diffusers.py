@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cmd_jax.errors import UserError
-from cmd_jax.files import read_json, write_json
+from cmd_jax.files import as_path, read_json, write_json
 from cmd_jax.interop import sd_config
 from cmd_jax.interop.clip import load_text_encoder, text_encoder_state
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
@@ -55,7 +55,7 @@ class Pipeline(NamedTuple):
 
 def load_pipeline(path, dtype="float32", shardings=None) -> Pipeline:
     """A folder with model_index.json, as diffusers writes it. UserError for what is missing, damaged or unsupported."""
-    path = Path(path)
+    path = as_path(path)
     check_folder("pipeline", path, SOURCE, "model_index.json")
     if not (path / "model_index.json").is_file():
         raise UserError("pipeline", path, "holds no model_index.json", SOURCE)
@@ -86,7 +86,7 @@ def load_pipeline(path, dtype="float32", shardings=None) -> Pipeline:
 
 def load_unet(folder, dtype="float32", shardings=None) -> tuple[UNet, dict]:
     """A `unet` folder -> (module, params)."""
-    config = _read_json(Path(folder) / "config.json")
+    config = _read_json(as_path(folder) / "config.json")
     unet = sd_config.unet_from_config(config, dtype)
     blame = partial(suspect, "unet", config, UNET_SUSPECTS)
     files = find_weights(folder, DIFFUSERS)
@@ -95,7 +95,7 @@ def load_unet(folder, dtype="float32", shardings=None) -> tuple[UNet, dict]:
 
 def load_vae(folder, dtype="float32", shardings=None) -> tuple[VAE, dict]:
     """A `vae` folder -> (module, params)."""
-    config = _read_json(Path(folder) / "config.json")
+    config = _read_json(as_path(folder) / "config.json")
     vae = sd_config.vae_from_config(config, dtype)
     blame = partial(suspect, "vae", config, VAE_SUSPECTS)
     files = find_weights(folder, DIFFUSERS)
@@ -107,7 +107,7 @@ def save_pipeline(path, pipeline: Pipeline):
 
     Every process must call it where parameters are spread over several; process 0 writes. UserError if `path` exists.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.exists():
         raise UserError("pipeline", path, "exists already", "give the path of a new folder")
     params = {part: to_host(getattr(pipeline, part)[1]) for part in CLASSES}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cmd_jax.errors import UserError
-from cmd_jax.files import read_json
+from cmd_jax.files import as_path, read_json
 
 # Ending of a file of weights -> the name before it. Both libraries prefer safetensors.
 DIFFUSERS = {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"}
@@ -47,7 +47,7 @@ def find_weights(folder: str | Path, stems: dict[str, str]) -> WeightFiles:
     (STEM.fp16.safetensors, ...), in that order too. UserError for several variants and nothing plain; for files that
     an index names and that are not there; for a folder without PyTorch's weights, saying what it holds instead.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     try:
         names = sorted(os.listdir(folder))
     except OSError as e:
@@ -122,7 +122,7 @@ def check_folder(field: str, path: str | Path, remedy: str, *indexes: str):
 
     remedy: what to give where nothing better can be said. indexes: files of which the right folder holds one.
     """
-    path = Path(path)
+    path = as_path(path)
 
     def fits(folder: Path) -> bool:
         return any((folder / index).is_file() for index in indexes)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from cmd_jax.errors import UserError
-from cmd_jax.files import atomic_path, check_content
+from cmd_jax.files import as_path, atomic_path, check_content
 from cmd_jax.interop.folders import TORCH_SUFFIXES, WeightFiles
 from cmd_jax.interop.torch_files import read_torch
 
@@ -127,7 +127,7 @@ def digest_weights(files: WeightFiles, rename: Callable[[str], str | None] = str
 
 def write_safetensors(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Writes arrays (numpy or addressable jax ones, bfloat16 too) and texts; the file appears whole or not at all."""
-    path = Path(path)
+    path = as_path(path)
     # The library writes an array's memory as it lies: without the C order a transposed array is stored wrongly.
     tensors = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     try:
@@ -169,7 +169,7 @@ def unflatten(flat: dict[str, np.ndarray]) -> dict:
 
 
 def _existing(path) -> Path:
-    path = Path(path)
+    path = as_path(path)
     if not os.path.isfile(path):  # unlike Path.is_file, False for names no file system takes
         problem = "a folder" if os.path.isdir(path) else "no such file"
         raise UserError("path", path, problem, "give the path of a file with weights")

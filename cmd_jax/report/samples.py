@@ -12,7 +12,7 @@ from PIL import Image
 
 from cmd_jax.config import STAGES, to_json
 from cmd_jax.errors import UserError, of_file
-from cmd_jax.files import versions, write_json, write_text
+from cmd_jax.files import as_path, versions, write_json, write_text
 from cmd_jax.report.gallery import Item, Section, write_gallery
 from cmd_jax.report.video import film_strip, image_grid, to_uint8, video_grid, write_gif, write_mp4, write_png
 from cmd_jax.running.distributed import gather, is_leader, leader_alone, linger, several
@@ -51,7 +51,7 @@ class OutputFolder:
             shutil.rmtree(self.beats, ignore_errors=True)
 
     def __enter__(self) -> Path:
-        self.path = Path(leader_alone(self._make))
+        self.path = as_path(leader_alone(self._make))
         seen = gather("yes" if self.path.is_dir() else "")
         if "" in seen:
             self.remove()

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from cmd_jax.errors import UserError, choose
-from cmd_jax.files import read_json
+from cmd_jax.files import as_path, read_json
 from cmd_jax.interop.folders import TORCH_SUFFIXES
 from cmd_jax.verbs.convert_kinds import KINDS, STABLE_DIFFUSION, TAKEN
 
@@ -52,7 +52,7 @@ def convert(flags) -> int:
     choose("KIND", flags.kind, KINDS)
     choose("--dtype", flags.dtype, DTYPES)
     target = choose("--to", flags.to or DIRECTIONS[0], DIRECTIONS)
-    source, output = Path(flags.input).expanduser(), Path(flags.output).expanduser()
+    source, output = as_path(flags.input), as_path(flags.output)
     _check_output(output, folder=flags.kind == STABLE_DIFFUSION)
     _refuse_idle(flags, target)
     from cmd_jax.verbs import convert_weights  # which starts JAX
@@ -94,7 +94,7 @@ def given_architecture(text: str | None) -> dict:
     """What --architecture says: a file, or key=value separated by commas."""
     if text is None:
         return {}
-    path, remedy = Path(text).expanduser(), "write it like heads=8,mode=pixel, or give a file with a JSON object"
+    path, remedy = as_path(text), "write it like heads=8,mode=pixel, or give a file with a JSON object"
     if "=" in text and not path.exists():
         pairs = [pair.partition("=") for pair in text.split(",")]
         if any(not key.strip() or not value.strip() for key, _, value in pairs):
@@ -119,7 +119,7 @@ def on_the_command_line(error: UserError, flags) -> UserError:
     field, value = error.field, error.value
     flagged = {f"--{name}": getattr(flags, name) for name in ("unet", "pretrained", "heads")}
     places = {"OUTPUT": flags.output, **flagged, "INPUT": flags.input}
-    inside = [flag for flag, path in places.items() if path and str(value).startswith(str(Path(path).expanduser()))]
+    inside = [flag for flag, path in places.items() if path and str(value).startswith(str(as_path(path)))]
     names = {"key": "--key", "config": "--architecture", "classes": "--classes", "i3d": "INPUT", "lpips": "INPUT"}
     if field in ("path", "weights", "pipeline", "workdir", "pretrained.path") and inside:
         field = inside[0]
@@ -128,7 +128,7 @@ def on_the_command_line(error: UserError, flags) -> UserError:
     elif field.startswith("weights/"):
         field = field.replace("weights", "INPUT", 1)
     elif field == "autoencoder":  # whose place is settled by that of the other files
-        value = Path(flags.input if flags.to == "torch" else flags.output).with_name("autoencoder.safetensors")
+        value = as_path(flags.input if flags.to == "torch" else flags.output).with_name("autoencoder.safetensors")
     elif field == "kind":
         field, value = "KIND", flags.kind
     elif field.startswith("config."):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cmd_jax.errors import UserError
+from cmd_jax.files import as_path
 from cmd_jax.interop import diffusers_dit, lpips
 from cmd_jax.interop.converted import KIND, MODELS, read_converted, write_converted
 from cmd_jax.interop.diffusers import load_pipeline, save_pipeline
@@ -34,7 +35,7 @@ def to_ours(flags, given: dict, source: Path, output: Path):
         if diffusers_dit.MARKER in state:
             told, state = diffusers_dit.COMPUTES, diffusers_dit.in_facebooks_names(state)
     if kind == "lpips":
-        state = lpips.with_heads(state, read_state_dict(Path(flags.heads).expanduser()) if flags.heads else {})
+        state = lpips.with_heads(state, read_state_dict(as_path(flags.heads)) if flags.heads else {})
     if kind == "dit" and told:
         log.info("computed as diffusers does; as facebook's code does with --architecture=%s", AS_FACEBOOK)
     given = told | given
@@ -55,11 +56,11 @@ def _stage(flags, given: dict, state: dict, folder: Path) -> Trained:
     if flags.kind == "cmd-autoencoder":
         vae = None
         if flags.pretrained is not None:
-            vae = describe(Path(flags.pretrained).expanduser(), VAEMetadata)
+            vae = describe(as_path(flags.pretrained), VAEMetadata)
         return autoencoder_stage(given, state, vae)
     autoencoder = _neighbour(folder, "autoencoder")
     if flags.kind == "cmd-content":
-        names = _class_names(Path(flags.classes).expanduser()) if flags.classes is not None else None
+        names = _class_names(as_path(flags.classes)) if flags.classes is not None else None
         return denoiser_stage("content", given, state, autoencoder, names)
     content = _neighbour(folder, "content")
     if content.metadata.text_encoder:
@@ -129,7 +130,7 @@ def to_torch(kind: str, source: Path, output: Path, dtype: str):
 
 def convert_pipeline(source: Path, output: Path, dtype: str, stage: str | None):
     """A diffusers folder in another dtype, its UNet replaced by that of a trained content stage if there is one."""
-    params = None if stage is None else _trained_unet(Path(stage).expanduser(), source)
+    params = None if stage is None else _trained_unet(as_path(stage), source)
     pipeline = load_pipeline(source, dtype)
     if params is not None:
         params = unflatten(_cast(flatten(params), dtype))

@@ -16,7 +16,7 @@ from cmd_jax.config import load
 from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.sources import open_source
 from cmd_jax.errors import UserError
-from cmd_jax.files import versions
+from cmd_jax.files import as_path, versions
 from cmd_jax.models.conditions import Classes, Texts
 from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.models.vae import init_vae
@@ -185,9 +185,9 @@ class CompanionStages:
     def _where(self, name: str) -> tuple[Path | None, bool]:
         """Where that stage may be trained, and whether it must be."""
         if self.config.stage == "sample" and self.config.weights:
-            return Path(self.config.weights) / f"{name}.safetensors", True
+            return as_path(self.config.weights) / f"{name}.safetensors", True
         if self.config.stage in ("content", "motion") and self.config.latents.autoencoder:
-            return Path(self.config.latents.autoencoder), True
+            return as_path(self.config.latents.autoencoder), True
         return self.workdir and self.workdir / name, False
 
     def autoencoder(self) -> tuple[FrozenAutoencoder, dict]:

@@ -14,7 +14,7 @@ from cmd_jax.data.sources import Source, open_source
 from cmd_jax.data.splits import Split, split_of
 from cmd_jax.data.store import LatentStore, StoredClips, open_store
 from cmd_jax.errors import UserError
-from cmd_jax.files import parse_json, read_json
+from cmd_jax.files import as_path, parse_json, read_json
 from cmd_jax.interop.clip_tokenizer import Tokenizer
 from cmd_jax.prepare import open_clips, store_folder
 from cmd_jax.report.console import make_console
@@ -40,7 +40,7 @@ def doctor_data(specification: str, overrides: dict[str, str], workdir: Path | N
         raise UserError("config", "sample", "`doctor --data` looks at what a stage is trained on", "use FILE:STAGE")
     source = open_clips(config, workdir) if workdir else open_source(config.data)
     split = split_of(config.data, source)
-    tokenizer = Tokenizer(Path(config.pretrained.path, "tokenizer")) if config.pretrained.path else None
+    tokenizer = Tokenizer(as_path(config.pretrained.path) / "tokenizer") if config.pretrained.path else None
 
     table = Table("data", "")
     rows = [] if isinstance(source, StoredClips) else clip_rows(source, split) + text_rows(source, tokenizer)

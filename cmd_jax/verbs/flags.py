@@ -3,8 +3,8 @@
 import argparse
 from typing import NamedTuple
 
+from cmd_jax.buckets import check_url, scheme_of
 from cmd_jax.errors import UserError, nearest
-from cmd_jax.files import check_path
 from cmd_jax.verbs.convert import add_flags as add_convert_flags
 
 OVERRIDE = "--config.KEY=VALUE sets any value of the config, like --config.seed=1"
@@ -192,7 +192,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
             overrides |= dict.fromkeys(flag.keys, value)
     for name in PATHS:
         shown = name.upper() if name in POSITIONAL else f"--{name.replace('_', '-')}"
-        check_path(shown, getattr(known, name, None) or "")
+        check_url(shown, value := getattr(known, name, None) or "")
+        if name == "config" and scheme_of(value):
+            raise UserError(shown, value, "a config is code, and read from this machine alone", "copy it here")
     for flag in flags:
         if flag.needed and not getattr(known, flag.name):
             raise UserError(f"--{flag.name}", "", "missing", f"see cmd-jax {known.verb} --help")

@@ -2,11 +2,11 @@
 
 import argparse
 import importlib.util
-from pathlib import Path
 
 from cmd_jax.config import load
 from cmd_jax.data.store import KINDS
 from cmd_jax.errors import UserError
+from cmd_jax.files import as_path
 from cmd_jax.ingest.engines import cores, part_of, run_pool
 from cmd_jax.ingest.finish import finish
 from cmd_jax.ingest.plan import make_plan, source_of
@@ -21,7 +21,7 @@ def ingest(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     if flags.source:
         overrides = overrides | source_overrides(flags.source, flags.config, overrides)
     config, console = load(flags.config, overrides), make_console()
-    out = Path(flags.out).expanduser().absolute()
+    out = as_path(flags.out).absolute()
     plan = make_plan(config, out, keep_listing=flags.part is not None)
     shards, limits = part_of(flags.part, plan.shards.count), Limits(config.data.probe_timeout, config.data.probe_cap)
     missing = [k for k in shards if finished(plan, k) is None]

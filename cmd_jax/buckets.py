@@ -1,0 +1,396 @@
+"""Ground: objects of a bucket, gs:// and s3://, as paths; what they are reached by comes with the extras gcs and s3.
+
+An object is there whole or not at all, and there is no rename. A prefix with objects below it counts as a folder.
+"""
+
+import datetime
+import errno
+import fnmatch
+import functools
+import importlib
+import importlib.util
+import io
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
+from typing import NamedTuple
+
+os.environ.setdefault("EPATH_USE_TF", "false")  # etils would take TensorFlow, which cannot read gs:// by itself
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for the kind of each bucket by gRPC first
+
+from etils.epath.gpath import PosixGPath  # noqa: E402
+
+from cmd_jax.errors import Unavailable, UserError  # noqa: E402
+
+EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> the module that reaches it, and its extra
+RETRY_SECONDS = 60.0  # for how long what may pass is tried again; CMD_JAX_RETRY_SECONDS is another number
+SILENCE_SECONDS = 30.0  # a server that says nothing for so long counts as cut off
+LONGEST_PAUSE = 8.0
+CHUNK = 2**24  # bytes of a request when a whole object is fetched
+TRANSIENT = {
+    "408",
+    "429",
+    "500",
+    "502",
+    "503",
+    "504",
+    "SlowDown",
+    "InternalError",
+    "RequestTimeout",
+    "ServiceUnavailable",
+}
+DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+
+for _name in ("gcsfs", "s3fs", "aiobotocore", "botocore"):  # they log what they raise, with tracebacks
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+
+def scheme_of(text: str) -> str:
+    """ "gs", "s3", or "" for what is no URL of a bucket."""
+    head = text.partition("://")[0]
+    return head if head in EXTRAS and text != head else ""
+
+
+def check_url(field: str, text: str):
+    """UserError for a path with a scheme that cannot be used here: without its extra, unknown, or misspelt."""
+    if not (found := re.match(r"([A-Za-z][\w+.-]+):(?=/)", text)):
+        return
+    if found[1] not in EXTRAS or not text.startswith(f"{found[1]}://"):
+        raise UserError(
+            field, text, f"{found[0]} is not a scheme that is read here", "use gs://, s3://, or a local path"
+        )
+    module, extra = EXTRAS[found[1]]
+    bucket, *names = text.partition("://")[2].rstrip("/").split("/")
+    if not bucket or not {"", ".", ".."}.isdisjoint(names):
+        problem = "names no bucket" if not bucket else "holds an empty name, . or .."
+        raise UserError(field, text, problem, f"write it like {found[1]}://BUCKET/FOLDER")
+    if importlib.util.find_spec(module) is None:
+        raise UserError(field, text, f"{module} is not installed", f'pip install "cmd-jax[{extra}]"')
+
+
+class BucketPath(PosixGPath):
+    """An object or a prefix of a bucket, with the methods of pathlib.Path that make sense there.
+
+    What is no local file must not pass for one: os.fspath, and thus open(), raise TypeError. Errors are OSError with
+    errno, strerror and filename: FileNotFoundError, PermissionError, and Unavailable where the store could not be
+    reached for RETRY_SECONDS.
+    """
+
+    def __fspath__(self):
+        raise TypeError(f"{self} is no local file")
+
+    @property
+    def key(self) -> str:
+        """BUCKET/NAME."""
+        return "/".join(self.parts[2:])
+
+    @property
+    def scheme(self) -> str:
+        return self.parts[1]
+
+    def _do(self, action: Callable):
+        return retrying(self, lambda: action(filesystem(self.scheme)))
+
+    def _info(self) -> dict | None:
+        try:
+            return self._do(lambda fs: fs.info(self.key))
+        except FileNotFoundError:
+            return None
+
+    def exists(self) -> bool:
+        return self._info() is not None
+
+    def is_file(self) -> bool:
+        return (self._info() or {}).get("type") == "file"
+
+    def is_dir(self) -> bool:
+        return (self._info() or {}).get("type") == "directory"
+
+    def stat(self) -> SimpleNamespace:
+        """st_size in bytes, st_mtime in seconds by the store's clock; version: changes with the object."""
+        if (info := self._info()) is None:
+            raise FileNotFoundError(errno.ENOENT, "no such object", str(self))
+        return SimpleNamespace(st_size=info["size"] or 0, st_mtime=_updated(info), version=_version(info))
+
+    def iterdir(self) -> Iterator["BucketPath"]:
+        for info in self._do(lambda fs: fs.ls(self.key, detail=True)):
+            name = info["name"].rstrip("/")
+            if name != self.key:  # the object itself, or a marker of the folder
+                yield self / name.rpartition("/")[2]
+
+    def glob(self, pattern: str) -> Iterator["BucketPath"]:
+        """pattern: of names, one a level; the path itself is taken literally."""
+        first, _, rest = pattern.partition("/")
+        try:
+            found = [path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, first)]
+        except FileNotFoundError:
+            return
+        for path in found:
+            yield from path.glob(rest) if rest else [path]
+
+    def rglob(self, pattern: str) -> Iterator["BucketPath"]:
+        """The objects below whose names match; there are no folders among them."""
+        for name in self._do(lambda fs: fs.find(self.key)):
+            if fnmatch.fnmatchcase(name.rpartition("/")[2], pattern) and not name.endswith("/"):
+                yield self / name.removeprefix(f"{self.key}/")
+
+    def open(self, mode: str = "r", encoding: str = "utf-8", **options):
+        """To read, "r" or "rb"; what is sought is requested by its range, without reading ahead."""
+        if mode not in ("r", "rb"):
+            raise ValueError(f"{mode}: an object is written whole, by write_bytes or files.atomic_path")
+        file = io.BufferedReader(_Reader(self), 2**16)
+        return file if mode == "rb" else io.TextIOWrapper(file, encoding=encoding, **options)
+
+    def read_range(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to before `end`, which must not lie behind the object's."""
+        if start >= end:
+            return b""
+        data = self._do(lambda fs: fs.cat_file(self.key, start=start, end=end))
+        if len(data) != end - start:
+            raise OSError(errno.EIO, f"{len(data)} bytes came, not {end - start}", str(self))
+        return data
+
+    def read_bytes(self) -> bytes:
+        return self._do(lambda fs: fs.cat_file(self.key))
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def write_bytes(self, data: bytes) -> int:
+        self._do(lambda fs: fs.pipe_file(self.key, bytes(data)))
+        return len(data)
+
+    def write_text(self, text: str, encoding: str = "utf-8") -> int:
+        return self.write_bytes(text.encode(encoding))
+
+    def touch(self):
+        self.write_bytes(b"")
+
+    def upload(self, file: Path):
+        """Make it what a local file holds."""
+        self._do(lambda fs: fs.put_file(str(file), self.key))
+
+    def download(self, file: Path):
+        """Make a local file what it holds."""
+        with self.open("rb") as source, open(file, "wb") as target:
+            while chunk := source.read(CHUNK):
+                target.write(chunk)
+
+    def copy_to(self, other: "BucketPath"):
+        """Within a store, without its bytes coming here."""
+        self._do(lambda fs: fs.cp_file(self.key, other.key))
+
+    def unlink(self, missing_ok: bool = False):
+        try:
+            self._do(lambda fs: fs.rm_file(self.key))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def rmtree(self):
+        """Remove every object below it."""
+        while names := [path.key for path in self.rglob("*")]:
+            self._do(lambda fs, names=names: fs.rm(names))
+
+    def mkdir(self, *_, **__):
+        """Folders come with their objects."""
+
+    def relative_to(self, other: "BucketPath") -> PurePosixPath:
+        return PurePosixPath(*self.parts).relative_to(PurePosixPath(*other.parts))
+
+    def expanduser(self) -> "BucketPath":
+        return self
+
+    absolute = resolve = expanduser
+
+
+class _Reader(io.RawIOBase):
+    """Random access to an object by range requests."""
+
+    def __init__(self, path: BucketPath):
+        self.path, self.size, self.at = path, path.stat().st_size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
+        return self.at
+
+    def readinto(self, buffer) -> int:
+        data = self.path.read_range(self.at, min(self.at + len(buffer), self.size))
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+
+class Versioned(NamedTuple):
+    data: bytes
+    version: str  # changes with each writing
+    updated: float  # when it was written, seconds by the store's clock
+
+
+def read_versioned(path: BucketPath) -> Versioned | None:
+    """An object as it is at one moment; None if there is none."""
+    for _ in range(10):  # it may be written between the two requests
+        if (info := path._info()) is None or info["type"] != "file":
+            return None
+        try:
+            data = path._do(lambda fs: _read_version(fs, path, _version(info)))
+        except (FileNotFoundError, FileExistsError):  # 412
+            continue
+        return Versioned(data, _version(info), _updated(info))
+    raise Unavailable(errno.EAGAIN, "changes whenever it is read", str(path))
+
+
+def write_if(path: BucketPath, data: bytes, version: str | None) -> str | None:
+    """Write an object if it is still of that version, None: if there is none -> its new version, None if it is not.
+
+    data: like no other writer's, since what was written by a request whose answer got lost is known by it.
+    """
+    try:
+        return path._do(lambda fs: _write_version(fs, path, data, version))
+    except (FileExistsError, FileNotFoundError):
+        found = read_versioned(path)
+        return found.version if found and found.data == data else None
+
+
+def _read_version(fs, path: BucketPath, version: str) -> bytes:
+    bucket, _, name = path.key.partition("/")
+    if path.scheme == "gs":
+        return fs.call("GET", "b/{}/o/{}", bucket, name, alt="media", generation=version)[1]
+
+    async def read():
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=name, IfMatch=version)
+        return await answer["Body"].read()
+
+    return _precondition(lambda: _sync(fs, read))
+
+
+def _write_version(fs, path: BucketPath, data: bytes, version: str | None) -> str:
+    bucket, _, name = path.key.partition("/")
+    if path.scheme == "gs":
+        place = f"{fs._location}/upload/storage/v1/b/{bucket}/o"
+        answer = fs.call("POST", place, uploadType="media", name=name, ifGenerationMatch=version or "0", data=data,
+                         json_out=True)  # fmt: skip
+        return answer["generation"]
+    condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+    put = functools.partial(fs.call_s3, "put_object", Bucket=bucket, Key=name, Body=data, **condition)
+    return _precondition(put)["ETag"]
+
+
+def _precondition(action: Callable):
+    """S3's 412 as FileExistsError, which gcsfs makes of it too."""
+    try:
+        return action()
+    except OSError as error:
+        if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
+            raise FileExistsError(errno.EEXIST, "is of another version") from error
+        raise
+
+
+def _sync(fs, function: Callable):
+    from fsspec import asyn
+
+    return asyn.sync(fs.loop, function)
+
+
+def _version(info: dict) -> str:
+    return info.get("generation") or info.get("ETag") or ""
+
+
+def _updated(info: dict) -> float:
+    when = info.get("mtime") or info.get("LastModified")
+    if isinstance(when, str):
+        when = datetime.datetime.fromisoformat(when)
+    return when.timestamp() if when else 0.0
+
+
+@functools.cache
+def filesystem(scheme: str):
+    """What speaks to the store, without a cache of listings, which others change, and without retries of its own."""
+    import fsspec
+
+    if scheme == "gs":
+        from gcsfs import GCSFileSystem
+
+        class Once(GCSFileSystem):
+            _request = GCSFileSystem._request.__wrapped__  # `retrying` tries again
+
+        token = {"token": "anon"} if os.environ.get("STORAGE_EMULATOR_HOST") else {}
+        fsspec.config.conf.setdefault("gcs", {}).update({"use_listings_cache": False, **token})  # for Orbax's paths
+        return Once(use_listings_cache=False, consistency="md5", requests_timeout=SILENCE_SECONDS, **token)
+    from s3fs import S3FileSystem
+
+    class Once(S3FileSystem):
+        retries = 1
+
+    fsspec.config.conf.setdefault("s3", {}).update({"use_listings_cache": False})
+    limits = {"connect_timeout": SILENCE_SECONDS, "read_timeout": SILENCE_SECONDS, "retries": {"total_max_attempts": 1}}
+    return Once(use_listings_cache=False, config_kwargs=limits)
+
+
+def retry_seconds() -> float:
+    return float(os.environ.get("CMD_JAX_RETRY_SECONDS") or RETRY_SECONDS)
+
+
+def retrying(path, action: Callable):
+    """action(), tried again with growing random pauses while the store cannot be reached, for `retry_seconds` at most.
+
+    Its errors are OSErrors that name `path`; see BucketPath.
+    """
+    end, longest = time.monotonic() + retry_seconds(), 0.2
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            fault, pause = as_os_error(error, path), random.uniform(0.05, longest)
+            if not isinstance(fault, Unavailable) or time.monotonic() + pause > end:
+                raise fault from error
+        time.sleep(pause)
+        longest = min(2 * longest, LONGEST_PAUSE)
+
+
+def _code(error: BaseException) -> str:
+    """What the store answered: a status, or the name that S3 has for it."""
+    while error is not None:
+        if (code := getattr(error, "code", None) or getattr(error, "status", None)) is not None:
+            return str(code)
+        if isinstance(response := getattr(error, "response", None), dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        error = error.__cause__
+    return ""
+
+
+def as_os_error(error: Exception, path) -> OSError:
+    """What a library for buckets raised as the OSError that a file system would."""
+    name, code, text = str(path), _code(error), str(getattr(error, "strerror", None) or error)
+    text = " ".join(text.split())[:200] or type(error).__name__
+    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    if isinstance(error, Unavailable | TypeError):
+        raise error
+    if isinstance(error, FileNotFoundError):
+        missing = "no such bucket" if "bucket does not exist" in text else "no such object or bucket"
+        return FileNotFoundError(errno.ENOENT, missing, name)
+    if isinstance(error, FileExistsError):
+        return FileExistsError(errno.EEXIST, "exists already, or is of another version", name)
+    if "Credentials" in type(error).__name__ or code == "401" or "google.auth" in type(error).__module__:
+        return PermissionError(errno.EACCES, f"no valid credentials ({text})", name)
+    if isinstance(error, PermissionError) or code in DENIED or text.startswith("Forbidden"):
+        return PermissionError(errno.EACCES, f"no right to it ({text})", name)
+    if code in TRANSIENT or isinstance(error, ConnectionError | TimeoutError) or modules & {"aiohttp", "requests"} or (
+        modules & {"botocore", "aiobotocore"} and not code
+    ) or type(error).__name__ in ("ChecksumError", "FSTimeoutError"):  # fmt: skip
+        return Unavailable(errno.EHOSTUNREACH, f"cannot be reached ({text})", name)
+    return OSError(getattr(error, "errno", None) or errno.EIO, text, name)
