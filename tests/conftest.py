@@ -6,6 +6,8 @@ import tempfile
 
 import pytest
 
+pytest_plugins = "buckets"  # fixtures: gcs, s3, gcs_stub
+
 # What starts processes, or compiles most, goes first, so that no worker is left with it at the end.
 LONGEST = (
     "test_processes", "test_text_to_video", "test_train", "test_devices", "test_verify_resume", "test_eight_devices",
