@@ -26,25 +26,13 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for 
 from etils.epath.gpath import PosixGPath  # noqa: E402
 
 from cmd_jax.errors import Unavailable, UserError  # noqa: E402
+from cmd_jax.faults import as_os_error, code_of  # noqa: E402
 
 EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> the module that reaches it, and its extra
 RETRY_SECONDS = 60.0  # for how long what may pass is tried again; CMD_JAX_RETRY_SECONDS is another number
 SILENCE_SECONDS = 30.0  # a server that says nothing for so long counts as cut off
 LONGEST_PAUSE = 8.0
 CHUNK = 2**24  # bytes of a request when a whole object is fetched
-TRANSIENT = {
-    "408",
-    "429",
-    "500",
-    "502",
-    "503",
-    "504",
-    "SlowDown",
-    "InternalError",
-    "RequestTimeout",
-    "ServiceUnavailable",
-}
-DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
 
 for _name in ("gcsfs", "s3fs", "aiobotocore", "botocore"):  # they log what they raise, with tracebacks
     logging.getLogger(_name).setLevel(logging.CRITICAL)
@@ -295,7 +283,7 @@ def _precondition(action: Callable):
     try:
         return action()
     except OSError as error:
-        if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
+        if code_of(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
             raise FileExistsError(errno.EEXIST, "is of another version") from error
         raise
 
@@ -360,37 +348,3 @@ def retrying(path, action: Callable):
                 raise fault from error
         time.sleep(pause)
         longest = min(2 * longest, LONGEST_PAUSE)
-
-
-def _code(error: BaseException) -> str:
-    """What the store answered: a status, or the name that S3 has for it."""
-    while error is not None:
-        if (code := getattr(error, "code", None) or getattr(error, "status", None)) is not None:
-            return str(code)
-        if isinstance(response := getattr(error, "response", None), dict):
-            return str(response.get("Error", {}).get("Code", ""))
-        error = error.__cause__
-    return ""
-
-
-def as_os_error(error: Exception, path) -> OSError:
-    """What a library for buckets raised as the OSError that a file system would."""
-    name, code, text = str(path), _code(error), str(getattr(error, "strerror", None) or error)
-    text = " ".join(text.split())[:200] or type(error).__name__
-    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    if isinstance(error, Unavailable | TypeError):
-        raise error
-    if isinstance(error, FileNotFoundError):
-        missing = "no such bucket" if "bucket does not exist" in text else "no such object or bucket"
-        return FileNotFoundError(errno.ENOENT, missing, name)
-    if isinstance(error, FileExistsError):
-        return FileExistsError(errno.EEXIST, "exists already, or is of another version", name)
-    if "Credentials" in type(error).__name__ or code == "401" or "google.auth" in type(error).__module__:
-        return PermissionError(errno.EACCES, f"no valid credentials ({text})", name)
-    if isinstance(error, PermissionError) or code in DENIED or text.startswith("Forbidden"):
-        return PermissionError(errno.EACCES, f"no right to it ({text})", name)
-    if code in TRANSIENT or isinstance(error, ConnectionError | TimeoutError) or modules & {"aiohttp", "requests"} or (
-        modules & {"botocore", "aiobotocore"} and not code
-    ) or type(error).__name__ in ("ChecksumError", "FSTimeoutError"):  # fmt: skip
-        return Unavailable(errno.EHOSTUNREACH, f"cannot be reached ({text})", name)
-    return OSError(getattr(error, "errno", None) or errno.EIO, text, name)
