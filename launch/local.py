@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 from cmd_jax.errors import UserError, tell  # noqa: E402
 from cmd_jax.files import check_path, read_json  # noqa: E402
 from cmd_jax.running.peers import HEARTBEAT  # noqa: E402
-from cmd_jax.running.runtime import is_heard  # noqa: E402
+from cmd_jax.running.runtime import is_heard, is_same_request  # noqa: E402
 from cmd_jax.verbs.flags import Parser  # noqa: E402
 
 WRONG, PEER_FAULT = 2, 3  # exit codes of cmd_jax: the user must act; a fault of another process was noticed
@@ -185,6 +185,7 @@ class Supervisor:
         auto = options.distributed == "auto"
         self.workdir, self.logs = open_logs(command, [socket.gethostname()] if auto else range(options.processes))
         self.signals: list[int] = []  # received
+        self.asked = 0.0  # when the newest was, of time.monotonic()
 
     def run(self) -> int:
         """Run the job to its end -> exit code."""
@@ -209,8 +210,9 @@ class Supervisor:
         return PEER_FAULT
 
     def receive(self, number: int, _):
-        if number != signal.SIGHUP or not self.signals:  # a terminal that closes may send it several times
+        if not self.signals or not is_same_request(number, self.asked):
             self.signals.append(number)
+            self.asked = time.monotonic()
 
     def attempt(self) -> int:
         """One start of all processes, to the end of all -> exit code; PEER_FAULT for all that a restart may mend."""

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from processes import alive, gone
 
+from cmd_jax.running.runtime import SAME_REQUEST
+
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 
@@ -209,9 +211,9 @@ def test_a_stop_is_passed_on_once(job, number):
     running = job.start(first={"0": "wait", "1": "wait"})
     job.await_file("waits-0", "waits-1")
     begun = time.monotonic()
-    for _ in range(1 + (number == signal.SIGHUP)):  # which a terminal that closes may send several times
-        running.send_signal(number)
-        time.sleep(0.05)
+    for again in (number, signal.SIGHUP, number):  # as of a terminal that closes, or a machine that shuts down
+        running.send_signal(again)
+        time.sleep(0.005)
     code, out, err = job.end(running)
     assert code == 0 and err == f"launch: stopped by {number.name}\n" and time.monotonic() - begun < 5
     assert out.endswith("stopped by signal 15 after step 5; saved\ndone\n")
@@ -230,7 +232,7 @@ def test_a_second_signal_kills(job):
     (child,) = job.await_file("child")
     job.await_file("waits-1", "starts-0")
     running.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    time.sleep(SAME_REQUEST + 0.3)
     running.send_signal(signal.SIGTERM)
     code, _, err = job.end(running)
     assert (code, err) == (128 + signal.SIGTERM, "launch: a second signal: killing all processes\n")

@@ -9,11 +9,13 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from cmd_jax.errors import Stopped, UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+SAME_REQUEST = 1.0  # seconds
 
 
 def keep_freed_memory():
@@ -77,6 +79,15 @@ def is_heard(number: int) -> bool:
     return handler is not None and (number != signal.SIGHUP or handler != signal.SIG_IGN)
 
 
+def is_same_request(number: int, first: float) -> bool:
+    """Whether a signal says no more than the one that time.monotonic() saw at `first`, and does not ask for haste.
+
+    So does SIGHUP, of which a terminal that closes may send several, and whatever comes within SAME_REQUEST: a machine
+    that shuts down signals all its processes, often twice (SIGTERM, SIGHUP), and a supervisor passes its own signal on.
+    """
+    return number == signal.SIGHUP or time.monotonic() - first < SAME_REQUEST
+
+
 def drop_terminal():
     """Have output that went to a terminal, which is being closed, go nowhere: to write to it would be an error."""
     null = os.open(os.devnull, os.O_WRONLY)
@@ -90,9 +101,9 @@ def drop_terminal():
 class StopRequest:
     """Turns the first SIGTERM, SIGINT or SIGHUP into `signal`, which the training loop reads.
 
-    A second one ends at once, but for SIGHUP, of which a terminal that closes may send several. Until the loop sets
-    `running` there is nothing to save: the first one ends all with `farewell`, after the calls that `first` was given.
-    A SIGHUP that is ignored, as by nohup, stays ignored.
+    A second one ends at once, unless it is_same_request. Until the loop sets `running` there is nothing to save: the
+    first one ends all with `farewell`, after the calls that `first` was given. A SIGHUP that is ignored, as by nohup,
+    stays ignored.
 
     end_process(exit code, last_words=""): for a command. A thread that hears the signals calls it, since Python's own
     handlers wait while the main thread compiles or computes. Without it, as in a library, an end is Stopped, raised in
@@ -104,6 +115,7 @@ class StopRequest:
 
     def __init__(self, farewell: str, end_process: Callable | None = None):
         self.farewell, self.signal, self.running = farewell, None, False
+        self._heard = 0.0  # when, of time.monotonic()
         self._calls, self._end_process, self._undo = [], end_process, contextlib.ExitStack()
 
     def first(self, call: Callable[[], None]):
@@ -143,11 +155,11 @@ class StopRequest:
         """In the thread of a command."""
         if number == signal.SIGHUP:
             drop_terminal()
-            if self.signal:
-                return
         if self.signal:
-            self._end_process(128 + number)
-        self.signal = number
+            if not is_same_request(number, self._heard):
+                self._end_process(128 + number)
+            return
+        self._heard, self.signal = time.monotonic(), number
         if not self.running:
             for call in self._calls:
                 call()
@@ -155,9 +167,11 @@ class StopRequest:
 
     def _interrupt(self, number: int, frame):
         """As the handler of a library. What `first` was given is left to the contexts that Stopped leaves."""
-        if self.signal and number != signal.SIGHUP:
-            raise Stopped("stopped by a second signal, before all was saved")
-        self.signal = self.signal or number
+        if self.signal:
+            if not is_same_request(number, self._heard):
+                raise Stopped("stopped by a second signal, before all was saved")
+            return
+        self._heard, self.signal = time.monotonic(), number
         if not self.running:
             raise Stopped(self.farewell)
 

@@ -12,12 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from cmd_jax.errors import Stopped, UserError
+from cmd_jax.running import runtime
 from cmd_jax.running.runtime import StopRequest
 
 SCRIPT = """
 import os, sys, time
 from cmd_jax.main import end_process
+from cmd_jax.running import runtime
 from cmd_jax.running.runtime import StopRequest
+runtime.SAME_REQUEST = {same}
 with StopRequest("nothing to save", end_process) as stop:
     stop.first(lambda: print("cleared", flush=True))
     stop.running = {running}
@@ -40,8 +43,8 @@ IN_C = """import ctypes
 def start():
     started = []
 
-    def run(running: bool, busy: str = ""):
-        script = SCRIPT.format(running=running, busy=busy)
+    def run(running: bool, busy: str = "", same: float = 0.0):
+        script = SCRIPT.format(running=running, busy=busy, same=same)
         process = subprocess.Popen(
             [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -83,6 +86,19 @@ def test_a_terminal_that_closes_sends_several_sighups(start):
         process.wait(timeout=0.5)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_signals_at_about_the_same_time_are_one_request(start):
+    """Of a machine that shuts down: systemd sends SIGTERM and SIGHUP to all processes, and launch/local.py its own."""
+    process = start(True, same=0.7)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.7)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=5)[0].startswith("heard ")
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_what_nohup_started_goes_on(start):
@@ -189,13 +205,15 @@ def test_in_a_library_a_signal_before_the_loop_is_an_exception(number):
     assert ways() == before
 
 
-def test_in_a_library_a_second_signal_in_the_loop_is_an_exception():
+def test_in_a_library_a_second_signal_in_the_loop_is_an_exception(monkeypatch):
     before = ways()
     with pytest.raises(Stopped, match="second signal"), StopRequest("") as stop:
         stop.running = True
         for _ in range(3):  # of a terminal that closes
             signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)  # at about the same time
         assert stop.signal == signal.SIGHUP
+        monkeypatch.setattr(runtime, "SAME_REQUEST", 0.0)
         signal.raise_signal(signal.SIGTERM)
     assert ways() == before
 
