@@ -136,7 +136,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_unfinished(folder, tmp_path,
         (["--source=nowhere"], "data.root=nowhere: no such folder"),
         (["--source=SOURCE/a/0.avi"], "neither a folder nor a list of clips"),
         (["--out="], "--out=: missing"),
-        (["--out=gs://bucket/x"], "--out=gs://bucket/x: gs:// is not supported"),
+        (["--out=hdfs://bucket/x"], "--out=hdfs://bucket/x: hdfs: is no scheme"),
     ],
 )
 def test_faults_are_one_line_and_exit_code_2(folder, tmp_path, capsys, flags, line):
