@@ -11,13 +11,21 @@ from typing import Annotated, NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from safetensors import SafetensorError, safe_open
 
 from cmd_jax.config import from_dict
 from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.errors import UserError
 from cmd_jax.files import COUNT, as_json, as_path, check_like, from_json, like_of, parse_json, read_json, write_json
-from cmd_jax.interop.weights import flatten, read_metadata, read_state_dict, unflatten, write_safetensors
+from cmd_jax.interop.folders import WeightFiles
+from cmd_jax.interop.tensors import same, to_params
+from cmd_jax.interop.weights import (
+    flatten,
+    open_weights,
+    read_metadata,
+    read_state_dict,
+    unflatten,
+    write_safetensors,
+)
 from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, VAEMetadata
 from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.running.hosts import check_tree, digest
@@ -200,23 +208,13 @@ def open_params(path: Path) -> Iterator[tuple[dict, Callable[[dict], dict]]]:
         with contextlib.closing(Checkpoints(path, read_only=True, items=("ema",))) as checkpoints:
             yield checkpoints.shapes("ema"), partial(checkpoints.restore_item, "ema", part=True)
         return
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    with open_weights(WeightFiles(path, (path,))) as weights:
 
-            def array(name: str, wanted):
-                def part(index):
-                    return np.asarray(slices[name][index] if index else file.get_tensor(name)).astype(np.float32)
+        def read(like):
+            like = flatten(like)
+            return to_params([same(name, leaf.shape) for name, leaf in like.items()], weights, like=like)
 
-                return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
-
-            def read(like):
-                return unflatten({name: array(name, wanted) for name, wanted in flatten(like).items()})
-
-            shapes = {name: jax.ShapeDtypeStruct(s.get_shape(), np.float32) for name, s in slices.items()}
-            yield unflatten(shapes), read
-    except (SafetensorError, OSError) as e:
-        raise UserError("weights", path, f"damaged or incomplete ({e})", "fetch or write the file again") from e
+        yield unflatten({n: jax.ShapeDtypeStruct(shape, np.float32) for n, shape in weights.shapes.items()}), read
 
 
 def read_run_metadata(folder: Path, config: ConfigDict) -> Metadata:

@@ -57,7 +57,7 @@ def read_dit_folder(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
             field, problem = f"transformer/config.json:{name}", f"not supported, only {value}"
             raise UserError(field, config[name], problem, "give facebook's DiT")
     with open_weights(find_weights(folder, DIFFUSERS)) as weights:
-        state = {name: weights.read(name) for name in weights.tensors}
+        state = dict(weights.whole())
     told = {ours: config[theirs] for theirs, ours in SIZES.items() if theirs in config}
     if "norm_eps" in config:
         told["mlp_epsilon"] = config["norm_eps"]

@@ -17,7 +17,7 @@ from einops import rearrange
 
 from cmd_jax.errors import UserError, some
 from cmd_jax.interop.folders import WeightFiles
-from cmd_jax.interop.weights import Weights, flatten, open_weights, unflatten
+from cmd_jax.interop.weights import Part, Weights, flatten, open_weights, unflatten
 
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # as safetensors and numpy say
 # Torch's dimensions -> ours, by how many ours are: vectors, linear maps, 2-d convolutions.
@@ -60,19 +60,33 @@ class Tensor(NamedTuple):
         """The shape of our parameter, or of one layer of it."""
         return tuple(math.prod(self.sizes[axis] for axis in group) for group in _axes(self.pattern)[1])
 
-    def read(self, weights: Weights, index: tuple[slice, ...]) -> np.ndarray:
-        """Our parameter [index]; no more of torch's is read than that if the pattern merges no dimensions."""
-        if self.layers:
-            return np.stack([self._read(weights, name, index[1:]) for name in self.names[index[0]]])
-        return self._read(weights, self.name, index)
+    @property
+    def whole(self) -> tuple[slice, ...]:
+        """The index of all of our parameter."""
+        return (slice(None),) * (len(self.ours) + (self.layers > 0))
 
-    def _read(self, weights, name, index):
+    def parts_of(self, index: tuple[slice, ...]) -> list[Part]:
+        """What is read for our parameter [index]: no more than that if the pattern merges no dimensions."""
+        if self.layers:
+            return [(name, self._bounds(index[1:])) for name in self.names[index[0]]]
+        return [(self.name, self._bounds(index))]
+
+    def read(self, weights: Weights, index: tuple[slice, ...]) -> np.ndarray:
+        """Our parameter [index]."""
+        arrays = [self._arranged(weights.read(*part), index[self.layers > 0 :]) for part in self.parts_of(index)]
+        return np.stack(arrays) if self.layers else arrays[0]
+
+    def _bounds(self, index) -> tuple[slice, ...]:
         (axes, groups), sizes = _axes(self.pattern), self.sizes
         alone = {group[0]: one for group, one in zip(groups, index, strict=True) if len(group) == 1}
         bounds = [alone.get(axis, slice(None)).indices(sizes[axis])[:2] for axis in axes]
         if self.parts > 1:
             bounds[0] = tuple(bound + self.part * sizes[axes[0]] for bound in bounds[0])
-        array = rearrange(weights.read(name, tuple(slice(*bound) for bound in bounds)), self.pattern)
+        return tuple(slice(*bound) for bound in bounds)
+
+    def _arranged(self, array, index) -> np.ndarray:
+        """Of what `_bounds` left in: ours."""
+        array, groups = rearrange(array, self.pattern), _axes(self.pattern)[1]
         return array[tuple(slice(None) if len(group) == 1 else one for group, one in zip(groups, index, strict=True))]
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
@@ -96,6 +110,12 @@ def tensor(path: str, ours: Sequence[int], name: str, pattern: str, part: int = 
     if parts > 1:
         shape[0] *= parts
     return Tensor(path, name, tuple(shape), pattern, part, parts, ours[0] if layered else 0)
+
+
+def same(name: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that is called and laid out as the parameter is."""
+    axes = " ".join(f"a{i}" for i in range(len(shape)))
+    return Tensor(name, name, tuple(shape), f"{axes} -> {axes}")
 
 
 def layer(name: str, paths: str, pattern: str, shape, fields=(), kernel="kernel", bias=0, layers=0) -> list[Tensor]:
@@ -155,16 +175,27 @@ def to_params(tensors: Iterable[Tensor], weights: Weights, dtype="float32", like
     like: {"a/b/c": ShapeDtypeStruct with a sharding}: each process reads its own shards. Without it: numpy arrays.
     """
 
-    def read(tensor: Tensor):
-        def part(index):
-            return np.asarray(tensor.read(weights, index), jnp.dtype(dtype), order="C")
+    place = {name: i for i, name in enumerate(weights.tensors)}
+    tensors = sorted(tensors, key=lambda tensor: place[tensor.names[0]])  # as they lie in the files
+    indices = {tensor.path: [tensor.whole] if like is None else _own(like[tensor.path]) for tensor in tensors}
+    weights.expect(part for tensor in tensors for index in indices[tensor.path] for part in tensor.parts_of(index))
 
+    def read(tensor: Tensor):
+        parts = {
+            str(index): np.asarray(tensor.read(weights, index), jnp.dtype(dtype), order="C")
+            for index in indices[tensor.path]
+        }
         if like is None:
-            return part((slice(None),) * (len(tensor.ours) + (tensor.layers > 0)))
+            return parts[str(tensor.whole)]
         leaf = like[tensor.path]
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[str(index)])
 
     return unflatten({tensor.path: read(tensor) for tensor in tensors})
+
+
+def _own(leaf: jax.ShapeDtypeStruct) -> list[tuple[slice, ...]]:
+    """Which parts of an array this process's devices hold; several may hold the same one."""
+    return list({str(i): i for i in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}.values())
 
 
 def to_state_dict(tensors: Iterable[Tensor], params) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ of tuples can take for ever. So time and memory grow as the file does.
 
 import logging
 import math
+import os
 import pickletools
 import zipfile
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from cmd_jax.errors import UserError, nearest, printable
+from cmd_jax.files import check_content, local_file
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +72,14 @@ class Tensor(NamedTuple):
 
 def read_torch(path: Path, key: str | None) -> dict[str, np.ndarray]:
     """The tensors of the entry `key`, as `read_state_dict` tells it."""
+    with local_file(path) as local:
+        check_content(local, "path", path)
+        return _read(local, path, key)
+
+
+def _read(local: Path, path, key: str | None) -> dict[str, np.ndarray]:
     try:
-        with open(path, "rb") as file:
+        with open(local, "rb") as file:
             magic = file.read(4)
             file.seek(0)
             if not magic.startswith((b"PK", b"\x80")):
@@ -99,7 +107,7 @@ def _open_zip(file: BinaryIO, path: Path) -> tuple[object, Callable[[Storage], b
         raise UserError(
             "path", path, "compressed, which torch.save never does", "unpack and zip it without compression"
         )
-    if sum(info.file_size for info in members.values()) > path.stat().st_size:
+    if sum(info.file_size for info in members.values()) > os.fstat(file.fileno()).st_size:
         raise ValueError("its parts overlap or leave it")
     if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
         raise UserError("path", path, "written on a big-endian machine", "save it again on a little-endian one")
@@ -125,7 +133,7 @@ def _open_legacy(file: BinaryIO, path: Path) -> tuple[object, Callable[[Storage]
         numbers, storage = int.from_bytes(file.read(8), "little"), storages[key]
         places[key] = file.tell(), numbers * storage.dtype.itemsize
         file.seek(places[key][1], 1)
-    if file.tell() > path.stat().st_size:
+    if file.tell() > os.fstat(file.fileno()).st_size:
         raise ValueError("shorter than its storages")
 
     def bytes_of(storage: Storage) -> bytes:

@@ -5,19 +5,21 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
-from cmd_jax.errors import UserError
-from cmd_jax.files import as_path, atomic_path, check_content
+from cmd_jax.buckets import BucketPath
+from cmd_jax.errors import UserError, of_file
+from cmd_jax.files import as_path, atomic_path, is_remote
 from cmd_jax.interop.folders import TORCH_SUFFIXES, WeightFiles
+from cmd_jax.interop.safetensors_files import Damaged, Stored, open_safetensors
 from cmd_jax.interop.torch_files import read_torch
 
 log = logging.getLogger(__name__)
@@ -41,9 +43,11 @@ def read_state_dict(path: str | Path, key: str | None = None) -> dict[str, np.nd
     if path.suffix == ".safetensors":
         if key is not None:
             raise UserError("key", key, "a safetensors file has no entries to choose from", "leave it out")
-        return _unwrapped(_read_safetensors(path), path)
+        with _telling("path", path), open_safetensors(path, "path") as (tensors, _):
+            return _unwrapped(dict(Weights.of(tensors).whole()), path)
     if path.suffix in TORCH_SUFFIXES:
-        return _unwrapped(read_torch(path, key), path)
+        with _telling("path", path):
+            return _unwrapped(read_torch(path, key), path)
     known = ", ".join((".safetensors", *TORCH_SUFFIXES))
     raise UserError("path", path, "not a kind of weights file we read", f"give a file with one of the endings {known}")
 
@@ -59,26 +63,40 @@ def _unwrapped(tensors: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarr
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-class Weights(NamedTuple):
-    """Tensors by name, not read yet: arrays, or slices of open safetensors files; their shapes and dtypes."""
+Part = tuple[str, tuple[slice, ...]]  # of a tensor, by its name
 
-    tensors: dict
+
+class Weights(NamedTuple):
+    """Tensors by name, as they lie in files: arrays, or what is in open safetensors files; their shapes and dtypes."""
+
+    tensors: dict[str, np.ndarray | Stored]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
 
     @classmethod
     def of(cls, tensors: dict) -> "Weights":
-        facts = {
-            name: (tensor.shape, str(tensor.dtype))
-            if isinstance(tensor, np.ndarray | np.generic)
-            else (tuple(tensor.get_shape()), tensor.get_dtype())
-            for name, tensor in tensors.items()
-        }
-        return cls(tensors, *({name: fact[i] for name, fact in facts.items()} for i in range(2)))
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return cls(tensors, shapes, {name: str(tensor.dtype) for name, tensor in tensors.items()})
+
+    def expect(self, parts: Iterable[Part]):
+        """Tell what is going to be read, each part as often as it is named: that of a bucket is then fetched ahead."""
+        spans = {tensor.file: [] for tensor in self.tensors.values() if isinstance(tensor, Stored)}
+        for name, index in parts:
+            if isinstance(tensor := self.tensors[name], Stored):
+                spans[tensor.file].append(tensor.span(index))
+        for file, expected in spans.items():
+            file.expect(expected)
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """A tensor, or [index] of it, in the dtype that it has in its file."""
         return np.asarray(self.tensors[name][(slice(None),) * len(self.shapes[name]) if index is None else index])
+
+    def whole(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and tensor, one after the other; of all of them, or of these."""
+        parts = [(name, (slice(None),) * len(self.shapes[name])) for name in names or self.tensors]
+        self.expect(parts)
+        for name, index in parts:
+            yield name, self.read(name, index)
 
 
 @contextlib.contextmanager
@@ -87,28 +105,34 @@ def open_weights(files: WeightFiles, rename: Callable[[str], str | None] = str) 
 
     UserError for what is damaged, also while reading, and for a tensor that is there twice.
     """
-    try:
-        with contextlib.ExitStack() as stack:
-            tensors, names = {}, {}
-            for part in files.parts:
-                for name, tensor in _slices(part, stack).items():
-                    if (new := rename(name)) is None:
-                        continue
-                    if new in tensors:
-                        problem = f"{names[new]} and {name} are one tensor"
-                        raise UserError("weights", part, problem, "fetch the whole folder again")
-                    tensors[new], names[new] = tensor, name
-            yield Weights.of(tensors)
-    except (SafetensorError, OSError) as e:
-        raise UserError("weights", files.name, f"damaged or incomplete ({e})", "fetch or write the file again") from e
+    with _telling("weights", files.name), contextlib.ExitStack() as stack:
+        tensors, names = {}, {}
+        for part in files.parts:
+            for name, tensor in _tensors(part, stack).items():
+                if (new := rename(name)) is None:
+                    continue
+                if new in tensors:
+                    problem = f"{names[new]} and {name} are one tensor"
+                    raise UserError("weights", part, problem, "fetch the whole folder again")
+                tensors[new], names[new] = tensor, name
+        yield Weights.of(tensors)
 
 
-def _slices(path: Path, stack: contextlib.ExitStack) -> dict:
+def _tensors(path: Path, stack: contextlib.ExitStack) -> dict:
     if path.suffix != ".safetensors":
         return read_state_dict(path)
-    check_content(path, "weights")
-    file = stack.enter_context(safe_open(path, framework="numpy"))
-    return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    return stack.enter_context(open_safetensors(path, "weights"))[0]
+
+
+@contextlib.contextmanager
+def _telling(field: str, path):
+    """What cannot be read as a UserError (field=path)."""
+    try:
+        yield
+    except Damaged as e:
+        raise UserError(field, path, f"damaged or incomplete ({str(e)[:200]})", "fetch or write the file again") from e
+    except OSError as e:
+        raise UserError(field, path, f"cannot be read ({e.strerror or e})", of_file(e).remedy) from e
 
 
 def digest_weights(files: WeightFiles, rename: Callable[[str], str | None] = str) -> str:
@@ -118,8 +142,7 @@ def digest_weights(files: WeightFiles, rename: Callable[[str], str | None] = str
     """
     content = hashlib.sha256()
     with open_weights(files, rename) as weights:
-        for name in sorted(weights.tensors):
-            array = weights.read(name)
+        for name, array in weights.whole(sorted(weights.tensors)):
             content.update(f"{name} {array.dtype} {array.shape}\n".encode())
             content.update(np.ascontiguousarray(array).view(np.uint8).data)
     return content.hexdigest()
@@ -142,11 +165,8 @@ def write_safetensors(path: str | Path, tensors: dict[str, np.ndarray], metadata
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The texts stored in a safetensors file beside its tensors."""
     path = _existing(path)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as e:
-        raise _damaged(path, e) from e
+    with _telling("path", path), open_safetensors(path, "path") as (_, texts):
+        return texts
 
 
 def flatten(params) -> dict[str, np.ndarray]:
@@ -168,21 +188,12 @@ def unflatten(flat: dict[str, np.ndarray]) -> dict:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _existing(path) -> Path:
+def _existing(path) -> Path | BucketPath:
     path = as_path(path)
-    if not os.path.isfile(path):  # unlike Path.is_file, False for names no file system takes
-        problem = "a folder" if os.path.isdir(path) else "no such file"
-        raise UserError("path", path, problem, "give the path of a file with weights")
-    check_content(path, "path")
+    with _telling("path", path):
+        # os.path's are False for names that no file system takes.
+        is_file = path.is_file() if is_remote(path) else os.path.isfile(path)
+        is_dir = path.is_dir() if is_remote(path) else os.path.isdir(path)
+    if not is_file:
+        raise UserError("path", path, "a folder" if is_dir else "no such file", "give the path of a file with weights")
     return path
-
-
-def _damaged(path: Path, reason) -> UserError:
-    return UserError("path", path, f"damaged or incomplete ({str(reason)[:200]})", "fetch or write the file again")
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, TypeError, ValueError) as e:  # Type- and ValueError: a dtype numpy lacks
-        raise _damaged(path, e) from e
