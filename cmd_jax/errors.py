@@ -49,9 +49,9 @@ def brief(value) -> str:
     return text if len(text) <= LONGEST_BRIEF else f"{text[:12]}..."
 
 
-def of_file(error: OSError) -> UserError:
+def of_file(error: OSError, remedy: str = "free space or mend its rights, or give another folder") -> UserError:
     """What a file system refused, as the user is shown it."""
-    problem, remedy = error.strerror or str(error), "free space or mend its rights, or give another folder"
+    problem = error.strerror or str(error)
     if isinstance(error, Unavailable):
         remedy = "run the same command again when the store answers"
     return UserError("file", error.filename or "?", problem, remedy)

@@ -5,13 +5,12 @@ shardings: as of cmd_jax.interop.tensors.load_params. dtype: of parameters and o
 """
 
 import os
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from cmd_jax.errors import UserError
-from cmd_jax.files import as_path, read_json, write_json
+from cmd_jax.files import as_path, is_remote, read_json, remove_tree, write_json
 from cmd_jax.interop import sd_config
 from cmd_jax.interop.clip import load_text_encoder, text_encoder_state
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
@@ -105,6 +104,8 @@ def load_vae(folder, dtype="float32", shardings=None) -> tuple[VAE, dict]:
 def save_pipeline(path, pipeline: Pipeline):
     """Write a folder that diffusers loads as a StableDiffusionPipeline; it appears whole or not at all.
 
+    In a bucket, which has no rename, model_index.json comes last, without which it is no pipeline.
+
     Every process must call it where parameters are spread over several; process 0 writes. UserError if `path` exists.
     """
     path = as_path(path)
@@ -113,7 +114,7 @@ def save_pipeline(path, pipeline: Pipeline):
     params = {part: to_host(getattr(pipeline, part)[1]) for part in CLASSES}
     if params["unet"] is None:
         return
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = path if is_remote(path) else path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         for part in (*CLASSES, "tokenizer", "scheduler"):
             (unfinished / part).mkdir(parents=True)
@@ -127,11 +128,14 @@ def save_pipeline(path, pipeline: Pipeline):
         pipeline.tokenizer.save(unfinished / "tokenizer")
         write_json(unfinished / "scheduler" / "scheduler_config.json", pipeline.scheduler)
         write_json(unfinished / "model_index.json", _model_index(pipeline))
-        os.rename(unfinished, path)
-    except OSError as e:
-        raise UserError("pipeline", path, f"could not be written ({e})", "give a place with room and rights") from e
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if unfinished != path:
+            os.rename(unfinished, path)
+    except BaseException as e:
+        remove_tree(unfinished)
+        if not isinstance(e, OSError):
+            raise
+        problem = f"could not be written ({e.strerror or e})"
+        raise UserError("pipeline", path, problem, "give a place with room and rights") from e
 
 
 def _model_index(pipeline: Pipeline) -> dict:

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from cmd_jax.errors import UserError
-from cmd_jax.files import as_path, read_json
+from cmd_jax.buckets import BucketPath
+from cmd_jax.errors import UserError, of_file
+from cmd_jax.files import as_path, is_remote, read_json
 
 # Ending of a file of weights -> the name before it. Both libraries prefer safetensors.
 DIFFUSERS = {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"}
@@ -36,8 +37,13 @@ log = logging.getLogger(__name__)
 class WeightFiles(NamedTuple):
     """name: the file of weights, or the index of several. parts: the files themselves, in the order of their names."""
 
-    name: Path
-    parts: tuple[Path, ...]
+    name: Path | BucketPath
+    parts: tuple[Path | BucketPath, ...]
+
+
+def is_file(path: Path | BucketPath) -> bool:
+    """Unlike Path's, False for names that no file system takes."""
+    return path.is_file() if is_remote(path) else os.path.isfile(path)
 
 
 def find_weights(folder: str | Path, stems: dict[str, str]) -> WeightFiles:
@@ -49,9 +55,10 @@ def find_weights(folder: str | Path, stems: dict[str, str]) -> WeightFiles:
     """
     folder = as_path(folder)
     try:
-        names = sorted(os.listdir(folder))
+        names = sorted(path.name for path in folder.iterdir())
     except OSError as e:
-        raise UserError("weights", folder, f"cannot be read ({e.strerror})", "give a folder with weights") from e
+        remedy = of_file(e, "give a folder with weights").remedy
+        raise UserError("weights", folder, f"cannot be read ({e.strerror})", remedy) from e
     variants: dict[str, list[tuple[int, str]]] = {}
     for preference, pattern in enumerate(_patterns(stems)):
         for match in filter(None, map(pattern.fullmatch, names)):
@@ -82,7 +89,7 @@ def _patterns(stems: dict[str, str]) -> list[re.Pattern]:
     return list(map(re.compile, patterns))
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
+def _shards(index: Path | BucketPath) -> tuple[Path | BucketPath, ...]:
     """The files that an index names, all there."""
     try:
         names = sorted(set(read_json(index, "weights")["weight_map"].values()))
@@ -98,15 +105,16 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return parts
 
 
-def _check_there(path: Path, missing: str = "not a file"):
-    if os.path.islink(path) and not os.path.exists(path):  # unlike Path's, False for names no file system takes
+def _check_there(path: Path | BucketPath, missing: str = "not a file"):
+    if is_file(path):
+        return
+    if not is_remote(path) and os.path.islink(path) and not os.path.exists(path):  # as of `is_file`
         problem, remedy = f"a link to {os.readlink(path)}, where nothing is", "copy what links lead to (cp -rL)"
         raise UserError("weights", path, problem, remedy)
-    if not os.path.isfile(path):
-        raise UserError("weights", path, missing, "fetch the whole folder")
+    raise UserError("weights", path, missing, "fetch the whole folder")
 
 
-def _no_weights(folder: Path, names: list[str], plain: str) -> UserError:
+def _no_weights(folder: Path | BucketPath, names: list[str], plain: str) -> UserError:
     for pattern, what, remedy in OTHERS:
         if found := [name for name in names if re.fullmatch(pattern, name)]:
             return UserError("weights", folder, f"holds only {what} ({found[0]})", f"fetch {plain}{remedy}")
@@ -124,7 +132,7 @@ def check_folder(field: str, path: str | Path, remedy: str, *indexes: str):
     """
     path = as_path(path)
 
-    def fits(folder: Path) -> bool:
+    def fits(folder: Path | BucketPath) -> bool:
         return any((folder / index).is_file() for index in indexes)
 
     if path.is_file():
@@ -144,7 +152,7 @@ def check_folder(field: str, path: str | Path, remedy: str, *indexes: str):
         raise UserError(field, path, f"holds no {' or '.join(indexes)}", f"give {found[0]}, which does")
 
 
-def _snapshots(root: Path) -> list[Path]:
+def _snapshots(root: Path | BucketPath) -> list[Path | BucketPath]:
     """Of a model in the hub's cache, by its folder `models--A--B` or the `snapshots` in it; main's comes first."""
     folder = root if root.name == "snapshots" else root / "snapshots"
     try:

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from cmd_jax.buckets import BucketPath
 from cmd_jax.errors import UserError, of_file
 from cmd_jax.files import as_path, atomic_path, is_remote
-from cmd_jax.interop.folders import TORCH_SUFFIXES, WeightFiles
+from cmd_jax.interop.folders import TORCH_SUFFIXES, WeightFiles, is_file
 from cmd_jax.interop.safetensors_files import Damaged, Stored, open_safetensors
 from cmd_jax.interop.torch_files import read_torch
 
@@ -132,7 +132,8 @@ def _telling(field: str, path):
     except Damaged as e:
         raise UserError(field, path, f"damaged or incomplete ({str(e)[:200]})", "fetch or write the file again") from e
     except OSError as e:
-        raise UserError(field, path, f"cannot be read ({e.strerror or e})", of_file(e).remedy) from e
+        remedy = of_file(e, "mend that, or give another file").remedy
+        raise UserError(field, path, f"cannot be read ({e.strerror or e})", remedy) from e
 
 
 def digest_weights(files: WeightFiles, rename: Callable[[str], str | None] = str) -> str:
@@ -157,9 +158,8 @@ def write_safetensors(path: str | Path, tensors: dict[str, np.ndarray], metadata
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
     except (OSError, SafetensorError) as e:
-        raise UserError(
-            "path", path, f"could not be written ({e})", "give a file in a folder with room and rights"
-        ) from e
+        problem = f"could not be written ({getattr(e, 'strerror', None) or e})"
+        raise UserError("path", path, problem, "give a file in a folder with room and rights") from e
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -191,9 +191,7 @@ def unflatten(flat: dict[str, np.ndarray]) -> dict:
 def _existing(path) -> Path | BucketPath:
     path = as_path(path)
     with _telling("path", path):
-        # os.path's are False for names that no file system takes.
-        is_file = path.is_file() if is_remote(path) else os.path.isfile(path)
-        is_dir = path.is_dir() if is_remote(path) else os.path.isdir(path)
-    if not is_file:
-        raise UserError("path", path, "a folder" if is_dir else "no such file", "give the path of a file with weights")
-    return path
+        if is_file(path):
+            return path
+        folder = path.is_dir() if is_remote(path) else os.path.isdir(path)  # unlike Path's, as of `is_file`
+    raise UserError("path", path, "a folder" if folder else "no such file", "give the path of a file with weights")

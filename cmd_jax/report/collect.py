@@ -7,10 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-import av
-
-from cmd_jax.errors import UserError
-from cmd_jax.files import read_json
+from cmd_jax.buckets import BucketPath, check_url
+from cmd_jax.errors import UserError, exit_code
+from cmd_jax.files import as_path, is_remote, read_json
 from cmd_jax.report.gallery import Item, Section, write_gallery
 
 SECTION = {
@@ -20,16 +19,16 @@ SECTION = {
 USAGE = "python -m cmd_jax.report.collect index.html DIR [DIR ...]"
 
 
-def read_section(folder: Path, page: Path) -> Section:
+def read_section(folder: Path | BucketPath, page: Path | BucketPath) -> Section:
     """The section of one sample folder, its files named relative to the page. UserError if there is none to read."""
     path = folder / "samples.json"
     if not path.is_file():
         raise UserError(
             "folder", folder, "holds no samples.json", "give a folder that `cmd-jax sample` or `evaluate` wrote"
         )
-    home = Path(os.path.abspath(page.parent))
+    home = _absolute(page.parent)
     try:
-        base = Path(os.path.abspath(folder)).relative_to(home)
+        base = _absolute(folder).relative_to(home)
     except ValueError as error:
         raise UserError("folder", folder, f"not below the page's folder {home}", "move one of them") from error
     section = read_json(path, "folder", remedy="sample or evaluate again", like=SECTION)
@@ -37,21 +36,27 @@ def read_section(folder: Path, page: Path) -> Section:
     return Section(section["title"], items, note=section["note"], table=section["table"] or [])
 
 
+def _absolute(path: Path | BucketPath) -> Path | BucketPath:
+    return path if is_remote(path) else Path(os.path.abspath(path))
+
+
 def main(arguments: list[str]) -> int:
     try:
         if len(arguments) < 2:
             raise UserError("arguments", " ".join(arguments), "a page and sample folders are needed", f"run {USAGE}")
-        page, *folders = map(Path, arguments)
+        for argument in arguments:
+            check_url("arguments", argument)
+        page, *folders = map(as_path, arguments)
         if page.is_dir():
             raise UserError("page", page, "is a folder, not the file to write", f"run {USAGE}")
         sections = [read_section(folder, page) for folder in folders]
         try:
             write_gallery(page, "CMD: sampled videos", sections)
-        except (OSError, ValueError, av.FFmpegError) as error:
+        except (OSError, ValueError) as error:
             raise UserError("page", page, f"cannot be made ({error})", "mend that file or folder") from error
     except UserError as error:
         print(error, file=sys.stderr)
-        return 2
+        return exit_code(error)
     return 0
 
 

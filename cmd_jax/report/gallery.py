@@ -1,16 +1,20 @@
 """A page of videos to look at side by side: one index.html, no scripts, no network, works from file://."""
 
 import html
+import io
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
 import av
 
-from cmd_jax.files import write_text
+from cmd_jax.buckets import BucketPath
+from cmd_jax.files import as_path, is_remote, write_text
 
+AT_A_TIME = 16  # files of a bucket that are read or written
 WIDE = 3.0  # a picture with a larger width : height gets a row to itself (film strips, grids of frames)
 
 UNFIT = ("Cc", "Cs")  # Unicode's control characters and lone surrogates: not allowed in a page
@@ -85,34 +89,48 @@ def text(value: object) -> str:
     return html.escape("".join("\ufffd" if unicodedata.category(c) in UNFIT and c not in "\n\t" else c for c in shown))
 
 
-def locate(folder: Path, name: str) -> Path:
-    """The file that the page will refer to, or ValueError where a moved or copied gallery would lose it."""
+def each(folder: Path | BucketPath, function: Callable, items: Iterable) -> list:
+    """function(item) of all items, several at a time where each waits for a bucket."""
+    if not is_remote(folder):
+        return list(map(function, items))
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        return list(pool.map(function, items))
+
+
+def pixels(folder: Path | BucketPath, name: str) -> tuple[int, int]:
+    """Width and height of a video or picture that the page will refer to.
+
+    ValueError where a moved or copied gallery would lose it, and where it is damaged.
+    """
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
-        raise ValueError(f"gallery file {name!r} must exist inside {folder}, named relative to it")
-    return folder / path
+    missing = ValueError(f"gallery file {name!r} must exist inside {folder}, named relative to it")
+    if path.is_absolute() or ".." in path.parts:
+        raise missing
+    try:
+        content = (folder / name).read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        raise missing from None
+    try:
+        with av.open(io.BytesIO(content)) as container:
+            stream = container.streams.video[0]
+            return stream.width, stream.height
+    except (av.FFmpegError, IndexError) as e:
+        raise ValueError(f"{name} in {folder} is damaged: {getattr(e, 'strerror', e)}") from e
 
 
-def pixels(path: Path) -> tuple[int, int]:
-    """Width and height of a video or picture file."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        return stream.width, stream.height
-
-
-def figure(item: Item, folder: Path) -> tuple[str, float]:
+def figure(item: Item, folder: Path | BucketPath) -> tuple[str, float]:
     """-> (HTML, the width : height of all its media in a row)."""
     media, shape = [], 0.0
     alt = text(item.caption)
     if item.video is not None:
-        width, height = pixels(locate(folder, item.video))
+        width, height = pixels(folder, item.video)
         shape += width / height
         media.append(
             f'<video src="{quote(item.video)}" width="{width}" height="{height}" aria-label="{alt}" '
             "autoplay loop muted playsinline></video>"
         )
     if item.image is not None:
-        width, height = pixels(locate(folder, item.image))
+        width, height = pixels(folder, item.image)
         shape += width / height
         title = ' title="content frame"' if item.video is not None else ""
         media.append(
@@ -144,14 +162,14 @@ def write_gallery(path, title: str, sections: Sequence[Section], note: str = "")
     Every file named by an Item must already lie in the page's folder or below it (ValueError otherwise): the folder can
     then be moved, zipped or served as it is. All text is escaped.
     """
-    path = Path(path)
+    path = as_path(path)
     folder = path.parent
     tables = "".join(score_table(s, i) for i, s in enumerate(sections) if s.table)
     parts = []
     for i, section in enumerate(sections):
         if section.table and not section.items:
             continue
-        figures = [figure(item, folder) for item in section.items]
+        figures = each(folder, lambda item: figure(item, folder), section.items)
         shapes = sorted(shape for _, shape in figures if shape)
         # Cards wide enough for 150 pixels of height, the two halves of an item side by side.
         width = round(min(640, max(170, 150 * shapes[len(shapes) // 2]))) if shapes else 300

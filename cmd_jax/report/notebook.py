@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cmd_jax.files import write_text
+from cmd_jax.files import as_path, write_text
 from cmd_jax.report.video import to_uint8, write_mp4
 
 
@@ -36,7 +36,7 @@ class Videos:
 
     def save(self, folder) -> Path:
         """Write them as mp4 files with metadata.csv, which names their captions: a folder that training reads."""
-        folder = Path(folder)
+        folder = as_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = [f"{i:04d}.mp4" for i in range(len(self))]
         for name, video in zip(names, self.videos, strict=True):

@@ -1,35 +1,42 @@
-"""What sampling writes: a folder of videos with their gallery, there only when all of it is written."""
+"""What sampling writes: a folder of videos with their gallery, there only when all of it is written.
+
+In a bucket, which has no rename, it is written under its name, and is no output while it holds UNFINISHED.
+"""
 
 import contextlib
+import itertools
 import os
-import shutil
+import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image
 
+from cmd_jax.buckets import BucketPath, write_if
 from cmd_jax.config import STAGES, to_json
 from cmd_jax.errors import UserError, of_file
-from cmd_jax.files import as_path, versions, write_json, write_text
-from cmd_jax.report.gallery import Item, Section, write_gallery
+from cmd_jax.files import as_path, is_remote, remove_tree, versions, write_json, write_text
+from cmd_jax.report.gallery import Item, Section, each, write_gallery
 from cmd_jax.report.video import film_strip, image_grid, to_uint8, video_grid, write_gif, write_mp4, write_png
 from cmd_jax.running.distributed import gather, is_leader, leader_alone, linger, several
 from cmd_jax.running.runtime import StopRequest, peak_memory_gib
 from cmd_jax.running.watch import watched
 
+UNFINISHED = ".unfinished"
 GRID, GRID_BYTES = 64, 2**28  # the most samples in the overview pictures, and the most bytes of videos
 
 
 class OutputFolder:
-    """A folder that appears under its name only when everything in it is written; a taken name gets a number.
+    """A folder that is an output only when everything in it is written; a taken name gets a number.
 
     All processes of a job enter it, write into it and leave it together. final: that folder, known when all is written.
     beats: where they tell each other that they live.
     """
 
-    def __init__(self, workdir: Path, name: str):
+    def __init__(self, workdir: Path | BucketPath, name: str):
         if not name or Path(name).name != name or name in (".", "..", *STAGES):
             remedy = f"use for example samples, and none of {', '.join(STAGES)}"
             raise UserError("sampling.output", name, "not the name of a new folder in the workdir", remedy)
@@ -37,20 +44,20 @@ class OutputFolder:
         self.path = workdir / f".tmp-{os.getpid()}-{name}"
 
     @property
-    def beats(self) -> Path:
-        return self.path.with_name(f"{self.path.name}-processes")
+    def beats(self) -> Path | BucketPath:
+        return self.path.with_name(f".tmp-{self.path.name.removeprefix('.tmp-')}-processes")
 
     def remove(self):
         """What is written so far."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_tree(self.path)
 
     def abandon(self):
         """The same, when all others have heard why."""
         self.remove()
         if is_leader():
-            shutil.rmtree(self.beats, ignore_errors=True)
+            remove_tree(self.beats)
 
-    def __enter__(self) -> Path:
+    def __enter__(self) -> Path | BucketPath:
         self.path = as_path(leader_alone(self._make))
         seen = gather("yes" if self.path.is_dir() else "")
         if "" in seen:
@@ -61,8 +68,11 @@ class OutputFolder:
 
     def _make(self) -> str:
         try:
-            self.remove()
-            self.path.mkdir(parents=True)
+            if is_remote(self.workdir):
+                self.path = next(filter(_claim, self._names()))
+            else:
+                self.remove()
+                self.path.mkdir(parents=True)
         except (OSError, ValueError) as e:
             reason = getattr(e, "strerror", e)
             raise UserError("workdir", self.workdir, f"cannot be written ({reason})", "give another folder") from e
@@ -78,13 +88,27 @@ class OutputFolder:
             linger()
             self.abandon()
 
+    def _names(self) -> Iterator[Path | BucketPath]:
+        """Those of this output that are not taken."""
+        for number in itertools.count(1):
+            path = self.workdir / (self.name if number == 1 else f"{self.name}-{number}")
+            if not path.exists():
+                yield path
+
     def _name(self) -> str:
-        number, final = 2, self.workdir / self.name
-        while final.exists():
-            number, final = number + 1, self.workdir / f"{self.name}-{number}"
+        if is_remote(self.path):
+            (self.path / UNFINISHED).unlink()
+            remove_tree(self.beats)
+            return str(self.path)
+        final = next(self._names())
         self.path.rename(final)
         self.abandon()
         return str(final)
+
+
+def _claim(path: BucketPath) -> bool:
+    """Make it this job's alone, unless another one was quicker."""
+    return write_if(path / UNFINISHED, f"{os.uname().nodename} {secrets.token_hex(8)}\n".encode(), None) is not None
 
 
 @contextlib.contextmanager
@@ -118,22 +142,23 @@ class SampleWriter:
     captions: one a sample; samples beyond them are not written. Each process writes those it is given.
     """
 
-    def __init__(self, folder: Path, captions: list[str], fps: float):
+    def __init__(self, folder: Path | BucketPath, captions: list[str], fps: float):
         self.folder, self.captions, self.fps = folder, captions, fps
 
     def write(self, samples):
         """Of a sample.Samples. Reconstructions stand beside their originals."""
-        for at, i in enumerate(samples.index):
-            if i >= len(self.captions):
-                continue
-            video = to_uint8(samples.video[at])
-            if i < min(GRID, max(1, GRID_BYTES // video.nbytes)):
-                write_png(self._strip(i), film_strip(video))
-            if samples.original is not None:
-                video = np.concatenate([to_uint8(samples.original[at]), video], axis=2)
-            write_mp4(self.folder / f"{i:04d}.mp4", video, fps=self.fps)
-            write_gif(self.folder / f"{i:04d}.gif", video, fps=self.fps)
-            write_png(self.folder / f"{i:04d}_content.png", to_uint8(samples.image[at]))
+        wanted = [(at, i) for at, i in enumerate(samples.index.tolist()) if i < len(self.captions)]
+        each(self.folder, lambda place: self._write(samples, *place), wanted)
+
+    def _write(self, samples, at: int, i: int):
+        video = to_uint8(samples.video[at])
+        if i < min(GRID, max(1, GRID_BYTES // video.nbytes)):
+            write_png(self._strip(i), film_strip(video))
+        if samples.original is not None:
+            video = np.concatenate([to_uint8(samples.original[at]), video], axis=2)
+        write_mp4(self.folder / f"{i:04d}.mp4", video, fps=self.fps)
+        write_gif(self.folder / f"{i:04d}.gif", video, fps=self.fps)
+        write_png(self.folder / f"{i:04d}_content.png", to_uint8(samples.image[at]))
 
     def finish(self, title: str, note: str = "", table=None):
         """By process 0, when all have written theirs: overviews of the first samples, samples.json and index.html."""
@@ -153,28 +178,28 @@ class SampleWriter:
 
     def _write_grids(self):
         """Of the strips, which then go."""
-        strips = [self._strip(i) for i in range(len(self.captions)) if self._strip(i).exists()]
-        pictures = np.stack([_read(path) for path in strips])
-        images = np.stack([_read(self.folder / f"{i:04d}_content.png") for i in range(len(strips))])
+        strips = [self._strip(i) for i in range(min(GRID, len(self.captions))) if self._strip(i).exists()]
+        pictures = np.stack(each(self.folder, _read, strips))
+        contents = [self.folder / f"{i:04d}_content.png" for i in range(len(strips))]
+        images = np.stack(each(self.folder, _read, contents))
         count, height, width = images.shape[:3]
         videos = pictures.reshape(count, height, -1, width, 3).swapaxes(1, 2)
         columns = max(1, round(count**0.5))
         write_gif(self.folder / "grid.gif", video_grid(videos, columns), fps=self.fps)
         write_png(self.folder / "content_grid.png", image_grid(images, columns))
         write_png(self.folder / "grid.png", image_grid(pictures, columns=1))
-        for path in strips:
-            path.unlink()
+        each(self.folder, lambda path: path.unlink(), strips)
 
     def _strip(self, i: int) -> Path:
         return self.folder / f".strip-{i:04d}.png"
 
 
-def _read(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
+def _read(path: Path | BucketPath) -> np.ndarray:
+    with path.open("rb") as file, Image.open(file) as picture:
         return np.asarray(picture.convert("RGB"))
 
 
-def write_summary(folder: Path, config, started: float, **values):
+def write_summary(folder: Path | BucketPath, config, started: float, **values):
     """By process 0: config.json and summary.json."""
     if not is_leader():
         return

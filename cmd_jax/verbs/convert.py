@@ -8,8 +8,9 @@ again. Here are the command line and its errors, without JAX; convert_weights.py
 import json
 from pathlib import Path
 
+from cmd_jax.buckets import BucketPath
 from cmd_jax.errors import UserError, choose
-from cmd_jax.files import as_path, read_json
+from cmd_jax.files import as_path, is_remote, read_json
 from cmd_jax.interop.folders import TORCH_SUFFIXES
 from cmd_jax.verbs.convert_kinds import KINDS, STABLE_DIFFUSION, TAKEN
 
@@ -69,10 +70,10 @@ def convert(flags) -> int:
     return 0
 
 
-def _check_output(output: Path, folder: bool):
-    if output.exists() or output.is_symlink():
+def _check_output(output: Path | BucketPath, folder: bool):
+    if output.exists() or (not is_remote(output) and output.is_symlink()):
         raise UserError("OUTPUT", output, "exists already", "give the path of a new one")
-    if not output.parent.is_dir():
+    if not is_remote(output) and not output.parent.is_dir():
         raise UserError("OUTPUT", output, f"there is no folder {output.parent}", "make it first")
     if not folder and output.suffix != ".safetensors":
         raise UserError("OUTPUT", output, "not the name of a safetensors file", "let it end in .safetensors")

@@ -14,6 +14,7 @@ from cmd_jax.data.requests import Request, class_request, label_request, prompt_
 from cmd_jax.data.sources import open_source
 from cmd_jax.data.video import fit
 from cmd_jax.errors import UserError
+from cmd_jax.files import as_path
 from cmd_jax.running.distributed import leader_first
 from cmd_jax.sample import Sampler, SamplingSettings
 
@@ -103,7 +104,7 @@ def labels_of(clips: Clips, class_names: tuple[str, ...], where: str) -> np.ndar
 def read_image(path: str, height: int, width: int) -> np.ndarray:
     """An image file, centre-cropped and resized -> float32 [H, W, 3] in [-1, 1]."""
     try:
-        with Image.open(path) as image:
+        with as_path(path).open("rb") as file, Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"more than 8 bits a channel, mode {image.mode}")
             array = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
