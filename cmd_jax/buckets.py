@@ -3,6 +3,7 @@
 An object is there whole or not at all, and there is no rename. A prefix with objects below it counts as a folder.
 """
 
+import contextlib
 import datetime
 import errno
 import fnmatch
@@ -14,6 +15,7 @@ import logging
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -249,7 +251,9 @@ def write_if(path: BucketPath, data: bytes, version: str | None) -> str | None:
     """
     try:
         return path._do(lambda fs: _write_version(fs, path, data, version))
-    except (FileExistsError, FileNotFoundError):
+    except (FileExistsError, FileNotFoundError) as error:
+        if version is None and isinstance(error, FileNotFoundError):  # there is no such bucket
+            raise
         found = read_versioned(path)
         return found.version if found and found.data == data else None
 
@@ -268,13 +272,14 @@ def _read_version(fs, path: BucketPath, version: str) -> bytes:
 
 def _write_version(fs, path: BucketPath, data: bytes, version: str | None) -> str:
     bucket, _, name = path.key.partition("/")
+    silence = min(SILENCE_SECONDS, max(retry_seconds(), 1.0))
     if path.scheme == "gs":
         place = f"{fs._location}/upload/storage/v1/b/{bucket}/o"
         answer = fs.call("POST", place, uploadType="media", name=name, ifGenerationMatch=version or "0", data=data,
-                         json_out=True)  # fmt: skip
+                         json_out=True, timeout=silence)  # fmt: skip
         return answer["generation"]
     condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
-    put = functools.partial(fs.call_s3, "put_object", Bucket=bucket, Key=name, Body=data, **condition)
+    put = functools.partial(fs.call_s3, "put_object", Bucket=bucket, Key=name, Body=data, timeout=silence, **condition)
     return _precondition(put)["ETag"]
 
 
@@ -329,8 +334,23 @@ def filesystem(scheme: str):
     return Once(use_listings_cache=False, config_kwargs=limits)
 
 
+_patience = threading.local()
+
+
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Within it, in this thread, what may pass is tried again for so long at most."""
+    before = getattr(_patience, "seconds", float("inf"))
+    _patience.seconds = min(before, seconds)
+    try:
+        yield
+    finally:
+        _patience.seconds = before
+
+
 def retry_seconds() -> float:
-    return float(os.environ.get("CMD_JAX_RETRY_SECONDS") or RETRY_SECONDS)
+    given = float(os.environ.get("CMD_JAX_RETRY_SECONDS") or RETRY_SECONDS)
+    return min(given, getattr(_patience, "seconds", given))
 
 
 def retrying(path, action: Callable):

@@ -65,8 +65,8 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
     # The stop request is outermost, so that a signal never cuts off the end of a save.
     with (
         StopRequest(STOPPED_EARLY, end_process) as stop,
-        locked_run(folder) as resuming,
-        watched(folder, config.processes, flight, stop, end_process) as peers,
+        locked_run(folder) as (resuming, lease),
+        watched(folder, config.processes, flight, stop, end_process, lease) as peers,
         partitioning(mesh, config.rules),
         contextlib.ExitStack() as opened,
     ):

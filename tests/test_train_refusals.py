@@ -82,7 +82,7 @@ def test_folder_without_a_checkpoint_is_taken_over(begun, run):
     (begun / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
     write_json(begun / "facts.json", {"fingerprint": "x", "autoencoder": "y", "statistics": "z"})
     config = tiny.config_of("content", model__width=32, latents__autoencoder=run / "autoencoder" / "ema.safetensors")
-    with locked_run(begun) as resuming:
+    with locked_run(begun) as (resuming, _):
         assert not resuming
         shutil.copytree(run / "latents", begun.parent / "latents")
         preparing.prepare(config, begun.parent, make_mesh(config.mesh), make_console(), resuming)

@@ -5,32 +5,53 @@ import fcntl
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+from cmd_jax.buckets import BucketPath
 from cmd_jax.errors import UserError
+from cmd_jax.files import is_remote
 from cmd_jax.running.array_store import check_name
 from cmd_jax.running.distributed import leader_alone
+from cmd_jax.running.lease import Lease
+from cmd_jax.running.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 
 
+class Locked(NamedTuple):
+    resuming: bool  # whether the folder holds checkpoints of an earlier part of a run
+    lease: Lease | None  # the lock of a bucket, which can be lost; in process 0
+
+
 @contextlib.contextmanager
-def locked_run(folder: Path) -> Iterator[bool]:
-    """Make the stage folder and lock it -> whether it holds checkpoints of an earlier part of a run.
+def locked_run(folder: Path | BucketPath) -> Iterator[Locked]:
+    """Make the stage folder and lock it.
 
     Until the end no other run can train in it; the lock, held by process 0, goes with it, however that ends.
     """
     with contextlib.ExitStack() as held:
+        leases = [None]
 
         def lock_and_look():
-            held.enter_context(lock_folder(folder))
-            return any(path.name.isdigit() for path in (folder / "checkpoints").glob("*"))
+            lock = held.enter_context(lock_folder(folder))
+            leases[0] = lock if is_remote(folder) else None
+            # On a bucket a folder of a step becomes a checkpoint by its manifest, not by its name.
+            return any(
+                path.name.isdigit() and (not is_remote(path) or (path / MANIFEST).exists())
+                for path in (folder / "checkpoints").glob("*")
+            )
 
-        yield leader_alone(lock_and_look)
+        yield Locked(leader_alone(lock_and_look), *leases)
 
 
-def lock_folder(folder: Path):
-    """The open lock file of a stage folder, which is made. UserError where another process has it, or for its name."""
+def lock_folder(folder: Path | BucketPath):
+    """The lock of a stage folder, which is made, to be held as a context: an open file, or a Lease.
+
+    UserError where another process has it, or for its name; of a Lease when it is entered.
+    """
     check_name(folder)
+    if is_remote(folder):
+        return Lease(folder / ".lock", "trains in it", "workdir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115

@@ -46,7 +46,8 @@ class Peers:
         self.interval = min(2.0, peer_timeout / 5)
         self._step, self._busy = None, 0
         self._state = {"state": "running", "message": "", "fault": ""}
-        self._writing, self._leaving, self._warned = threading.Lock(), threading.Event(), False
+        self._writing, self._deciding = threading.Lock(), threading.Lock()
+        self._leaving, self._warned = threading.Event(), False
         # The last record of each process, and of the others what was last seen of the file and when that changed.
         others = [i for i in range(count) if i != index]
         self._records, self._seen, self._changed = {}, {}, dict.fromkeys(others, 0.0)
@@ -147,12 +148,18 @@ class Peers:
             if self._step != step or self._busy or state == "done":
                 moved, step = now, self._step
             fault = self._lost(now) or self._failed(now) or (step is not None and self._stalled(now - moved))
-            if fault and self._state["state"] != "failed":
-                reason, line, facts = fault
-                # The others would else find this process lost, and name the wrong one.
-                self._end("failed", line, reason)
-                self.on_fault(reason, line, {"step": self._step, **facts})
+            if fault:
+                self.give_up(*fault)
                 return
+
+    def give_up(self, reason: str, line: str, facts: dict):
+        """End with it, unless this process has failed already; from any thread."""
+        with self._deciding:
+            if self._state["state"] == "failed":
+                return
+            # The others would else find this process lost, and name the wrong one.
+            self._end("failed", line, reason)
+        self.on_fault(reason, line, {"step": self._step, **facts})
 
     def _lost(self, now: float):
         ages = {i: now - at for i, at in self._changed.items() if self._state_of(i) == "running"}

@@ -7,19 +7,23 @@ from pathlib import Path
 
 import jax
 
+from cmd_jax.buckets import BucketPath
 from cmd_jax.errors import UserError, tell
 from cmd_jax.running.distributed import linger, run_id
+from cmd_jax.running.lease import Lease
 from cmd_jax.running.peers import Peers
 
 STOPPED_EARLY = "stopped by a signal before the first step; nothing to save"
 
 
 @contextlib.contextmanager
-def watched(folder: Path, options, flight, stop, end_process: Callable | None = None):
+def watched(
+    folder: Path | BucketPath, options, flight, stop, end_process: Callable | None = None, lease: Lease | None = None
+):
     """Peers of this run in its folder; the end of one is the end of all, with a line that says which and why.
 
     options: the config's `processes` group. flight: writes what was known at a fault, or None. stop: the StopRequest of
-    this process, of which the others hear.
+    this process, of which the others hear. lease: of the folder; to lose it is a fault like those of peers.
     end_process(exit code): called by the thread that watches, whatever the main thread is stuck in, with 3 where a
     restart may mend it. Without it the line is told; and where a collective breaks off over a lost peer, it is raised
     as a RuntimeError. A library whose main thread hangs in a collective hangs on: with several processes give one.
@@ -33,6 +37,8 @@ def watched(folder: Path, options, flight, stop, end_process: Callable | None = 
         finally:
             tell(line)
             if end_process:
+                if lease:
+                    lease.release()
                 linger()
                 end_process(0 if line == stop.farewell else 2 if kind == "peer-failed" else 3)
             found.put(line)
@@ -42,6 +48,9 @@ def watched(folder: Path, options, flight, stop, end_process: Callable | None = 
         peer_timeout=options.peer_timeout, stall_timeout=options.stall_timeout, on_fault=on_fault,
     ) as peers:  # fmt: skip
         stop.first(lambda: peers.fail(stop.farewell))
+        if lease:
+            stop.first(lease.release)
+            lease.on_lost = lambda line: peers.give_up("lost-lock", line, {})
         try:
             yield peers
         except UserError:
