@@ -86,6 +86,8 @@ DATA = dict(
     probe_cap=key(3600.0, "folder, ingest: seconds that decoding a whole file may take; 0: any", at_least=0),
     threads=key(2, "clips that are read at a time", at_least=1),
     prefetch=key(2, "batches read ahead", at_least=1),
+    cache_dir=path("folder of a local disk for copies of a bucket's shards; empty: $CMD_JAX_CACHE or ~/.cache/cmd_jax"),
+    cache_gib=key(100.0, "GiB of it that they take, the longest unused going first; 0: any number", at_least=0),
 )
 INGEST = dict(
     codec=choice("raw", "how a dataset keeps frames: as they are, or each as a picture", CODECS),

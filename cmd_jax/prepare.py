@@ -11,8 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from cmd_jax import cache
 from cmd_jax.builders import check_fits
 from cmd_jax.config import from_dict, to_json
+from cmd_jax.data.ahead import Shelf
 from cmd_jax.data.draws import Draws
 from cmd_jax.data.encoding import Encoder, Filler, measure
 from cmd_jax.data.latents import LatentStatistics
@@ -54,9 +56,9 @@ from cmd_jax.trained import (
 # What may change between the runs of one stage folder, and what too where the learning rate does not depend on it.
 RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")
 RESUMABLE += ("train.validate_every", "train.validation_clips")
-RESUMABLE += ("data.prefetch", "data.root", "data.probe_", "mesh.", "processes.", "rules", "latents.autoencoder")
+RESUMABLE += ("data.prefetch", "data.cache_", "data.root", "data.probe_", "mesh.", "processes.", "rules")
 RESUMABLE += ("latents.store_shard", "pretrained.path", "diffusion.clip")  # the latter matters to sampling only
-RESUMABLE += ("train.accumulate", "model.remat")  # fewer devices may need them
+RESUMABLE += ("latents.autoencoder", "train.accumulate", "model.remat")  # fewer devices may need the last two
 RESUMABLE_CONSTANT = ("train.steps", "optimizer.steps")
 
 STATISTICS_CLIPS = 1024  # all over the data, where no store is kept
@@ -104,6 +106,11 @@ class Prepared(NamedTuple):
             return cls(stage, read, len(source), split, source, metadata)
         store = filler.store
         return cls(stage, store.read, len(store), store.split_of(split), source, metadata, filler)
+
+    @property
+    def shelf(self) -> Shelf | None:
+        """Where `read` finds examples, if that is in a bucket."""
+        return self.filler.store.shelf if self.filler else self.source.shelf
 
     def fill(self, indices: Sequence[int]):
         """Make sure that `read` can read these; every process must call it."""
@@ -157,6 +164,7 @@ def store_folder(config, workdir: Path) -> Path:
 
 def open_clips(config, workdir: Path) -> Source | StoredClips:
     """The data; where it is not there any more, what a complete store says of it."""
+    cache.use(config.data.cache_dir, config.data.cache_gib)
     there = config.data.source == "shapes" or (config.data.root and as_path(config.data.root).exists())
     if config.latents.starts and not there:
         store = open_store(store_folder(config, workdir))
@@ -197,7 +205,8 @@ def prepare_autoencoder(
 
     filler = None
     if config.latents.starts:
-        encoding = Encoding(read, encode, space.params, {"frames": (config.latents.store_dtype, stage.video_shape[1:])})
+        encoding = Encoding(read, encode, space.params, {"frames": (config.latents.store_dtype, stage.video_shape[1:])},
+                            source.shelf)  # fmt: skip
         filler = filler_of(config, workdir, source, split, encoding, metadata, mesh, console)
     return Prepared.of(stage, source, split, metadata, read, filler)
 
@@ -249,7 +258,7 @@ def prepare_denoiser(
         ids = {"ids": batch["ids"]} if tokenizer else {}
         return {"content": content, "motion": motion, "label": batch["label"], **ids}
 
-    encoding, filler, statistics = Encoding(read, encode, params, arrays), None, earlier.statistics
+    encoding, filler, statistics = Encoding(read, encode, params, arrays, source.shelf), None, earlier.statistics
     if config.latents.starts:
         filler = filler_of(config, workdir, source, split, encoding, metadata, mesh, console)
     if config.latents.get("normalize", False) and not statistics:
@@ -291,6 +300,7 @@ class Encoding(NamedTuple):
     encode: Callable[[dict, dict], dict]
     params: dict
     arrays: dict[str, tuple[str, tuple[int, ...]]]
+    shelf: Shelf | None  # of the clips
 
     def encoder(self, config, clip_of: Callable[[int], int], mesh) -> Encoder:
         """Of windows by their numbers; each is of clip_of(number), from a start of its own."""
@@ -301,7 +311,7 @@ class Encoding(NamedTuple):
         return Encoder(
             window, self.encode, self.params, mesh, config.rules,
             batch_size=config.train.batch_size // config.train.accumulate,
-            threads=config.data.threads, prefetch=config.data.prefetch,
+            threads=config.data.threads, prefetch=config.data.prefetch, shelf=self.shelf and self.shelf.by(clip_of),
         )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
         log = StepLog(config.stage, config.train, start, prepared.name_of, metrics, flight, console)
         data = batches(
             prepared.read, plan, mesh, start=start, stop=config.train.steps,
-            threads=config.data.threads, prefetch=config.data.prefetch,
+            threads=config.data.threads, prefetch=config.data.prefetch, shelf=prepared.shelf,
         )  # fmt: skip
         if prepared.filler:
             asked = lambda: stop.signal is not None  # noqa: E731

@@ -34,7 +34,7 @@ class Validation:
         self.prepared.fill(self.indices)
         data = batches(
             self.prepared.read, self.plan, self.program.mesh, start=0, stop=self.plan.batches,
-            threads=self.data.threads, prefetch=self.data.prefetch,
+            threads=self.data.threads, prefetch=self.data.prefetch, shelf=self.prepared.shelf,
         )  # fmt: skip
         values = []
         for number, batch in enumerate(data):

@@ -15,7 +15,6 @@ A record has `video` (raw: one bytes of T H W 3, see `video_name`; jpeg, png: T 
 `fps`.
 """
 
-import bisect
 import hashlib
 import json
 import logging
@@ -26,10 +25,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cmd_jax.cache import local
+from cmd_jax.data.ahead import Shelf
 from cmd_jax.data.codecs import CODECS, decoded, video_name
 from cmd_jax.data.draws import draw_start, draw_text, frames_needed
+from cmd_jax.data.examples import parse, text_of
 from cmd_jax.data.packed import used_classes
-from cmd_jax.data.records import VERSION, Records, Shards, parse, text_of
+from cmd_jax.data.records import VERSION, Records, Shards
 from cmd_jax.data.roots import check_bad
 from cmd_jax.data.sizes import Size, as_text
 from cmd_jax.data.splits import keys_of
@@ -94,7 +96,8 @@ class DatasetSource:
         self._check_cut(plan, fps)
         self.codec, self._video = plan["codec"], video_name(plan["codec"], plan["buckets"])
         shards = Shards(self.folder, split, len(index["counts"]))
-        self._records = Records([shards.path(k) for k in range(shards.count)], index["sizes"], index["counts"])
+        paths, digests = [shards.path(k) for k in range(shards.count)], [bytes(x).hex() for x in index["sha256"]]
+        self._records = Records(paths, index["sizes"], index["counts"], digests)
         self._first = np.cumsum(index["counts"]) - index["counts"]
         self._first_keys = self._all_keys().take(self._first, mode="clip")
         self._known = np.zeros(shards.count, bool)
@@ -114,6 +117,14 @@ class DatasetSource:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def shelf(self) -> Shelf | None:
+        """Of a dataset in a bucket."""
+        records = self._records
+        if not records.remote:
+            return None
+        return Shelf(lambda: records.sizes, lambda index: records.shard_of(int(self._places[index])), records.fetch)
 
     def name(self, index: int) -> str:
         """The file's name relative to the root that the dataset was made of."""
@@ -140,7 +151,7 @@ class DatasetSource:
 
     def _parsed(self, index: int) -> dict[str, list]:
         place = int(self._places[index])
-        shard = bisect.bisect_right(self._first, place) - 1
+        shard = self._records.shard_of(place)
         if not self._known[shard]:
             self._check_shard(shard)
         return parse(self._records[place])
@@ -212,7 +223,7 @@ def indices(folder: Path) -> dict[str, Path]:
 def read_columns(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     """Of an index. UserError where it is damaged."""
     try:
-        with np.load(path) as file:
+        with local(path) as copy, np.load(copy) as file:
             columns = {name: file[name] for name in names}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         problem = f"cannot be read ({str(error).splitlines()[0][:100]})"

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from cmd_jax.data.ahead import Shelf
 from cmd_jax.data.latents import LatentStatistics, Sums
 from cmd_jax.data.pipeline import batches, local_rows
-from cmd_jax.data.store import POLL, LatentStore
+from cmd_jax.data.store import LatentStore
 from cmd_jax.errors import UserError
 from cmd_jax.running.distributed import gather, gather_items, leader_alone
 from cmd_jax.sharding import batch_sharding, partitioning
@@ -23,15 +24,15 @@ class Encoder:
     """encode(params, batch) of examples: each group of processes that hold the same rows of a batch has its own.
 
     read(number) -> an example of a batch. groups: how many there are; group: that of this process; writes: whether this
-    process is its group's first. All processes must make it, and call it alike.
+    process is its group's first. All processes must make it, and call it alike. shelf: as of `batches`.
     """
 
     def __init__(
         self, read: Callable[[int], dict], encode, params, mesh, rules, *,
-        batch_size: int, threads: int, prefetch: int,
+        batch_size: int, threads: int, prefetch: int, shelf: Shelf | None = None,
     ):  # fmt: skip
         self.read, self.params, self.mesh, self.rules, self.batch_size = read, params, mesh, rules, batch_size
-        self.options = {"threads": threads, "prefetch": prefetch}
+        self.options = {"threads": threads, "prefetch": prefetch, "shelf": shelf}
         self._encode = jax.jit(encode, out_shardings=batch_sharding(mesh))
         rows = [tuple(json.loads(text)) for text in gather(json.dumps(local_rows(batch_size, mesh)))]
         self._rows = list(dict.fromkeys(rows))
@@ -129,7 +130,7 @@ class Filler:
             for lock in claimed.values():
                 held.enter_context(lock)
             if not claimed and not done:
-                time.sleep(POLL)  # others are making all of them
+                time.sleep(self.store.poll)  # others are making all of them
             return sorted(claimed), done
 
         return leader_alone(claim)

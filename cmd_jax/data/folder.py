@@ -61,6 +61,8 @@ class FolderSource:
     was meant, when no file is usable, and when the unusable ones are more than `max_bad_fraction` of all.
     """
 
+    shelf = None  # nothing is fetched
+
     def __init__(
         self,
         root: str | os.PathLike,

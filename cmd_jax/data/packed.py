@@ -1,6 +1,7 @@
 """Texts and listings of clips in a few arrays: ten million Python strings would take gigabytes, and a worker of a
 cluster reads its own part of a listing straight from the disk."""
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -11,8 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cmd_jax.cache import local
 from cmd_jax.data.roots import Entry
 from cmd_jax.errors import some
+from cmd_jax.files import atomic_path
 
 BLOCK = 2**12  # texts that are moved at a time: their places take eight times the room of what is moved
 
@@ -106,6 +109,7 @@ class Entries(Sequence[Entry]):
 
     def __init__(self, names: Packed, labels: Packed, label: np.ndarray, texts: Packed, text_edges: np.ndarray):
         self.names, self.labels, self.label, self.texts, self.text_edges = names, labels, label, texts, text_edges
+        self._copies: contextlib.ExitStack | None = None  # of a bucket's files, which stay as long as this
 
     @classmethod
     def of(cls, entries: Iterable[Entry], labels: Iterable[str] = ()) -> "Entries":
@@ -156,16 +160,18 @@ class Entries(Sequence[Entry]):
         return digest.hexdigest()
 
     def save(self, folder: Path):
-        """Write a file an array into an existing folder."""
+        """Write a file an array into a folder."""
         for name, column in self.arrays().items():
-            np.save(folder / f"{name}.npy", column)
+            with atomic_path(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
+                np.save(file, column)
 
     @classmethod
     def load(cls, folder: Path) -> "Entries":
-        """What `save` wrote, read from the disk as it is needed."""
+        """What `save` wrote, read from the disk as it is needed; what lies in a bucket from its copy."""
+        copies = contextlib.ExitStack()
 
         def column(name: str) -> np.ndarray:
-            path = folder / f"{name}.npy"
+            path = copies.enter_context(local(folder / f"{name}.npy"))
             try:
                 return np.load(path, mmap_mode="r")
             except ValueError:  # what is empty cannot be mapped
@@ -173,7 +179,9 @@ class Entries(Sequence[Entry]):
 
         packed = (Packed(column(f"{name}.data"), column(f"{name}.edges")) for name in ("names", "labels", "texts"))
         names, labels, texts = packed
-        return cls(names, labels, column("label"), texts, column("text_edges"))
+        entries = cls(names, labels, column("label"), texts, column("text_edges"))
+        entries._copies = copies
+        return entries
 
 
 class Listing(NamedTuple):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
+from cmd_jax.data.ahead import Ahead, Shelf
 from cmd_jax.data.draws import Draws
 from cmd_jax.errors import UserError
 from cmd_jax.sharding import batch_sharding
@@ -147,13 +148,14 @@ def local_rows(batch_size: int, mesh) -> list[int]:
 
 
 def batches(
-    read, plan: BatchPlan | FixedPlan, mesh, *, start: int, stop: int, threads: int, prefetch: int
-) -> Iterator[dict]:
+    read, plan: BatchPlan | FixedPlan, mesh, *, start: int, stop: int, threads: int, prefetch: int,
+    shelf: Shelf | None = None,
+) -> Iterator[dict]:  # fmt: skip
     """Global batches of steps start..stop-1, read ahead while the device computes.
 
     Each process reads the rows of its own devices, by so many threads; `prefetch` batches of them are read or in
     reading. "id" int32 [B] says which clips they are. A thread reads some rows in turn where one takes less than what
-    handing it over takes.
+    handing it over takes. shelf: where examples lie that are fetched from a bucket; `read` waits for what is not there.
     """
     wanted = local_rows(plan.batch_size, mesh)
     total, ahead, turn = (stop - start) * len(wanted), max(threads, prefetch * len(wanted)), 1
@@ -167,6 +169,8 @@ def batches(
             examples.append({"id": np.int32(index), **read(index, plan.rng(start + step, wanted[place]))})
         return examples, (time.perf_counter() - begun) / len(positions)
 
+    places = ((step, row) for step in range(start, stop) for row in wanted)
+    fetching = shelf and Ahead(shelf, (plan.id(step, row) for step, row in places))
     pool, reading, rows, given, taken = ThreadPoolExecutor(threads), deque(), [], 0, 0
     try:
         while taken < total:
@@ -178,11 +182,15 @@ def batches(
             turn = max(1, min(int(TURN / max(seconds, 1e-9)), ahead // (2 * threads)))
             rows += examples
             taken += len(examples)
+            if fetching:
+                fetching.taken = taken
             while len(rows) >= len(wanted):
                 batch, rows = rows[: len(wanted)], rows[len(wanted) :]
                 yield to_global(dict(zip(wanted, batch, strict=True)), plan.batch_size, mesh)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        if fetching:
+            fetching.close()
 
 
 class Waited:

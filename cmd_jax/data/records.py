@@ -9,34 +9,28 @@ import bisect
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import resource
-import shutil
-import struct
+import tempfile
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from cmd_jax.cache import Lease, current
 from cmd_jax.errors import UserError
-from cmd_jax.files import (
-    COUNT,
-    atomic_path,
-    leftovers,
-    read_json,
-    remove_tree,
-    sync_path,
-    temporary_prefix,
-    write_json,
-)
+from cmd_jax.files import COUNT, atomic_path, is_remote, leftovers, parse_json, remove_tree, write_json, write_text
 
 OPTIONS = "group_size:1,uncompressed"  # a record is read alone, and hardly anything in it can be compressed
 VERSION = "1.0.0"
+REQUESTS = 16  # to a bucket at a time
 REMEDY = "fetch it again, or remove its facts in .ingest/ and run cmd-jax ingest again"
 FACTS = {"records": COUNT, "bytes": COUNT, "sha256": str, ...: object}
 
@@ -70,16 +64,32 @@ class Shards(NamedTuple):
 
 def finished(shards: Shards, k: int) -> dict | None:
     """The facts of shard k, None until it is finished. UserError if its file is not the one that was finished."""
-    if not shards.facts_path(k).exists():
+    try:
+        text = shards.facts_path(k).read_bytes()
+    except FileNotFoundError:
         return None
-    facts = read_json(shards.facts_path(k), "shard", remedy=REMEDY, like=FACTS)
+    facts = parse_json(text, "shard", shards.facts_path(k), REMEDY, FACTS)
     check_size(shards.path(k), facts["bytes"])
     return facts
 
 
-def check_size(path: Path, size: int):
-    """UserError for a shard that is absent, or cut off: it would open as one without records."""
-    found = path.stat().st_size if path.exists() else None
+def of_all(function: Callable[[int], object], shards: Shards, which: Iterable[int]) -> list:
+    """What a function that reads a shard's facts gives for each of these; from a bucket several are read at a time."""
+    if not is_remote(shards.folder):
+        return [function(k) for k in which]
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return list(pool.map(function, which))
+
+
+def check_size(path: Path, size: int, there: Mapping[str, int] | None = None):
+    """UserError for a shard that is absent, or cut off: it would open as one without records.
+
+    there: the bytes of the files of its folder, by name, where they are known.
+    """
+    try:
+        found = path.stat().st_size if there is None else there.get(path.name)
+    except FileNotFoundError:
+        found = None
     if found != size:
         problem = "is missing" if found is None else f"has {found} bytes, not {size}: it is damaged or another's"
         raise UserError("shard", path, problem, REMEDY)
@@ -139,143 +149,42 @@ def _as_os_error():
         raise OSError(errno.EIO, str(error).partition(";")[0]) from error
 
 
-def example(features: Mapping[str, bytes | str | int | float | Sequence[bytes] | Sequence[str]]) -> bytes:
-    """An Example of bytes, texts, numbers, or lists of one kind, the same bytes whatever the order of the names.
-
-    What is bytes may be any buffer of them. As in `parse`, protobuf would copy them more often than it takes to write.
-    """
-    entries = []
-    for name in sorted(features):
-        value = features[name]
-        values = [value] if isinstance(value, str | int | float | bytes | bytearray | memoryview) else value
-        feature = _message(2, _message(_kind(values), _values(values)))
-        entries += _message(1, [*_message(1, [name.encode()]), *feature])
-    return b"".join(_message(1, entries))
-
-
-def _kind(values: Sequence) -> int:
-    """The number of the list that a Feature keeps them in: of bytes, floats, or whole numbers."""
-    first = values[0] if len(values) else b""
-    return 3 if isinstance(first, int) else 2 if isinstance(first, float) else 1
-
-
-def _values(values: Sequence) -> list:
-    kind = _kind(values)
-    if kind == 1:
-        pieces = (v.encode("utf-8", "surrogateescape") if isinstance(v, str) else v for v in values)
-        return [part for piece in pieces for part in _message(1, [piece])]
-    packed = struct.pack(f"<{len(values)}f", *values) if kind == 2 else b"".join(map(_as_varint, values))
-    return _message(1, [packed])
-
-
-def _message(number: int, parts: list) -> list:
-    """The parts of a field: its tag and length, and its content."""
-    return [bytes([number << 3 | 2]) + _as_varint(sum(map(len, parts))), *parts]
-
-
-def _as_varint(value: int) -> bytes:
-    value, out = value & (1 << 64) - 1, bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def parse(record: bytes) -> dict[str, list]:
-    """The lists of an Example: memoryviews into `record` for bytes, whole numbers, or floats.
-
-    protobuf's own parser copies a record twice, which is most of the time that reading a window of it takes. ValueError
-    for what is no Example.
-    """
-    view, features = memoryview(record), {}
-    try:
-        position, end = _content(record, 0, 1)  # Example.features
-        while position < end:
-            position, stop = _content(record, position, 1)  # an entry of the map
-            position, after = _content(record, position, 1)
-            name, (position, stop) = record[position:after].decode(), _content(record, after, 2)
-            kind = record[position] >> 3 if position < stop else 1
-            position, stop = _content(record, position, kind) if position < stop else (stop, stop)
-            if kind == 1:
-                values = features[name] = []
-                while position < stop:
-                    first, position = _content(record, position, 1)
-                    values.append(view[first:position])
-            else:
-                features[name] = (_floats if kind == 2 else _integers)(record, position, stop)
-                position = stop
-    except IndexError as error:
-        raise ValueError("it ends within a field") from error
-    return features
-
-
-def text_of(value: bytes | memoryview) -> str:
-    """A text of a record; names of files may be no UTF-8."""
-    return bytes(value).decode("utf-8", "surrogateescape")
-
-
-def _varint(record: bytes, position: int) -> tuple[int, int]:
-    """(value, the position behind it)."""
-    if (value := record[position]) < 128:
-        return value, position + 1
-    value, shift = value & 127, 7
-    while True:
-        position += 1
-        byte = record[position]
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, position + 1
-        shift += 7
-
-
-def _content(record: bytes, position: int, number: int) -> tuple[int, int]:
-    """Where the content of field `number`, one with a length, begins and ends; its tag is at `position`."""
-    if record[position] != number << 3 | 2:
-        raise ValueError(f"it has the tag {record[position]} where field {number} should begin")
-    length, position = _varint(record, position + 1)
-    if position + length > len(record):
-        raise ValueError("a field is longer than its message")
-    return position, position + length
-
-
-def _integers(record: bytes, position: int, end: int) -> list[int]:
-    values = []
-    while position < end:
-        position, stop = _content(record, position, 1)
-        while position < stop:
-            value, position = _varint(record, position)
-            values.append(value - (1 << 64) if value >> 63 else value)
-    return values
-
-
-def _floats(record: bytes, position: int, end: int) -> list[float]:
-    first, stop = _content(record, position, 1) if position < end else (end, end)
-    return [x for (x,) in struct.iter_unpack("<f", record[first:stop])]
-
-
 class Records:
     """Random access to the records of finished shards, from any thread, by their places: those of the first shard come
-    first.
+    first. Shards of a bucket are read from the copies in `cache.current()`.
 
-    sizes, counts: of each shard, as its facts have them.
+    sizes, counts, digests: of each shard, as its facts have them: bytes, records, and (of a bucket) its SHA-256 in hex.
     """
 
-    def __init__(self, paths: Sequence[Path], sizes: Sequence[int], counts: Sequence[int]):
-        self.paths = list(paths)
+    def __init__(
+        self, paths: Sequence[Path], sizes: Sequence[int], counts: Sequence[int], digests: Sequence[str] = ()
+    ):  # fmt: skip
+        self.paths, self.sizes, self.digests = list(paths), [*map(int, sizes)], digests
         self._edges = [0, *np.cumsum(counts, dtype=np.int64).tolist()]  # a list: to search it takes no microsecond
-        for path, size in zip(self.paths, sizes, strict=True):
-            check_size(path, int(size))
+        self.remote = bool(self.paths) and is_remote(self.paths[0])
+        there = self.paths[0].parent.sizes() if self.remote and len(self.paths) > 1 else None
+        for path, size in zip(self.paths, self.sizes, strict=True):
+            check_size(path, size, there)
         raise_open_files()
-        self._readers: dict[int, ArrayRecordReader] = {}
+        self._readers: dict[int, _Open] = {}
 
     def __len__(self) -> int:
         return self._edges[-1]
 
     def __getitem__(self, place: int) -> bytes:
         shard, row = self._split(place)
-        reader = self._readers.get(shard) or self._open(shard)
         try:
-            return reader.read([row])[0]
+            return self._read(shard, row)
+        except UserError:
+            if not (self.remote and self._discarded(shard)):
+                raise
+        return self._read(shard, row)
+
+    def _read(self, shard: int, row: int) -> bytes:
+        opened = self._readers.get(shard) or self._open(shard)
+        opened.used = next(_clock)
+        try:
+            return opened.reader.read([row])[0]
         except (RuntimeError, ValueError, IndexError) as error:
             problem = f"record {row} cannot be read ({str(error).splitlines()[0][:100]})"
             raise UserError("shard", self.paths[shard], problem, REMEDY) from error
@@ -285,36 +194,81 @@ class Records:
         shard, row = self._split(place)
         return self.paths[shard], row
 
+    def shard_of(self, place: int) -> int:
+        return bisect.bisect_right(self._edges, place) - 1
+
+    def fetch(self, shard: int) -> Lease:
+        """Its copy, of a bucket's."""
+        return current().fetch(self.paths[shard], self.sizes[shard], self.digests[shard], give_up)
+
     def _split(self, place: int) -> tuple[int, int]:
-        shard = bisect.bisect_right(self._edges, place) - 1
+        shard = self.shard_of(place)
         return shard, place - self._edges[shard]
 
-    def _open(self, shard: int) -> ArrayRecordReader:
+    def _open(self, shard: int) -> "_Open":
+        lease = self.fetch(shard) if self.remote else None  # which others need not wait for
         with _opening:
             if shard in self._readers:
                 return self._readers[shard]
             while len(_opened) >= most_open():
-                records, first = _opened.popleft()
-                if (owner := records()) is not None:
-                    owner._readers.pop(first, None)  # a thread that reads from it just now keeps it that long
+                _close(_opened.popleft())
             # Without reading ahead, which is for those that read a shard from end to end.
-            reader = ArrayRecordReader(str(self.paths[shard]), "readahead_buffer_size:0")
+            reader = ArrayRecordReader(str(lease.path if lease else self.paths[shard]), "readahead_buffer_size:0")
             count = self._edges[shard + 1] - self._edges[shard]
             if reader.num_records() != count:  # none, for a file that could not be opened
                 problem = f"{reader.num_records()} records can be read, where {count} should be"
                 raise UserError("shard", self.paths[shard], problem, REMEDY)
-            self._readers[shard] = reader
-            _opened.append((weakref.ref(self), shard))
-            return reader
+            self._readers[shard] = opened = _Open(weakref.ref(self), shard, reader, lease)
+            _opened.append(opened)
+            return opened
+
+    def _discarded(self, shard: int) -> bool:
+        """Whether the copy of a shard was damaged on the disk of this machine, since it was found to be sound."""
+        if opened := self._readers.get(shard):
+            with _opening, contextlib.suppress(ValueError):
+                _opened.remove(opened)
+                _close(opened)
+        lease = opened.lease if opened else self.fetch(shard)
+        if current().is_sound(lease):
+            return False
+        current().discard(lease)
+        return True
 
 
+class _Open:
+    """A shard that is open. lease: of its copy, or None. used: when it was last read from, by `_clock`."""
+
+    __slots__ = ("lease", "reader", "records", "shard", "used")
+
+    def __init__(self, records: weakref.ref, shard: int, reader: ArrayRecordReader, lease: Lease | None):
+        self.records, self.shard, self.reader, self.lease, self.used = records, shard, reader, lease, next(_clock)
+
+
+_clock = itertools.count()
 _opening = threading.Lock()
-_opened: deque[tuple[weakref.ref, int]] = deque()  # the open shards of all Records, with their numbers
+_opened: deque[_Open] = deque()  # the open shards of all Records
+
+
+def _close(opened: _Open):
+    """Forget it; a thread that reads from it just now keeps it, and its copy, that long."""
+    if (owner := opened.records()) is not None:
+        owner._readers.pop(opened.shard, None)
+
+
+def give_up() -> bool:
+    """Close half of the copies that this process has open, those that were not read from for the longest time, so that
+    there is room for others, of other processes too -> whether there were any."""
+    with _opening:
+        copies = sorted((x for x in _opened if x.lease), key=lambda x: x.used)
+        for opened in copies[: -(-len(copies) // 2)]:
+            _opened.remove(opened)
+            _close(opened)
+        return bool(copies)
 
 
 def most_open() -> int:
-    """Shards that may be open at a time: half of the files that this process may have open."""
-    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    """Shards that may be open at a time: with their copies two thirds of the files that this process may have open."""
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 3)
 
 
 def raise_open_files():
@@ -338,12 +292,18 @@ def write_dataset(
     features: a tfds.features.FeaturesDict. splits: name -> (records of each shard, bytes of all of them). metadata:
     what else there is to know, as JSON. It is written last of all: what has no dataset_info.json is not finished.
     """
+    with tempfile.TemporaryDirectory(prefix="cmd-jax-") as drafts:
+        _write_info(Path(drafts), folder.parent.name, folder.name, features, splits, description, citation, metadata)
+        for path in sorted(Path(drafts).iterdir(), key=lambda path: path.name == "dataset_info.json"):
+            write_text(folder / path.name, path.read_text("utf-8"))
+
+
+def _write_info(drafts: Path, name: str, version: str, features, splits, description, citation, metadata):
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
-    name, version = folder.parent.name, folder.name
-    template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, filetype_suffix="array_record")
-    identity = DatasetIdentity(name=name, version=tfds.core.Version(version), data_dir=str(folder), module_name="")
+    template = tfds.core.ShardedFileTemplate(data_dir=drafts, dataset_name=name, filetype_suffix="array_record")
+    identity = DatasetIdentity(name=name, version=tfds.core.Version(version), data_dir=str(drafts), module_name="")
     about = dict(description=description, citation=citation, metadata=tfds.core.MetadataDict(metadata or {}))
     info = tfds.core.DatasetInfo(builder=identity, features=features, **about)
     info.set_file_format("array_record")
@@ -358,14 +318,4 @@ def write_dataset(
             for split, (counts, size) in splits.items()
         )
     )
-    drafts = folder / f"{temporary_prefix()}metadata"
-    shutil.rmtree(drafts, ignore_errors=True)
-    drafts.mkdir(parents=True)
-    try:
-        info.write_to_directory(drafts)
-        for path in sorted(drafts.iterdir(), key=lambda path: path.name == "dataset_info.json"):
-            sync_path(path)
-            os.replace(path, folder / path.name)
-        sync_path(folder)
-    finally:
-        shutil.rmtree(drafts, ignore_errors=True)
+    info.write_to_directory(drafts)

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
+from cmd_jax.buckets import scheme_of
 from cmd_jax.errors import UserError
 
+IN_BUCKET = "files of a bucket are not decoded one by one"
+FROM_DISK = "run cmd-jax ingest where they are on a disk or a mount; its --out, and data.root then, may be in a bucket"
 COPY = "copy what it leads to in its place, or give a root that holds both"
 
 
@@ -23,6 +26,8 @@ def check_root(root) -> str:
     """The folder's real path."""
     if not root:
         raise UserError("data.root", root, "missing", "give the folder that holds your videos")
+    if scheme_of(str(root)):
+        raise UserError("data.root", root, IN_BUCKET, FROM_DISK)
     path = os.path.realpath(os.path.expanduser(root))
     if not os.path.isdir(path):
         missing = "is not a folder" if os.path.exists(path) else "no such folder"

@@ -50,6 +50,8 @@ class ShapesSource:
     there for folder sources have it.
     """
 
+    shelf = None  # nothing is fetched
+
     def __init__(
         self, *, clips: int, frames: int = 8, height: int = 32, width: int = 32, seed: int = 0, split: str = "train"
     ):

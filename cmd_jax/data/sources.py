@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from cmd_jax import cache as caches
 from cmd_jax.data.dataset import DatasetSource
 from cmd_jax.data.folder import FolderSource
 from cmd_jax.data.shapes import ShapesSource
@@ -13,6 +14,7 @@ Source = ShapesSource | FolderSource | DatasetSource
 
 def open_source(data, cache: Path | None = None) -> Source:
     """The source of a config's `data` group. `cache` remembers which files of a folder could be read."""
+    caches.use(data.cache_dir, data.cache_gib)
     choose("data.source", data.source, ("shapes", "folder", "dataset"))
     shape = {"frames": data.frames, "height": data.height, "width": data.width, "split": data.split}
     if data.source == "shapes":

@@ -9,6 +9,7 @@ records.py.
 """
 
 import bisect
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -20,11 +21,14 @@ from typing import ClassVar
 
 import numpy as np
 
+from cmd_jax.cache import local
+from cmd_jax.data.ahead import Shelf
+from cmd_jax.data.examples import example, parse, text_of
 from cmd_jax.data.latents import LatentStatistics, Sums
-from cmd_jax.data.records import VERSION, Records, Shards, example, finished, parse, text_of, write_dataset, write_shard
+from cmd_jax.data.records import VERSION, Records, Shards, finished, of_all, write_dataset, write_shard
 from cmd_jax.data.splits import Split
 from cmd_jax.errors import UserError, brief
-from cmd_jax.files import COUNT, atomic_path, read_json, write_json
+from cmd_jax.files import COUNT, atomic_path, is_remote, read_json, write_json
 
 SPLIT = "train"
 KINDS = {"autoencoder": "vae", "content": "cmd", "motion": "cmd"}  # stage -> the kind of store that it is trained on
@@ -36,7 +40,7 @@ PLAN = {
 LEFT_OUT = -1  # the label of a window that could not be read
 STATISTICS_EXAMPLES = 10_000  # of a store's first shards: means come out to 1 % of a deviation
 OTHER = "give another latents.store, or remove this one"
-POLL = 0.05  # seconds
+POLL, REMOTE_POLL = 0.05, 1.0  # seconds
 
 
 class LatentStore:
@@ -76,16 +80,20 @@ class LatentStore:
             raise UserError("latents.store", self.shards.facts_path(k), "is of another store's shard", OTHER)
         return facts
 
+    def all_facts(self) -> list[dict | None]:
+        """`facts` of all shards."""
+        return of_all(self.facts, self.shards, range(self.shards.count))
+
     def missing(self) -> list[int]:
         """The shards that are not finished. UserError for a finished one whose file is damaged."""
-        return [k for k in range(self.shards.count) if self.facts(k) is None]
+        return [k for k, facts in enumerate(self.all_facts()) if facts is None]
 
     # Reading.
 
     def record(self, index: int) -> dict[str, list]:
         """The features of an example."""
         k, row = divmod(int(self.place[index]), self.plan["shard"])
-        records, left_out = self._files.get(k) or self._open(k)
+        records, left_out = self._records(k)
         return parse(records[row - bisect.bisect(left_out, row)])
 
     def read(self, index: int, rng=None) -> dict[str, np.ndarray]:
@@ -101,12 +109,31 @@ class LatentStore:
         """Of an example's clip."""
         return text_of(self.record(index)["name"][0])
 
+    def _records(self, k: int) -> tuple[Records, list[int]]:
+        return self._files.get(k) or self._open(k)
+
     def _open(self, k: int) -> tuple[Records, list[int]]:
         while (facts := self.facts(k)) is None:
-            if self._abandoned.wait(POLL):
+            if self._abandoned.wait(self.poll):
                 raise RuntimeError("nobody fills the store any more")
-        records = Records([self.shards.path(k)], [facts["bytes"]], [facts["records"]])
+        records = Records([self.shards.path(k)], [facts["bytes"]], [facts["records"]], [facts["sha256"]])
         return self._files.setdefault(k, (records, facts["left_out"]))
+
+    @property
+    def poll(self) -> float:
+        """Seconds between looks for what others make."""
+        return REMOTE_POLL if is_remote(self.shards.folder) else POLL
+
+    @property
+    def shelf(self) -> Shelf | None:
+        """Of a complete store in a bucket; of one that is being filled the next shards are not there yet."""
+        if not is_remote(self.shards.folder) or not self.complete:
+            return None
+        return Shelf(
+            lambda: [facts["bytes"] for facts in self.all_facts()],
+            lambda index: int(self.place[index]) // self.plan["shard"],
+            lambda k: self._records(k)[0].fetch(0),
+        )
 
     def abandon(self):
         """Nothing will be filled in any more: readers that wait for it raise."""
@@ -116,7 +143,7 @@ class LatentStore:
         """The examples of a split of clips, of a complete store without those that were left out."""
         parts = clips.of_examples(len(self))
         if self.complete:
-            left_out = np.load(self.shards.folder / "left_out.npy")
+            left_out = read_array(self.shards.folder / "left_out.npy")
             parts = Split(*(part[~np.isin(part, left_out)] for part in parts))
         return parts
 
@@ -198,7 +225,7 @@ class LatentStore:
         """Write what makes a dataset of TFDS of it, once all shards are finished."""
         if self.complete:
             return
-        facts = [self.facts(k) for k in range(self.shards.count)]
+        facts = self.all_facts()
         left_out = [self.examples_of(k)[fact["left_out"]] for k, fact in enumerate(facts)]
         write_array(self.shards.folder / "left_out.npy", np.concatenate(left_out).astype(np.int64))
         sizes = [fact["records"] for fact in facts], sum(fact["bytes"] for fact in facts)
@@ -220,7 +247,8 @@ class LatentStore:
 
     def statistics(self) -> LatentStatistics:
         """Of content frames and motion latents; those shards must be there."""
-        return LatentStatistics.of(sums for k in self.measured() if (sums := self.facts(k)["sums"]))
+        facts = of_all(self.facts, self.shards, self.measured())
+        return LatentStatistics.of(sums for fact in facts if (sums := fact["sums"]))
 
 
 def features_of(arrays: Mapping[str, dict]):
@@ -247,7 +275,7 @@ def open_store(folder: Path) -> LatentStore | None:
     plan = read_json(path, "latents.store", remedy=OTHER, like=PLAN)
     problem, file = "", folder / "order.npy"
     try:
-        order = np.load(file)
+        order = read_array(file)
         if digest_of(order) != plan["order"] or order.dtype != np.int32 or order.shape != (plan["examples"],):
             problem = "is not the one of its plan.json"
     except (OSError, ValueError) as error:
@@ -283,6 +311,8 @@ def locked(path: Path, wait: bool = True):
 
     On a file system without locks it is as if nobody had: the worst is that two make the same shard.
     """
+    if is_remote(path):
+        return contextlib.ExitStack()
     lock = open(path, "w")  # noqa: SIM115
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -303,6 +333,11 @@ def check_made_of(store: LatentStore, made_of: dict):
             raise UserError("latents.store", store.shards.folder, problem, OTHER)
 
 
+def read_array(path: Path) -> np.ndarray:
+    with local(path) as copy:
+        return np.load(copy)
+
+
 def write_array(path: Path, array: np.ndarray):
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array)
@@ -316,6 +351,7 @@ class StoredClips:
     """What a complete store says of the clips it was made of, in the place of a source that is not there."""
 
     bad: ClassVar[dict] = {}
+    shelf: ClassVar[None] = None
 
     def __init__(self, store: LatentStore):
         self.store, plan = store, store.plan
@@ -326,4 +362,4 @@ class StoredClips:
         return self.store.plan["clips"]
 
     def keys(self) -> np.ndarray:
-        return np.load(self.store.shards.folder / "keys.npy")
+        return read_array(self.store.shards.folder / "keys.npy")

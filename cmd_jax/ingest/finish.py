@@ -12,7 +12,7 @@ from cmd_jax.data.roots import check_bad
 from cmd_jax.data.splits import keys_of
 from cmd_jax.files import atomic_path
 from cmd_jax.ingest.plan import Plan, finished_plans
-from cmd_jax.ingest.shard import finished
+from cmd_jax.ingest.shard import all_finished
 
 DESCRIPTION = "Clips, decoded and cut by cmd-jax ingest."
 
@@ -23,11 +23,9 @@ def finish(plan: Plan, max_bad_fraction: float, description: str = "", citation:
     Whoever finds all shards finished may call it, several at once too: all write the same. UserError where more than
     max_bad_fraction of the clips were left out; the shards stay.
     """
-    facts = []
-    for k in range(plan.shards.count):
-        facts.append(finished(plan, k))
-        if facts[-1] is None:
-            return None
+    facts = all_finished(plan, range(plan.shards.count))
+    if None in facts:
+        return None
     if bad := plan.left_out(facts):
         total, (name, reason) = len(plan.entries) + len(plan.bad), min(bad.items())
         check_bad(plan.root, len(bad), total, max_bad_fraction, f", the first: {name} {reason}")

@@ -7,24 +7,24 @@ that sees the folder can write any shard (`cmd_jax.ingest.shard`), with the same
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from cmd_jax.buckets import scheme_of
 from cmd_jax.data.dataset import NAME, indices, read_columns
 from cmd_jax.data.draws import frames_needed
 from cmd_jax.data.layouts import MANIFESTS, list_clips
 from cmd_jax.data.packed import Entries, Listing
 from cmd_jax.data.records import VERSION, Shards
-from cmd_jax.data.roots import Entry, check_root
+from cmd_jax.data.roots import FROM_DISK, IN_BUCKET, Entry, check_root
 from cmd_jax.data.shapes import ShapesSource
 from cmd_jax.data.sizes import as_text, sizes_of
 from cmd_jax.data.webvid import is_list, lists_of
 from cmd_jax.errors import UserError, choose
-from cmd_jax.files import COUNT, read_json, temporary_prefix, write_json
+from cmd_jax.files import COUNT, read_json, write_json
 from cmd_jax.ingest.decoder import Cut
 
 FORMAT = 1  # raise it whenever the same clips give other records
@@ -98,6 +98,8 @@ def work_folder(folder: Path, split: str) -> Path:
 
 def source_of(path: str, split: str) -> tuple[str, str | None]:
     """--source -> (data.root, data.layout or None): a folder of clips, or a list in it that its layout reads."""
+    if scheme_of(path):
+        raise UserError("--source", path, IN_BUCKET, FROM_DISK)
     if not os.path.isfile(path):
         return path, None
     folder, name = os.path.split(os.path.abspath(path))
@@ -188,18 +190,7 @@ def _listing_name(fields: dict) -> str:
 def _write(plan: Plan):
     """The listing, and then what refers to it: plan.json."""
     work = work_folder(plan.folder, plan.split)
-    listing = work / _listing_name(plan.fields)
-    if not listing.exists():
-        draft = work / f"{temporary_prefix()}listing"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        plan.entries.save(draft)
-        try:
-            os.rename(draft, listing)
-        except OSError:
-            if not listing.exists():
-                raise
-            shutil.rmtree(draft)  # another process was quicker
+    plan.entries.save(work / _listing_name(plan.fields))  # a name by its content: others write the same there
     write_json(work / "plan.json", {"id": plan.id, "root": plan.root, "fields": plan.fields})
 
 

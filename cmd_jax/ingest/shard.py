@@ -3,7 +3,8 @@
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from cmd_jax.data import records
 from cmd_jax.data.codecs import encoded, video_name
+from cmd_jax.data.examples import example
 from cmd_jax.data.roots import stat_inside
 from cmd_jax.errors import UserError
 from cmd_jax.ingest.decoder import BadClip, Clip, Cut, Decoder
@@ -80,6 +82,11 @@ def finished(plan: Plan, k: int) -> dict | None:
     return facts
 
 
+def all_finished(plan: Plan, shards: Iterable[int]) -> list[dict | None]:
+    """`finished` of each of these."""
+    return records.of_all(partial(finished, plan), plan.shards, shards)
+
+
 def video_of(clip: Clip, cut: Cut) -> dict[str, Sequence]:
     """The features of a clip's frames; those of bytes have a shape where it is not the same for all, as TFDS wants."""
     name = video_name(cut.codec, cut.buckets)
@@ -117,7 +124,7 @@ def write_shard(plan: Plan, k: int, reader: Files | Generated, told: Callable[[s
                 continue
             clips.append(clip._replace(parts=()))
             features = video_of(clip, plan.cut) | {"label": int(plan.entries.label[place]), "fps": clip.fps}
-            yield records.example(features | {"name": entry.name, "texts": entry.texts})
+            yield example(features | {"name": entry.name, "texts": entry.texts})
             told("")
 
     def facts() -> dict:

@@ -22,6 +22,8 @@ class ListedClips:
     config: its groups data and ingest. The fingerprint is that of the listing: files may change behind it.
     """
 
+    shelf = None  # nothing is fetched
+
     def __init__(self, config):
         data = config.data
         self.root, self.stride = check_root(data.root), data.stride

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cmd_jax.data.codecs import decoded, video_name
-from cmd_jax.data.records import Records, parse, text_of
+from cmd_jax.data.examples import parse, text_of
+from cmd_jax.data.records import Records
 from cmd_jax.files import write_json
 from cmd_jax.ingest.plan import Plan
 from cmd_jax.report.gallery import Item, Section, write_gallery
@@ -110,8 +111,8 @@ def report(plan: Plan, facts: list[dict], out: Path, console: Console):
 
 def clips_section(plan: Plan, facts: list[dict], out: Path, name: str) -> Section:
     """First, middle and last frame of some clips, from all over the split."""
-    counts = [fact["records"] for fact in facts]
-    records = Records([plan.shards.path(k) for k in range(len(facts))], [fact["bytes"] for fact in facts], counts)
+    sizes, counts, digests = ([fact[name] for fact in facts] for name in ("bytes", "records", "sha256"))
+    records = Records([plan.shards.path(k) for k in range(len(facts))], sizes, counts, digests)
     items, cut = [], plan.cut
     lengths, buckets = ([n for fact in facts for n in fact[key]] for key in ("lengths", "buckets"))
     for place in sorted({*np.linspace(0, len(records) - 1, min(SHOWN, len(records))).astype(int).tolist()}):

@@ -10,7 +10,7 @@ from cmd_jax.report.ingest import quarantine_section
 
 def summary_of(store: LatentStore, bad: dict[str, str]) -> dict:
     """What went in and what did not, as JSON. bad: what the listing already found unusable: name -> reason."""
-    facts = [store.facts(k) for k in range(store.shards.count)]
+    facts = store.all_facts()
     return {
         "clips": store.plan["clips"],
         "windows": sum(fact["records"] for fact in facts),

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+from cmd_jax import cache
 from cmd_jax.data.roots import check_bad
 from cmd_jax.errors import UserError
 from cmd_jax.ingest.windows import ListedClips
@@ -27,6 +28,7 @@ def encode(config, workdir: Path, end_process: Callable | None = None, listed: b
     """
     console, mesh = make_console(quiet=not is_leader()), make_mesh(config.mesh)
     folder = store_folder(config, workdir)
+    cache.use(config.data.cache_dir, config.data.cache_gib)
     if not config.latents.starts:
         raise UserError("latents.starts", 0, "no latents are kept", "give how many windows of a clip to keep")
     check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulate)

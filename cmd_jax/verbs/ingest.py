@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 
+from cmd_jax import cache
 from cmd_jax.config import load
 from cmd_jax.data.store import KINDS
 from cmd_jax.errors import UserError
@@ -10,7 +11,7 @@ from cmd_jax.files import as_path
 from cmd_jax.ingest.engines import cores, part_of, run_pool
 from cmd_jax.ingest.finish import finish
 from cmd_jax.ingest.plan import make_plan, source_of
-from cmd_jax.ingest.shard import Limits, finished
+from cmd_jax.ingest.shard import Limits, all_finished
 from cmd_jax.report.console import make_console
 from cmd_jax.report.ingest import Note, report
 
@@ -22,9 +23,10 @@ def ingest(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
         overrides = overrides | source_overrides(flags.source, flags.config, overrides)
     config, console = load(flags.config, overrides), make_console()
     out = as_path(flags.out).absolute()
+    cache.use(config.data.cache_dir, config.data.cache_gib)
     plan = make_plan(config, out, keep_listing=flags.part is not None)
     shards, limits = part_of(flags.part, plan.shards.count), Limits(config.data.probe_timeout, config.data.probe_cap)
-    missing = [k for k in shards if finished(plan, k) is None]
+    missing = [k for k, done in zip(shards, all_finished(plan, shards), strict=True) if done is None]
     count = plan.shards.count
     console.print(
         f"{plan.folder}: split {plan.split}, {len(plan.entries):,} clips in {count:,} shards, {len(missing):,} to write"

@@ -7,7 +7,8 @@ from PIL import Image
 
 from cmd_jax.data.codecs import encoded
 from cmd_jax.data.dataset import NAME
-from cmd_jax.data.records import VERSION, Shards, example, write_shard
+from cmd_jax.data.examples import example
+from cmd_jax.data.records import VERSION, Shards, write_shard
 from cmd_jax.data.splits import keys_of
 
 

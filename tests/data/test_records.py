@@ -10,8 +10,9 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from cmd_jax.data import records
+from cmd_jax.data.examples import example, parse
 from cmd_jax.data.packed import Entries, Packed
-from cmd_jax.data.records import VERSION, Records, Shards, example, finished, parse, write_dataset, write_shard
+from cmd_jax.data.records import VERSION, Records, Shards, finished, write_dataset, write_shard
 from cmd_jax.data.roots import Entry
 from cmd_jax.errors import UserError
 from cmd_jax.files import temporary_prefix

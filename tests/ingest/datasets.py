@@ -4,7 +4,8 @@ import json
 
 from cmd_jax import config as configs
 from cmd_jax.data.codecs import decoded
-from cmd_jax.data.records import Records, parse
+from cmd_jax.data.examples import parse
+from cmd_jax.data.records import Records
 from cmd_jax.ingest import engines
 from cmd_jax.ingest.finish import finish
 from cmd_jax.ingest.plan import make_plan

@@ -137,6 +137,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_unfinished(folder, tmp_path,
         (["--source=SOURCE/a/0.avi"], "neither a folder nor a list of clips"),
         (["--out="], "--out=: missing"),
         (["--out=hdfs://bucket/x"], "--out=hdfs://bucket/x: hdfs: is no scheme"),
+        (["--source=gs://bucket/x"], "--source=gs://bucket/x: files of a bucket are not decoded"),
     ],
 )
 def test_faults_are_one_line_and_exit_code_2(folder, tmp_path, capsys, flags, line):

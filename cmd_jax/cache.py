@@ -1,0 +1,274 @@
+"""Ground: copies of a bucket's objects on a disk of this machine, shared by all of its processes.
+
+A copy is FOLDER/STEM-SHA256, so that its name says its content; STEM is of that too, or where no facts tell it, of the
+object's address, size and version. FOLDER/STEM.part is a copy in the making. Who makes one has locked its file (flock)
+alone, who reads one together with others, and what can be locked alone is in nobody's use: locks go with their
+processes, however these end.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cmd_jax.buckets import CHUNK, BucketPath
+from cmd_jax.errors import UserError
+from cmd_jax.files import as_path, cache_root, is_remote
+
+GIB = 2**30
+PATIENCE = 60.0  # seconds for others to close what fills the cache
+POLL = 0.05
+STEM = 32  # digits of SHA-256
+TRIES = 2  # of a copy that is not what it should be
+FETCH_AGAIN = "fetch or make it again"
+
+
+class Lease:
+    """A copy, `path`, that stays until this is closed or forgotten."""
+
+    def __init__(self, path: Path, descriptor: int):
+        self.path, self._descriptor = path, descriptor
+
+    def close(self):
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.utime(descriptor)  # used until now
+            os.close(descriptor)
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *error):
+        self.close()
+
+    __del__ = close
+
+
+class Cache:
+    """folder: of the copies. limit: bytes that they may take together; 0: any number."""
+
+    def __init__(self, folder: Path, limit: int = 0):
+        self.folder, self.limit = folder, limit
+        self._sound: set[str] = set()  # names of the copies that this process has made or read through
+        self._swept = False
+
+    def fetch(self, path: BucketPath, size: int, sha256: str, spare: Callable[[], bool] = lambda: False) -> Lease:
+        """The copy of an object whose bytes and SHA-256 are known.
+
+        spare(): gives up copies that this process could do without -> whether there were any. UserError for an object
+        that is not as known, and for a cache without room; OSError as of the bucket.
+        """
+        stem = sha256[:STEM]
+        return self._found(stem, sha256, size) or self._made(path, stem, size, sha256, spare)
+
+    def fetch_newest(self, path: BucketPath) -> Lease:
+        """The copy of an object as it is now."""
+        while True:
+            status = path.stat()
+            size, state = status.st_size, (status.st_size, status.version, status.st_mtime)
+            stem = hashlib.sha256(repr((str(path), *state)).encode()).hexdigest()[:STEM]
+            if lease := self._found(stem, None, size):
+                return lease
+            lease, after = self._made(path, stem, size, None, lambda: False), path.stat()
+            if (after.st_size, after.version, after.st_mtime) == state:
+                return lease
+            self.discard(lease)  # parts of two objects, perhaps
+
+    def discard(self, lease: Lease):
+        """Remove a copy; who reads it just now reads it to its end."""
+        lease.path.unlink(missing_ok=True)
+        self._sound.discard(lease.path.name)
+        lease.close()
+
+    def is_sound(self, lease: Lease) -> bool:
+        """Whether a copy is what its name says, read anew."""
+        with open(lease.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == lease.path.name.rpartition("-")[2]
+
+    def _found(self, stem: str, sha256: str | None, size: int) -> Lease | None:
+        names = [f"{stem}-{sha256}"] if sha256 else [name for name in self._names() if name.startswith(f"{stem}-")]
+        return next(filter(None, (self._lease(name, size) for name in names)), None)
+
+    def _lease(self, name: str, size: int) -> Lease | None:
+        """A copy that is there; one that is damaged goes."""
+        try:
+            lease = Lease(self.folder / name, _locked(self.folder / name, os.O_RDONLY, fcntl.LOCK_SH))
+            sound = lease.path.stat().st_size == size and (name in self._sound or self.is_sound(lease))
+        except FileNotFoundError:
+            return None
+        if not sound:
+            self.discard(lease)
+            return None
+        self._sound.add(name)
+        return lease
+
+    def _made(self, path: BucketPath, stem: str, size: int, sha256: str | None, spare: Callable[[], bool]) -> Lease:
+        part = self.folder / f"{stem}.part"
+        while True:
+            with self._told():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                descriptor = _locked(part, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)  # while another makes it
+            try:
+                if lease := self._found(stem, sha256, size):  # the other has
+                    part.unlink()
+                    return lease
+                self._reserve(descriptor, part.name, path, size, spare)
+                digest = self._filled(descriptor, path, size, sha256)
+                part.rename(self.folder / f"{stem}-{digest}")
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+            finally:
+                os.close(descriptor)
+            self._sound.add(f"{stem}-{digest}")
+            if lease := self._found(stem, digest, size):  # None if it had to go at once
+                return lease
+
+    def _filled(self, descriptor: int, path: BucketPath, size: int, sha256: str | None) -> str:
+        """The SHA-256 of what was fetched, which is the one that is given."""
+        for _ in range(TRIES):
+            found = path.stat().st_size
+            problem = f"has {found:,} bytes, not {size:,}"
+            if found == size:
+                digest = self._fetched(descriptor, path, size)
+                if sha256 in (None, digest):
+                    return digest
+                problem = f"its SHA-256 is {digest[:12]}..., not {sha256[:12]}..."
+        raise UserError("shard", path, f"{problem}: it is damaged or another's", FETCH_AGAIN)
+
+    def _fetched(self, descriptor: int, path: BucketPath, size: int) -> str:
+        digest = hashlib.sha256()
+        for at in range(0, size, CHUNK):
+            chunk = path.read_range(at, min(at + CHUNK, size))
+            digest.update(chunk)
+            with self._told():
+                while chunk:
+                    written = os.pwrite(descriptor, chunk, at)
+                    chunk, at = chunk[written:], at + written
+        return digest.hexdigest()
+
+    def _reserve(self, descriptor: int, part: str, path: BucketPath, size: int, spare: Callable[[], bool]):
+        """Give a copy in the making its size, which counts from now on."""
+        gib = f"{self.limit / GIB:g}"
+        if self.limit and size > self.limit:
+            problem = f"{path.name} alone has {size / GIB:.3g} GiB"
+            raise UserError("data.cache_gib", gib, problem, "raise it; the data should fit in as a whole")
+        end = time.monotonic() + PATIENCE
+        while True:
+            with self._told():
+                if self._made_room(part, size):
+                    os.ftruncate(descriptor, 0)
+                    os.ftruncate(descriptor, size)
+                    return
+            if not spare():
+                if time.monotonic() > end:
+                    problem = f"all of it is in use by open files, and {path.name} needs {size / GIB:.3g} GiB"
+                    raise UserError("data.cache_gib", gib, problem, "raise it")
+                time.sleep(POLL)
+
+    def _made_room(self, part: str, size: int) -> bool:
+        """Remove what is in nobody's use, the longest unused first, until there is room -> whether there is."""
+        if not self.limit and self._swept:
+            return True
+        self._swept = True
+        lock = _locked(self.folder / ".lock", os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)
+        try:
+            there = {}
+            for name in self._names():
+                with contextlib.suppress(FileNotFoundError):
+                    there[name] = os.stat(self.folder / name)
+            excess = sum(status.st_size for name, status in there.items() if name != part) + size - self.limit
+            # What dead processes left in the making goes first, and in any case.
+            order = lambda name: (not name.endswith(".part"), there[name].st_mtime)  # noqa: E731
+            for name in sorted(there.keys() - {part}, key=order):
+                if (name.endswith(".part") or self.limit and excess > 0) and self._removed(name):
+                    excess -= there[name].st_size
+            return not self.limit or excess <= 0
+        finally:
+            os.close(lock)
+
+    def _removed(self, name: str) -> bool:
+        """Remove a copy, unless it is in use."""
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            descriptor = _locked(self.folder / name, os.O_RDONLY, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                (self.folder / name).unlink()
+            finally:
+                os.close(descriptor)
+            return True
+        return False
+
+    def _names(self) -> list[str]:
+        try:
+            return [name for name in os.listdir(self.folder) if not name.startswith(".")]
+        except FileNotFoundError:
+            return []
+
+    @contextlib.contextmanager
+    def _told(self):
+        """What the disk refuses, as the user is told it."""
+        try:
+            yield
+        except OSError as error:
+            remedy = "give a folder that you may write to"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                remedy = "free space, give a folder on a larger disk, or set data.cache_gib below what is free"
+            raise UserError("data.cache_dir", self.folder, error.strerror or str(error), remedy) from error
+
+
+def _locked(path: Path, flags: int, operation: int) -> int:
+    """The descriptor of the file that has this name once it is locked; its maker may have renamed it meanwhile.
+
+    BlockingIOError, of LOCK_NB, where it is in use.
+    """
+    while True:
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, operation)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+# The cache of this process. Where data is opened the config says which; what has no config takes what was said last.
+
+_lock = threading.Lock()
+_said = ("", 0.0)
+_current: Cache | None = None
+
+
+def use(folder: str, gib: float):
+    """From now on the cache in `folder`, "" for `files.cache_root`, of at most so many GiB, 0 for any number."""
+    global _said
+    if is_remote(as_path(folder)):
+        raise UserError("data.cache_dir", folder, "is itself in a bucket", "give a folder of a local disk")
+    _said = (folder, gib)
+
+
+def current() -> Cache:
+    global _current
+    folder, gib = _said
+    place, limit = (as_path(folder).absolute() if folder else cache_root()) / "objects", int(gib * GIB)
+    with _lock:
+        if _current is None or (_current.folder, _current.limit) != (place, limit):
+            _current = Cache(place, limit)
+        return _current
+
+
+@contextlib.contextmanager
+def local(path: Path | BucketPath) -> Iterator[Path]:
+    """A file of this machine with what `path` holds: itself, or the copy of an object in the cache of this process."""
+    if not is_remote(path):
+        yield path
+        return
+    with current().fetch_newest(path) as copy:
+        yield copy
