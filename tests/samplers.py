@@ -1,6 +1,7 @@
 """The sampler of the tiny run, for the tests of sampling and of its verbs."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import tiny
 
 from cmd_jax.data.requests import Request, label_request
 from cmd_jax.data.shapes import CLASS_NAMES
+from cmd_jax.files import read_json
 from cmd_jax.loading import load_sampler
 from cmd_jax.main import main
 from cmd_jax.sample import SamplingSettings
@@ -52,3 +54,18 @@ def command(verb, workdir, **changes):
     arguments = [verb, f"--config={tiny.CONFIG_FILE}:sample", f"--workdir={workdir}"]
     changes = {k if "__" in k or k in ("seed", "weights") else f"sampling__{k}": v for k, v in changes.items()}
     return main(arguments + [f"--config.{k.replace('__', '.')}={v}" for k, v in changes.items()])
+
+
+def check_gallery(folder, count):
+    """-> (its page, what its samples.json says); of a folder with all that `sample` writes of `count` videos."""
+    names = [f"{i:04d}{end}" for i in range(count) for end in (".mp4", ".gif", "_content.png")]
+    names += ["grid.gif", "grid.png", "content_grid.png", "index.html", "samples.json", "summary.json", "config.json"]
+    assert {p.name for p in folder.iterdir()} == set(names)
+    assert all((folder / name).stat().st_size > 30 for name in names)
+    page = (folder / "index.html").read_text()
+    linked = re.findall(r'src="([^"]+)"', page)
+    assert len(linked) == 2 * count and all((folder / name).is_file() for name in linked)
+    assert not re.search(r"https?://", page)
+    section = read_json(folder / "samples.json")
+    assert [item["video"] for item in section["items"]] == [f"{i:04d}.mp4" for i in range(count)]
+    return page, section

@@ -81,7 +81,7 @@ class OutputFolder:
     def __exit__(self, kind, error, trace):
         if kind is None:
             gather("all that is written is written")
-            self.final = Path(leader_alone(self._name))
+            self.final = as_path(leader_alone(self._name))
             return
         self.remove()
         if several():

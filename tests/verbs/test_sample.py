@@ -1,12 +1,11 @@
 import errno
 import json
-import re
 
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from samplers import SETTINGS, command, config_of, difference, request_of, stirred, together
+from samplers import SETTINGS, check_gallery, command, config_of, difference, request_of, stirred, together
 
 from cmd_jax.data.shapes import CLASS_NAMES, ShapesSource
 from cmd_jax.errors import UserError
@@ -90,20 +89,6 @@ def workdir(tmp_path, sampler, monkeypatch):
     """An empty workdir for verbs that get the sampler of this module, whatever their config says."""
     monkeypatch.setattr(sampling, "open_sampler", lambda *_: sampler)
     return tmp_path
-
-
-def check_gallery(folder, count):
-    names = [f"{i:04d}{end}" for i in range(count) for end in (".mp4", ".gif", "_content.png")]
-    names += ["grid.gif", "grid.png", "content_grid.png", "index.html", "samples.json", "summary.json", "config.json"]
-    assert {p.name for p in folder.iterdir()} == set(names)
-    assert all((folder / name).stat().st_size > 30 for name in names)
-    page = (folder / "index.html").read_text()
-    linked = re.findall(r'src="([^"]+)"', page)
-    assert len(linked) == 2 * count and all((folder / name).is_file() for name in linked)
-    assert not re.search(r"https?://", page)
-    section = read_json(folder / "samples.json")
-    assert [item["video"] for item in section["items"]] == [f"{i:04d}.mp4" for i in range(count)]
-    return page, section
 
 
 def test_sample_writes_a_gallery_from_the_stages_of_the_workdir(capsys):
