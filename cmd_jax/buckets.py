@@ -3,41 +3,32 @@
 An object is there whole or not at all, and there is no rename. A prefix with objects below it counts as a folder.
 """
 
+import base64
 import contextlib
 import datetime
 import errno
 import fnmatch
-import functools
-import importlib
+import hashlib
 import importlib.util
 import io
-import logging
+import json
 import os
-import random
 import re
-import threading
-import time
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import NamedTuple
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # etils would take TensorFlow, which cannot read gs:// by itself
-os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for the kind of each bucket by gRPC first
 
 from etils.epath.gpath import PosixGPath  # noqa: E402
 
 from cmd_jax.errors import Unavailable, UserError  # noqa: E402
-from cmd_jax.faults import as_os_error, code_of  # noqa: E402
+from cmd_jax.stores import UPLOAD, code_of, retrying  # noqa: E402
 
 EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> the module that reaches it, and its extra
-RETRY_SECONDS = 60.0  # for how long what may pass is tried again; CMD_JAX_RETRY_SECONDS is another number
-SILENCE_SECONDS = 30.0  # a server that says nothing for so long counts as cut off
-LONGEST_PAUSE = 8.0
 CHUNK = 2**24  # bytes of a request when a whole object is fetched
-
-for _name in ("gcsfs", "s3fs", "aiobotocore", "botocore"):  # they log what they raise, with tracebacks
-    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 def scheme_of(text: str) -> str:
@@ -83,8 +74,12 @@ class BucketPath(PosixGPath):
     def scheme(self) -> str:
         return self.parts[1]
 
+    @property
+    def parent(self) -> "BucketPath":
+        return super().parent if len(self.parts) > 3 else self
+
     def _do(self, action: Callable):
-        return retrying(self, lambda: action(filesystem(self.scheme)))
+        return retrying(self.scheme, self, action)
 
     def _info(self) -> dict | None:
         try:
@@ -108,8 +103,8 @@ class BucketPath(PosixGPath):
         return SimpleNamespace(st_size=info["size"] or 0, st_mtime=_updated(info), version=_version(info))
 
     def iterdir(self) -> Iterator["BucketPath"]:
-        for info in self._do(lambda fs: fs.ls(self.key, detail=True)):
-            name = info["name"].rstrip("/")
+        names = {info["name"].rstrip("/"): None for info in self._do(lambda fs: fs.ls(self.key, detail=True))}
+        for name in names:
             if name != self.key:  # the object itself, or a marker of the folder
                 yield self / name.rpartition("/")[2]
 
@@ -130,9 +125,16 @@ class BucketPath(PosixGPath):
 
     def rglob(self, pattern: str) -> Iterator["BucketPath"]:
         """The objects below whose names match; there are no folders among them."""
-        for name in self._do(lambda fs: fs.find(self.key)):
-            if fnmatch.fnmatchcase(name.rpartition("/")[2], pattern) and not name.endswith("/"):
-                yield self / name.removeprefix(f"{self.key}/")
+        with contextlib.suppress(FileNotFoundError):  # no such bucket
+            for name in self._below():
+                if fnmatch.fnmatchcase(name.rpartition("/")[2], pattern) and not name.endswith("/"):
+                    yield self / name.removeprefix(f"{self.key}/")
+
+    def _below(self) -> list[str]:
+        """BUCKET/NAME of the objects below it, those among them that mark a folder."""
+        found = self._do(lambda fs: _sync(fs, fs._do_list_objects if self.scheme == "gs" else fs._lsdir, self.key,
+                                          delimiter=""))  # fmt: skip
+        return [info["name"] for info in (found[0] if self.scheme == "gs" else found)]
 
     def open(self, mode: str = "r", encoding: str = "utf-8", **options):
         """To read, "r" or "rb"; what is sought is requested by its range, without reading ahead."""
@@ -157,7 +159,8 @@ class BucketPath(PosixGPath):
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, data: bytes) -> int:
-        self._do(lambda fs: fs.pipe_file(self.key, bytes(data)))
+        put = _put if len(data) <= UPLOAD else lambda fs, *_: fs.pipe_file(self.key, bytes(data), chunksize=UPLOAD)
+        self._do(lambda fs: put(fs, self, data))
         return len(data)
 
     def write_text(self, text: str, encoding: str = "utf-8") -> int:
@@ -168,7 +171,7 @@ class BucketPath(PosixGPath):
 
     def upload(self, file: Path):
         """Make it what a local file holds."""
-        self._do(lambda fs: fs.put_file(str(file), self.key))
+        self._do(lambda fs: fs.put_file(str(file), self.key, chunksize=UPLOAD))
 
     def download(self, file: Path):
         """Make a local file what it holds."""
@@ -181,16 +184,20 @@ class BucketPath(PosixGPath):
         self._do(lambda fs: fs.cp_file(self.key, other.key))
 
     def unlink(self, missing_ok: bool = False):
-        try:
+        if not missing_ok:
+            self.stat()  # S3 would not tell
+        if self.parent == self:
+            raise IsADirectoryError(errno.EISDIR, "is a bucket", str(self))
+        with contextlib.suppress(FileNotFoundError):
             self._do(lambda fs: fs.rm_file(self.key))
-        except FileNotFoundError:
-            if not missing_ok:
-                raise
 
     def rmtree(self):
-        """Remove every object below it."""
-        while names := [path.key for path in self.rglob("*")]:
-            self._do(lambda fs, names=names: fs.rm(names))
+        """Remove the object, and every object below it."""
+        if self.parent != self:
+            self.unlink(missing_ok=True)
+        names = self._below()
+        for at in range(0, len(names), 1000):
+            self._do(lambda fs, some=names[at : at + 1000]: _remove(fs, self.scheme, some))
 
     def mkdir(self, *_, **__):
         """Folders come with their objects."""
@@ -276,16 +283,41 @@ def _read_version(fs, path: BucketPath, version: str) -> bytes:
 
 
 def _write_version(fs, path: BucketPath, data: bytes, version: str | None) -> str:
-    bucket, _, name = path.key.partition("/")
-    silence = min(SILENCE_SECONDS, max(retry_seconds(), 1.0))
     if path.scheme == "gs":
-        place = f"{fs._location}/upload/storage/v1/b/{bucket}/o"
-        answer = fs.call("POST", place, uploadType="media", name=name, ifGenerationMatch=version or "0", data=data,
-                         json_out=True, timeout=silence)  # fmt: skip
-        return answer["generation"]
+        return _put(fs, path, data, ifGenerationMatch=version or "0")
     condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
-    put = functools.partial(fs.call_s3, "put_object", Bucket=bucket, Key=name, Body=data, timeout=silence, **condition)
-    return _precondition(put)["ETag"]
+    return _precondition(lambda: _put(fs, path, data, **condition))
+
+
+def _put(fs, path: BucketPath, data: bytes, **condition) -> str:
+    """Write an object by one request, with a sum by which the store sees that all has come -> its version."""
+    bucket, _, name = path.key.partition("/")
+    if path.scheme == "s3":
+        return fs.call_s3("put_object", Bucket=bucket, Key=name, Body=bytes(data), **condition)["ETag"]
+    line, kind = f"--{secrets.token_hex()}", "application/octet-stream"
+    facts = {"name": name, "contentType": kind, "md5Hash": base64.b64encode(hashlib.md5(data).digest()).decode()}
+    parts = ("application/json", json.dumps(facts).encode()), (kind, data)
+    body = b"".join(f"{line}\r\nContent-Type: {kind}\r\n\r\n".encode() + part + b"\r\n" for kind, part in parts)
+    headers = {"Content-Type": f"multipart/related; boundary={line[2:]}"}
+    place, body = f"{fs._location}/upload/storage/v1/b/{bucket}/o", body + f"{line}--".encode()
+    call = dict(uploadType="multipart", headers=headers, data=body, json_out=True)
+    return fs.call("POST", place, **call, **condition)["generation"]
+
+
+def _remove(fs, scheme: str, names: list[str]):
+    """Remove objects, BUCKET/NAME; whether they are there or not."""
+    if scheme == "gs":
+        found = _sync(fs, fs._delete_files, names, 100)
+        left = [e for e in found if isinstance(e, Exception) and not isinstance(e, FileNotFoundError)]
+        left = [e for e in left if "No such object" not in str(e)]
+    else:
+        bucket, keys = names[0].partition("/")[0], [{"Key": name.partition("/")[2]} for name in names]
+        found = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+        from botocore.exceptions import ClientError
+
+        left = [ClientError({"Error": error}, "DeleteObjects") for error in found.get("Errors", [])]
+    if left:
+        raise left[0]
 
 
 def _precondition(action: Callable):
@@ -298,10 +330,10 @@ def _precondition(action: Callable):
         raise
 
 
-def _sync(fs, function: Callable):
+def _sync(fs, function: Callable, *arguments, **options):
     from fsspec import asyn
 
-    return asyn.sync(fs.loop, function)
+    return asyn.sync(fs.loop, function, *arguments, **options)
 
 
 def _version(info: dict) -> str:
@@ -313,63 +345,3 @@ def _updated(info: dict) -> float:
     if isinstance(when, str):
         when = datetime.datetime.fromisoformat(when)
     return when.timestamp() if when else 0.0
-
-
-@functools.cache
-def filesystem(scheme: str):
-    """What speaks to the store, without a cache of listings, which others change, and without retries of its own."""
-    import fsspec
-
-    if scheme == "gs":
-        from gcsfs import GCSFileSystem
-
-        class Once(GCSFileSystem):
-            _request = GCSFileSystem._request.__wrapped__  # `retrying` tries again
-
-        token = {"token": "anon"} if os.environ.get("STORAGE_EMULATOR_HOST") else {}
-        fsspec.config.conf.setdefault("gcs", {}).update({"use_listings_cache": False, **token})  # for Orbax's paths
-        return Once(use_listings_cache=False, consistency="md5", requests_timeout=SILENCE_SECONDS, **token)
-    from s3fs import S3FileSystem
-
-    class Once(S3FileSystem):
-        retries = 1
-
-    fsspec.config.conf.setdefault("s3", {}).update({"use_listings_cache": False})
-    limits = {"connect_timeout": SILENCE_SECONDS, "read_timeout": SILENCE_SECONDS, "retries": {"total_max_attempts": 1}}
-    return Once(use_listings_cache=False, config_kwargs=limits)
-
-
-_patience = threading.local()
-
-
-@contextlib.contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """Within it, in this thread, what may pass is tried again for so long at most."""
-    before = getattr(_patience, "seconds", float("inf"))
-    _patience.seconds = min(before, seconds)
-    try:
-        yield
-    finally:
-        _patience.seconds = before
-
-
-def retry_seconds() -> float:
-    given = float(os.environ.get("CMD_JAX_RETRY_SECONDS") or RETRY_SECONDS)
-    return min(given, getattr(_patience, "seconds", given))
-
-
-def retrying(path, action: Callable):
-    """action(), tried again with growing random pauses while the store cannot be reached, for `retry_seconds` at most.
-
-    Its errors are OSErrors that name `path`; see BucketPath.
-    """
-    end, longest = time.monotonic() + retry_seconds(), 0.2
-    while True:
-        try:
-            return action()
-        except Exception as error:
-            fault, pause = as_os_error(error, path), random.uniform(0.05, longest)
-            if not isinstance(fault, Unavailable) or time.monotonic() + pause > end:
-                raise fault from error
-        time.sleep(pause)
-        longest = min(2 * longest, LONGEST_PAUSE)

@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote, urlencode
 
 import gcs_stub
 import pytest
+from bucket_faults import UNASKED, Faults, FaultyS3
 
 NAMES = (f"bkt-{number}" for number in itertools.count(1))
 QUIET = ("api", "gcp_storage_emulator", "werkzeug", "moto", "botocore", "boto3")
@@ -46,7 +47,7 @@ class Gcs:
 
     def ask(self, method: str, path: str, data: bytes | None = None) -> bytes:
         kind = "application/octet-stream" if "uploadType=media" in path else "application/json"
-        headers = {gcs_stub.UNASKED: "1", "Content-Type": kind}
+        headers = {UNASKED: "1", "Content-Type": kind}
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read()
@@ -142,8 +143,11 @@ class Stub(Gcs):
         self.order, self.seen, self.stop = self.server.order, self.server.seen, self.server.stop
         super().__init__(self.server.url)
 
+    def plant(self, bucket: str, name: str, data: bytes):
+        self.server.store(bucket, name, data, "", {}, {})
+
     @property
-    def faults(self) -> gcs_stub.Faults:
+    def faults(self) -> Faults:
         return self.server.faults
 
 
@@ -173,7 +177,9 @@ class S3:
         import boto3
 
         keys = dict(aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1")
-        return boto3.client("s3", endpoint_url=self.url, **keys)
+        client = boto3.client("s3", endpoint_url=self.url, **keys)
+        client.meta.events.register("before-send.s3", lambda request, **_: request.headers.update({UNASKED: "1"}))
+        return client
 
     def make_bucket(self, name: str):
         self.client.create_bucket(Bucket=name)
@@ -195,15 +201,32 @@ class S3:
 
 
 class Moto(S3):
-    def __init__(self, port: int = 0):
-        from moto.server import ThreadedMotoServer
+    """moto's server, with faults as the stub's."""
 
-        self.server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
-        self.server.start()
-        super().__init__("http://{}:{}".format(*self.server.get_host_and_port()))
+    def __init__(self, port: int = 0, **faults):
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+        from werkzeug.serving import make_server
+
+        self.faulty = FaultyS3(DomainDispatcherApplication(create_backend_app), **faults)
+        handler = MotoRequestHandler
+        self.server = make_server("127.0.0.1", port, self.faulty, threaded=True, request_handler=handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        self.order, self.seen = self.faulty.order, self.faulty.seen
+        super().__init__(f"http://127.0.0.1:{self.server.server_port}")
+
+    def plant(self, bucket: str, name: str, data: bytes):
+        from moto.s3.models import s3_backends
+
+        s3_backends["123456789012"]["aws"].put_object(bucket, name, data)
+
+    @property
+    def faults(self) -> Faults:
+        return self.faulty.faults
 
     def stop(self):
-        self.server.stop()
+        self.faulty.stopped.set()
+        self.server.shutdown()
+        self.server.server_close()
 
 
 class Bucket(str):
@@ -254,13 +277,11 @@ def serving(kind: str, **faults):
 
 def use(server, monkeypatch, tmp_path) -> Bucket:
     """A fresh bucket of the server, which the environment leads to until the test's end."""
-    import fsspec
+    from cmd_jax.stores import filesystem
 
     for name, value in {**server.environment, "CMD_JAX_CACHE": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
-    # Another server's clients. fsspec's cache forgets them without closing their sessions, as at a process's end.
-    for kind in (fsspec.get_filesystem_class(name) for name in ("gs", "s3")):
-        kind.clear_instance_cache()
+    filesystem.cache_clear()  # it may be another server's client
     return Bucket.make(server)
 
 
@@ -289,21 +310,19 @@ def gcs(gcs_server, monkeypatch, tmp_path) -> Bucket:
 
 
 @pytest.fixture
-def s3(s3_server, monkeypatch, tmp_path) -> Bucket:
-    return use(s3_server, monkeypatch, tmp_path)
-
-
-@pytest.fixture
-def gcs_stub_server(stub_server):
-    yield stub_server
-    stub_server.order()
-    stub_server.seen.clear()
+def s3(s3_server, monkeypatch, tmp_path):
+    """s3:// on moto, with faults as `gcs_stub` has them."""
+    yield use(s3_server, monkeypatch, tmp_path)
+    s3_server.order()
+    s3_server.seen.clear()
 
 
 @pytest.fixture(name="gcs_stub")
-def gcs_stub_bucket(gcs_stub_server, monkeypatch, tmp_path) -> Bucket:
+def gcs_stub_bucket(stub_server, monkeypatch, tmp_path):
     """gs:// with preconditions, and faults by `gcs_stub.server.order(share=0.1)`, gone with the test."""
-    return use(gcs_stub_server, monkeypatch, tmp_path)
+    yield use(stub_server, monkeypatch, tmp_path)
+    stub_server.order()
+    stub_server.seen.clear()
 
 
 def main():
@@ -316,7 +335,7 @@ def main():
     parser.add_argument("--skew", type=float, default=0.0)
     given = vars(parser.parse_args())
     kind, bucket = given.pop("kind"), given.pop("bucket")
-    with serving(kind, **(given if kind == "stub" else {"port": given["port"]})) as server:
+    with serving(kind, **({"port": given["port"]} if kind == "gcs" else given)) as server:
         server.make_bucket(bucket)
         exports = [f"export {name}={value}" for name, value in server.environment.items()]
         print(server.url, *exports, sep="\n", flush=True)

@@ -5,36 +5,19 @@ import base64
 import dataclasses
 import hashlib
 import json
-import random
 import re
 import socket
 import threading
-import time
 from collections import defaultdict
 from datetime import UTC, datetime
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from bucket_faults import UNASKED, Faulty
+
 PAGE = 1000  # names at most in one answer to a listing
 QUANTUM = 2**18  # bytes; of which chunks of a resumable upload are multiples, but for the last
-UNASKED = "X-Test-Unasked"  # the header of a test's own requests: no fault befalls them
-
-
-@dataclasses.dataclass
-class Faults:
-    """What goes wrong from now on; a test sets fields as it goes."""
-
-    share: float = 0.0  # of the requests meet one of `kinds`
-    # 503, 429: not done; drop: not done, no answer; cut: done, but only half of the answer comes
-    kinds: tuple[str, ...] = ("503", "429", "drop", "cut")
-    seed: int = 0  # of who meets what, in the order of arrival
-    only: str = ""  # a pattern; only requests like "POST /upload/storage/v1/b/..." meet them
-    truncate: int = 0  # so many of the next uploads keep the first half of what was sent, and say so in their answer
-    deny: str = ""  # "read", "write" or "all" is answered `status`
-    status: int = 403  # or 401
-    hang: bool = False  # accepted, never answered
-    skew: float = 0.0  # seconds that the server's clock is ahead
 
 
 @dataclasses.dataclass
@@ -69,28 +52,16 @@ class Server(ThreadingHTTPServer):
         """Clients that are killed, or weary of waiting, close their connections."""
 
 
-class Stub(Server):
-    """`buckets`: {bucket: {name: Stored}}; `seen`: (method, path with its query, status) of every request, 0 for a
-    connection that was closed without an answer."""
+class Stub(Faulty, Server):
+    """`buckets`: {bucket: {name: Stored}}."""
 
     def __init__(self, port: int = 0, **faults):
-        super().__init__(("127.0.0.1", port), Handler)
+        Server.__init__(self, ("127.0.0.1", port), Handler)
+        Faulty.__init__(self, **faults)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.buckets: dict[str, dict[str, Stored]] = {}
         self.uploads: dict[str, dict] = {}
-        self.seen: list[tuple[str, str, int]] = []
-        self.stopped = threading.Event()
-        self.lock = threading.RLock()
         self.generation = 10**15
-        self.order(**faults)
-
-    def order(self, **faults):
-        """These faults from now on, and no others."""
-        self.faults = Faults(**faults)
-        self.chance = random.Random(self.faults.seed)
-
-    def now(self) -> float:
-        return time.time() + self.faults.skew
 
     def start(self):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -100,13 +71,6 @@ class Stub(Server):
         self.stopped.set()
         self.shutdown()
         self.server_close()
-
-    def fault_of(self, request: str) -> str:
-        faults = self.faults
-        if not faults.share or not re.search(faults.only, request):
-            return ""
-        with self.lock:
-            return self.chance.choice(faults.kinds) if self.chance.random() < faults.share else ""
 
     def objects(self, bucket: str) -> dict[str, Stored]:
         if bucket not in self.buckets:
@@ -135,8 +99,7 @@ class Stub(Server):
         with self.lock:
             objects = self.objects(bucket)
             self.check(objects.get(name), query)
-            if self.faults.truncate:
-                self.faults.truncate -= 1
+            if self.truncates():
                 data = data[: len(data) // 2]
             self.generation += 1
             stored = Stored(
@@ -172,16 +135,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve(self):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.fault = ""
-        if not self.headers.get(UNASKED):
-            self.fault = self.server.fault_of(f"{self.command} {self.path}")
-            if self.server.faults.hang:
-                self.server.stopped.wait()
-        if self.fault == "drop" or self.server.stopped.is_set():
+        self.fault = "" if self.headers.get(UNASKED) else self.server.fault_of(self.command, self.path)
+        if self.fault == "drop":
             return self.hang_up()
         try:
-            if self.fault in ("503", "429"):
-                raise Refused(int(self.fault), "Try again later.")
+            match self.fault:
+                case "503" | "429":
+                    raise Refused(int(self.fault), "Try again later.")
+                case "deny":
+                    status = self.server.faults.status
+                    who = "Anonymous caller" if status == 401 else "run@project.iam.gserviceaccount.com"
+                    raise Refused(status, f"{who} does not have access to the Google Cloud Storage object.")
             self.route()
         except Refused as e:
             self.answer_json({"error": {"code": e.status, "message": e.message}}, e.status)
@@ -219,15 +183,11 @@ class Handler(BaseHTTPRequestHandler):
     def route(self):
         path, _, query = self.path.partition("?")
         query = {key: values[0] for key, values in parse_qs(query, keep_blank_values=True).items()}
-        if path == "/faults":
-            self.server.order(**json.loads(self.body))
-            return self.answer()
         match = re.fullmatch(r"/(?:(upload|download)/)?storage/v1/b(?:/([^/]+)(?:/(o)(?:/([^/]*)(/.*)?)?)?)?", path)
         if not match:
             raise Refused(501, f"nothing here does {self.command} {path}")
         door, bucket, objects, name, rest = match.groups()
         bucket, name = (None if x is None else unquote(x) for x in (bucket, name))
-        self.check_right(f"storage.{'objects' if objects else 'buckets'}")
         if bucket is None or not objects:
             return self.serve_bucket(bucket)
         if door == "upload":
@@ -237,13 +197,6 @@ class Handler(BaseHTTPRequestHandler):
         if rest:
             return self.copy(bucket, name, rest, query)
         return self.serve_object(bucket, name, query, "media" if door == "download" else query.get("alt"))
-
-    def check_right(self, what: str):
-        faults, kind = self.server.faults, "read" if self.command == "GET" else "write"
-        if faults.deny in (kind, "all") and not self.headers.get(UNASKED):
-            who = "Anonymous caller" if faults.status == 401 else "run@project.iam.gserviceaccount.com"
-            right = f"{what}.{'get' if kind == 'read' else 'create'}"
-            raise Refused(faults.status, f"{who} does not have {right} access to the Google Cloud Storage object.")
 
     def serve_bucket(self, bucket: str | None):
         buckets = self.server.buckets

@@ -12,9 +12,10 @@ import threading
 import time
 from pathlib import Path
 
-from cmd_jax.buckets import BucketPath, patience, read_versioned, write_if
+from cmd_jax.buckets import BucketPath, read_versioned, write_if
 from cmd_jax.errors import Unavailable, UserError
 from cmd_jax.files import COUNT, parse_json
+from cmd_jax.stores import patience
 
 SECONDS, LONGEST = 30, 60  # of a lease: how long it is by default, and at most
 RENEWALS = 4  # in the time of a lease
