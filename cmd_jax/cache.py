@@ -112,7 +112,11 @@ class Cache:
         while True:
             with self._told():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                descriptor = _locked(part, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)  # while another makes it
+                try:
+                    descriptor = _locked(part, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:  # another makes it; to wait for the lock would be to wait for its readers too
+                    time.sleep(POLL)
+                    continue
             try:
                 if lease := self._found(stem, sha256, size):  # the other has
                     part.unlink()
@@ -161,9 +165,7 @@ class Cache:
         end = time.monotonic() + PATIENCE
         while True:
             with self._told():
-                if self._made_room(part, size):
-                    os.ftruncate(descriptor, 0)
-                    os.ftruncate(descriptor, size)
+                if self._made_room(descriptor, part, size):
                     return
             if not spare():
                 if time.monotonic() > end:
@@ -171,8 +173,9 @@ class Cache:
                     raise UserError("data.cache_gib", gib, problem, "raise it")
                 time.sleep(POLL)
 
-    def _made_room(self, part: str, size: int) -> bool:
-        """Remove what is in nobody's use, the longest unused first, until there is room -> whether there is."""
+    def _made_room(self, descriptor: int, part: str, size: int) -> bool:
+        """Remove what is in nobody's use, the longest unused first, until there is room, and take it -> whether it was
+        enough."""
         if not self.limit and self._swept:
             return True
         self._swept = True
@@ -188,7 +191,10 @@ class Cache:
             for name in sorted(there.keys() - {part}, key=order):
                 if (name.endswith(".part") or self.limit and excess > 0) and self._removed(name):
                     excess -= there[name].st_size
-            return not self.limit or excess <= 0
+            if self.limit and excess > 0:
+                return False
+            os.ftruncate(descriptor, size)
+            return True
         finally:
             os.close(lock)
 

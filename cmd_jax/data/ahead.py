@@ -1,13 +1,16 @@
 """Shards of a bucket, fetched before the steps that read them: which these are is known by the plan of the batches."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from cmd_jax.cache import Lease, current
+from cmd_jax.cache import GIB, Lease, current
 from cmd_jax.errors import UserError
 
 FETCHES = 4  # shards at a time
+
+log = logging.getLogger(__name__)
 
 
 class Shelf(NamedTuple):
@@ -56,6 +59,9 @@ class Ahead:
     def _needed(self, indices: Iterable[int]) -> Iterator[int]:
         sizes, limit = self._shelf.sizes(), current().limit
         fits = not limit or sum(sizes) <= limit
+        if not fits:
+            said = "data.cache_gib=%g holds %.0f %% of the data: shards are fetched again and again"
+            log.warning(said, limit / GIB, 100 * limit / sum(sizes))
         most, seen, size, first = sum(sizes) if fits else limit // 2, set(), 0, 0
         for place, index in enumerate(indices):
             if self._closed.is_set() or fits and len(seen) == len(sizes):
