@@ -1,5 +1,7 @@
 """What Orbax and TensorStore, which hold the arrays of a checkpoint, must be told before they save here."""
 
+import contextlib
+import errno
 import glob
 import logging
 import os
@@ -11,9 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from cmd_jax.errors import UserError
+from cmd_jax.buckets import BucketPath, retry_seconds
+from cmd_jax.errors import Unavailable, UserError
+from cmd_jax.files import is_remote
 
 # Orbax raises the first error of its threads, which is where we tell of it. It logs it too, with two tracebacks; leaves
 # other tasks behind, whose errors asyncio logs with one each, or that never began, of which Python warns; and closes
@@ -30,6 +36,47 @@ def _unraisable(told, before=sys.unraisablehook):
 
 
 sys.unraisablehook = _unraisable
+
+
+# TensorStore waits for ever for a server that fell silent (its issue 291). Read at its first request to a bucket.
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "10")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", "10")
+RETRIES = 6  # after pauses that grow twofold each time
+FAILED = r"All \d+ retry attempts failed: "  # TensorStore's words for an error that may pass but did not
+_spec_of, _context = tensorstore_utils.build_kvstore_tspec, tensorstore_utils.get_ts_context
+
+
+def _with_s3(directory: str, name: str | None = None, **options) -> dict:
+    """Orbax's specification of a key-value store, also for s3://, which Orbax takes for a local path."""
+    if not directory.startswith("s3://"):
+        return _spec_of(directory, name, **options)
+    return _on_s3(_spec_of(directory.replace("s3://", "gs://", 1), name, **options))
+
+
+def _on_s3(spec):
+    if not isinstance(spec, dict) or spec.get("driver") != "gcs":
+        return {key: _on_s3(value) for key, value in spec.items()} if isinstance(spec, dict) else spec
+    endpoint, region = os.environ.get("AWS_ENDPOINT_URL"), os.environ.get("AWS_REGION")
+    spec |= {"driver": "s3"} | ({"endpoint": endpoint} if endpoint else {})
+    # Only of Amazon's own buckets can TensorStore ask for the region.
+    if region := region or os.environ.get("AWS_DEFAULT_REGION") or (endpoint and "us-east-1"):
+        spec |= {"aws_region": region}
+    # The first of its default chain, which complains on stderr of files that the others would need.
+    return spec | ({"aws_credentials": {"type": "environment"}} if "AWS_ACCESS_KEY_ID" in os.environ else {})
+
+
+def _with_patience(**options) -> ts.Context:
+    """Orbax's context, in which requests to a bucket are tried again for `retry_seconds`, not for a quarter of an hour.
+
+    For a server that never answers it is about three times that.
+    """
+    seconds = retry_seconds()
+    again = {"max_retries": RETRIES, "initial_delay": f"{seconds / (2**RETRIES - 1)}s", "max_delay": f"{seconds}s"}
+    return ts.Context({"gcs_request_retries": again, "s3_request_retries": again}, _context(**options))
+
+
+tensorstore_utils.build_kvstore_tspec, tensorstore_utils.get_ts_context = _with_s3, _with_patience
 
 
 def make_handler() -> ocp.PyTreeCheckpointHandler:
@@ -49,25 +96,55 @@ class LiteralPath(type(epath.Path())):
         return map(type(self), glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
 
 
-def literal(path: Path) -> LiteralPath:
-    return LiteralPath(os.path.realpath(path))  # Orbax drops LINK/.. by itself, which may lead elsewhere
+def literal(path: Path | BucketPath) -> LiteralPath | BucketPath:
+    # Orbax drops LINK/.. by itself, which may lead elsewhere.
+    return path if is_remote(path) else LiteralPath(os.path.realpath(path))
 
 
-def check_name(folder: Path):
+def check_name(folder: Path | BucketPath):
     """UserError for a folder that TensorStore cannot name, or that Orbax takes for one of a bucket."""
-    path, problem = os.path.realpath(folder), ""
+    if is_remote(folder):
+        path, problem = str(folder), ""
+        if wrong := re.search(r"[#?*\[\]\\\x00-\x1f\x7f]|gs:(?=/)", f"{folder.key}/"):
+            problem = f"holds {wrong[0]}"
+    else:
+        path, problem = os.path.realpath(folder), ""
+        if re.match("/(gs|s3|az|hf)/", f"{path}/"):  # as etils has it
+            problem = f"would be taken for {path[1:3]}://"
+        elif wrong := re.search(r"gs:(?=/)|\\", f"{path}/"):
+            problem = f"holds {wrong[0]}"
     if path != path.encode(errors="replace").decode():
         problem = "is not UTF-8"
-    elif re.match("/(gs|s3|az|hf)/", f"{path}/"):  # as etils has it
-        problem = f"would be taken for {path[1:3]}://"
-    elif wrong := re.search(r"gs:(?=/)|\\", f"{path}/"):
-        problem = f"holds {wrong[0]}"
     if problem:
         raise UserError("workdir", folder, f"{problem}, where Orbax cannot save", "rename it, or give another folder")
+
+
+@contextlib.contextmanager
+def answering(folder: Path | BucketPath):
+    """What TensorStore raises within, where a bucket did not answer, as Unavailable."""
+    try:
+        yield
+    except Exception as error:
+        if (told := as_unavailable(error, folder)) is error:
+            raise
+        raise told
+
+
+def as_unavailable(error: Exception, folder: Path | BucketPath) -> Exception:
+    """An error of TensorStore that says that a bucket did not answer, as Unavailable; another one as it is."""
+    if not is_remote(folder) or isinstance(error, OSError) or not re.search(FAILED, str(error)):
+        return error
+    told = Unavailable(errno.EHOSTUNREACH, f"cannot be reached ({reason(error)})", str(folder))
+    told.__cause__ = error
+    return told
 
 
 def reason(error: BaseException) -> str:
     """What went wrong in one short line; TensorStore's messages carry source locations."""
     text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-    system = re.search(r"([^:]*) \[os_error_code=", text)
-    return system[1].strip() if system else text[:200]
+    text = re.sub(rf".*{FAILED}", "", text)
+    if system := re.search(r"([^:]*) \[os_error_code=", text):
+        return system[1].strip()
+    if answer := re.search(r"([^:]*) \[http_response_code='(\d+)'", text):
+        return f"{answer[1].strip()} ({answer[2]})"
+    return text[:200]

@@ -1,9 +1,9 @@
 """Saving and restoring a run.
 
 A checkpoint is a folder `checkpoints/STEP`: the items of the state as Orbax writes them, run.json, and manifest.json
-with the size and SHA-256 of every other file, written last. It is made under another name and renamed when all of it is
-on the disk, so that a step that is there is complete. It is believed only when every byte agrees with its manifest:
-Orbax alone restores flipped bits in silence.
+with the size and SHA-256 of every other file, written last. On a disk it is made under another name and renamed when
+all of it is there; a bucket knows no rename, and what has no manifest is no step. So a step that is there is complete.
+It is believed only when every byte agrees with its manifest: Orbax alone restores flipped bits in silence.
 
 Orbax writes the arrays; barriers, commit and the removal of old steps are ours. Tried instead (orbax 0.12.8, two
 processes): where one process of ocp.AsyncCheckpointer cannot write, it never comes to the barrier, and the others wait
@@ -18,10 +18,8 @@ import asyncio
 import itertools
 import json
 import logging
-import os
-import re
-import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,12 +27,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from cmd_jax.buckets import BucketPath
 from cmd_jax.errors import UserError
-from cmd_jax.files import read_json, sync_path, write_text
-from cmd_jax.running.array_store import check_name, literal, make_handler, reason
+from cmd_jax.files import is_remote, read_json, write_text
+from cmd_jax.running.array_store import answering, as_unavailable, check_name, literal, make_handler, reason
 from cmd_jax.running.distributed import barrier, gather, leader_alone
 from cmd_jax.running.hosts import check_tree
-from cmd_jax.running.manifest import MANIFEST, CutOff, Damaged, item_digest, read_manifest, verify, write_manifest
+from cmd_jax.running.manifest import CutOff, Damaged, item_digest, read_manifest, verify, write_manifest
+from cmd_jax.running.steps import steps_in
 from cmd_jax.state import TrainState
 
 ITEMS = ("step", "params", "ema", "opt_state")  # of a TrainState, each restorable by itself
@@ -42,7 +42,6 @@ RUN = "run.json"
 RUN_LIKE = {"config?": {"model?": dict, ...: object}, ...: object}
 GONE = "gone"  # what becomes of a step that a training removes
 MERGED = "manifest.ocdbt"  # Orbax's, in the folder of an item, once it has merged what the processes wrote
-SAVING, DELETING = ".saving", ".deleting"  # endings of folders that are no checkpoints yet, or no longer
 
 log = logging.getLogger(__name__)
 _saves = itertools.count()  # numbers the saves of this process, which all make together, for the names of barriers
@@ -52,22 +51,27 @@ class Checkpoints:
     """The checkpoints of one stage folder. Saves run in the background; `wait` and `close` wait for them.
 
     keep: how many of the newest are kept. read_only: for a folder in which another process may be training and saving.
-    items: what is going to be restored; only of that every byte is compared with the manifest.
+    items: what is going to be restored; only of that every byte is compared with the manifest. before_commit: called
+    by process 0, in the background, when all of a step but its manifest is written; its error fails the save.
     With several processes, on a shared file system, every one calls latest, save, restore, restore_item and digest
     together, and each compares its share.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, read_only: bool = False, items: tuple[str, ...] = ITEMS):
+    def __init__(
+        self,
+        folder: Path | BucketPath,
+        keep: int = 2,
+        read_only: bool = False,
+        items: tuple[str, ...] = ITEMS,
+        before_commit: Callable[[], None] = lambda: None,
+    ):
         check_name(folder)
-        self.folder = (folder / "checkpoints").absolute()
+        self._steps = steps_in(folder)
+        self.folder, self._before_commit = self._steps.folder, before_commit
         self._keep, self._read_only, self._items = max(keep, 1), read_only, items
         self._first, self._looked, self._newest = jax.process_index() == 0, False, None
         self._saving = self._thread = self._error = None  # the step that is being saved, by which thread, how it failed
         self._handlers = {name: make_handler() for name in ITEMS}
-        if self._first and not read_only:
-            for path in self.folder.glob("*"):
-                if path.suffix in (SAVING, DELETING):
-                    shutil.rmtree(path, ignore_errors=True)
 
     def latest(self) -> int | None:
         """The newest step whose checkpoint is whole, every byte of it compared once; None if none was ever completed.
@@ -88,21 +92,32 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest():
             return
-        folder, futures, errors = self.folder / f"{step}{SAVING}", [], []
+        folder, futures, errors, number = self._steps.place(step), [], [], next(_saves)
         try:
-            for name in ITEMS:
-                (folder / name).mkdir(parents=True, exist_ok=True)
+            self._begin(step, folder, number)
             with ThreadPoolExecutor(1) as pool:  # this thread may be running an event loop, as a notebook's does
                 results = pool.submit(asyncio.run, self._start_writes(folder, state)).result()
             for result in results:
                 errors.append(result) if isinstance(result, Exception) else futures.extend(result)
-        except OSError as e:  # told by `wait`, when the other processes know too
+        except (OSError, RuntimeError) as e:  # told by `wait`, when the other processes know too
             errors.append(e)
-        arguments = (step, folder, json.dumps(run, sort_keys=True), futures, errors, next(_saves))
+        arguments = (step, folder, json.dumps(run, sort_keys=True), futures, errors, number)
         self._saving, self._thread = step, threading.Thread(target=self._complete, args=arguments, name=f"save {step}")
         self._thread.start()
 
-    async def _start_writes(self, folder: Path, state: TrainState) -> list:
+    def _begin(self, step: int, folder: Path | BucketPath, number: int):
+        """Folders for the items; in a bucket, nothing may be there, with which Orbax would merge what it writes."""
+        if not is_remote(folder):
+            for name in ITEMS:
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            return
+        try:
+            if self._first:
+                self._steps.remove(step)
+        finally:
+            barrier(f"save-{number}-begun")
+
+    async def _start_writes(self, folder: Path | BucketPath, state: TrainState) -> list:
         """Copy the state off the devices -> for each item a list of futures, or an error."""
 
         def write(name):
@@ -111,7 +126,7 @@ class Checkpoints:
 
         return await asyncio.gather(*map(write, ITEMS), return_exceptions=True)
 
-    def _complete(self, step: int, folder: Path, run: str, futures: list, errors: list, number: int):
+    def _complete(self, step: int, folder: Path | BucketPath, run: str, futures: list, errors: list, number: int):
         """In the background: wait until all processes have written their shards, then process 0 makes a checkpoint."""
         done = [folder / f"process-{i}.done" for i in range(jax.process_count())]
         for future in futures:  # each to its end: nothing may be written any more to a folder that is removed
@@ -130,15 +145,18 @@ class Checkpoints:
                 except Exception as e:
                     errors.append(e)
                 if errors:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    self._steps.abandon(step)
             barrier(f"save-{number}-committed")
         except Exception as e:  # a process is gone
             errors.append(e)
-        if not errors and not (self.folder / str(step)).is_dir():
-            errors.append(RuntimeError("another process failed to write its part"))
-        self._error = errors[0] if errors else None
+        try:
+            if not errors and not self._steps.has(step):
+                errors.append(RuntimeError("another process failed to write its part"))
+        except OSError as e:
+            errors.append(e)
+        self._error = as_unavailable(errors[0], folder) if errors else None
 
-    def _commit(self, step: int, folder: Path, run: str, done: list[Path]):
+    def _commit(self, step: int, folder: Path | BucketPath, run: str, done: list):
         missing = [i for i, path in enumerate(done) if not path.exists()]
         if missing:
             raise RuntimeError(f"process {', '.join(map(str, missing))} failed to write its part")
@@ -150,9 +168,9 @@ class Checkpoints:
             if not (folder / name / MERGED).is_file():
                 raise RuntimeError(f"the parts of {name} were not merged")
         write_text(folder / RUN, run + "\n", sync=False)  # the manifest's writer brings all to the disk
+        self._before_commit()
         write_manifest(folder, step)
-        os.rename(folder, self.folder / str(step))
-        sync_path(self.folder)
+        self._steps.commit(step)
         try:
             self._retire(step)
         except OSError as e:
@@ -169,7 +187,8 @@ class Checkpoints:
             before = self.latest()
             kept = "no step was saved before" if before is None else f"the previous step {before} is intact"
             problem = f"could not be saved ({reason(error)}); {kept}"
-            remedy = "free space or mend the disk, then run the same command again"
+            mend = "look after the bucket and the way to it" if is_remote(self.folder) else "free space or mend the disk"
+            remedy = f"{mend}, then run the same command again"
             raise UserError("checkpoint", step, problem, remedy) from error
         self._newest = step
 
@@ -203,11 +222,13 @@ class Checkpoints:
         like = {"value": like}
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
         args = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=part)
-        return self._handlers[name].restore(literal(folder / name), args=args)["value"]
+        with answering(folder):
+            return self._handlers[name].restore(literal(folder / name), args=args)["value"]
 
     def shapes(self, name: str):
         """Tree of ShapeDtypeStructs of one item of the newest whole checkpoint."""
-        saved = self._handlers[name].metadata(literal(self._newest_folder() / name)).tree["value"]
+        with answering(self.folder):
+            saved = self._handlers[name].metadata(literal(self._newest_folder() / name)).tree["value"]
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
 
     def digest(self, name: str) -> str:
@@ -221,17 +242,17 @@ class Checkpoints:
             raise UserError("checkpoints", self.folder, "holds no checkpoint", "train that stage first")
         return self.folder / str(step)
 
-    def _steps(self) -> list[int]:
-        """Newest first; nothing but folders that a step could have is looked at."""
-        names = [path.name for path in self.folder.glob("*") if path.is_dir()]
-        return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True)
+    def _look(self) -> list[int]:
+        if not self._read_only:
+            self._steps.clean()
+        return self._steps.numbers()
 
     def _newest_whole(self) -> int | None:
         """The same in every process."""
         bad, found, again = {}, None, True
         while again:  # where steps vanish, which a training that goes on there removes, there are newer ones
             again = False
-            for step in leader_alone(self._steps):
+            for step in leader_alone(self._look):
                 fault = self._fault(step)
                 if fault is None:
                     found, again = step, False
@@ -248,12 +269,12 @@ class Checkpoints:
             try:
                 verify(folder, self._items, part, parts)
             except (CutOff, Damaged) as e:
-                return [type(e).__name__ if folder.is_dir() else GONE, str(e)]
+                return [type(e).__name__ if self._steps.has(step) else GONE, str(e)]
 
         if jax.process_count() > 1:
             try:
                 mine = judge(jax.process_index(), jax.process_count())
-            except UserError as e:
+            except (UserError, OSError) as e:
                 mine = ["", str(e)]
             complaints = {i: text for i, text in enumerate(gather(mine[1] if mine else "")) if text}
             if not complaints:
@@ -273,25 +294,15 @@ class Checkpoints:
             raise UserError("checkpoint", damaged, f"damaged: {bad[damaged][1]}; no other one is whole", remedy)
         instead = "there is no older one" if found is None else f"falling back to step {found}"
         for step, (_, why) in bad.items():
-            moved = "" if self._read_only else f"; moved to {self._set_aside(step)}"
+            moved = "" if self._read_only else f"; moved to {self._steps.set_aside(step)}"
             log.warning("checkpoint %d is not whole: %s; %s%s", step, why, instead, moved)
         return found
 
-    def _set_aside(self, step: int) -> Path:
-        place = self.folder.parent / "damaged"
-        names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(1)))
-        path = next(place / name for name in names if not (place / name).exists())
-        place.mkdir(exist_ok=True)
-        os.rename(self.folder / str(step), path)
-        return path
-
     def _retire(self, newest: int):
         """Remove what is older than the `keep` newest complete checkpoints up to step `newest`, those of earlier runs
-        included; renamed first, so that none is ever half there."""
-        steps = [step for step in self._steps() if step <= newest]
-        complete = [step for step in steps if (self.folder / str(step) / MANIFEST).is_file()]
+        included."""
+        steps = [step for step in self._steps.numbers() if step <= newest]
+        complete = [step for step in steps if self._steps.is_complete(step)]
         for step in steps:
             if step < complete[: self._keep][-1]:
-                removed = self.folder / f"{step}{DELETING}"
-                os.rename(self.folder / str(step), removed)
-                shutil.rmtree(removed)
+                self._steps.remove(step)

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cmd_jax.errors import UserError
-from cmd_jax.files import COUNT, check_like, parse_json, sync_path, write_text
+from cmd_jax.buckets import CHUNK, BucketPath
+from cmd_jax.errors import Unavailable, UserError
+from cmd_jax.files import COUNT, check_like, is_remote, parse_json, sync_path, write_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -24,11 +25,15 @@ class Damaged(Exception):
     """A checkpoint that is not what its manifest says."""
 
 
-def _entry_of(path: Path, sync: bool = False) -> dict:
-    with open(path, "rb") as file:
+def _entry_of(path: Path | BucketPath, sync: bool = False) -> dict:
+    size, digest = 0, hashlib.sha256()
+    with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())
-        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        while chunk := file.read(CHUNK if is_remote(path) else 2**18):  # a request each
+            digest.update(chunk)
+            size += len(chunk)
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
 def digest_of(manifest: dict) -> str:
@@ -37,23 +42,24 @@ def digest_of(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, step: int):
-    """Bring every file of the folder to the disk, hash it, and write that down."""
-    paths = sorted(folder.rglob("*"))
-    files = [path for path in paths if path.is_file()]
+def write_manifest(folder: Path | BucketPath, step: int):
+    """Bring every file of the folder to the disk, hash it, and write that down; of a bucket's objects, read them back.
+    """
+    paths, on_disk = sorted(folder.rglob("*")), not is_remote(folder)
+    files = [path for path in paths if not on_disk or path.is_file()]
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        entries = list(pool.map(lambda path: _entry_of(path, sync=True), files))
+        entries = list(pool.map(lambda path: _entry_of(path, sync=on_disk), files))
     names = [path.relative_to(folder).as_posix() for path in files]
     manifest = {"format": FORMAT, "step": step, "files": dict(zip(names, entries, strict=True))}
     write_text(folder / MANIFEST, json.dumps(manifest | {"digest": digest_of(manifest)}, sort_keys=True) + "\n")
-    for path in (folder, *(path for path in paths if path.is_dir())):
+    for path in (folder, *(path for path in paths if path.is_dir())) if on_disk else ():
         sync_path(path)
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path | BucketPath) -> dict:
     """The manifest of checkpoint `folder`. CutOff or Damaged, saying why, where there is none to be believed.
 
-    UserError if a newer cmd_jax wrote it.
+    UserError if a newer cmd_jax wrote it. Unavailable or PermissionError where a bucket shows nothing at all.
     """
     try:
         text = (folder / MANIFEST).read_bytes()
@@ -62,7 +68,7 @@ def read_manifest(folder: Path) -> dict:
             raise CutOff("is an empty folder") from None
         raise Damaged(f"has no {MANIFEST}") from None
     except OSError as e:
-        raise Damaged(f"{MANIFEST} cannot be read ({e.strerror})") from None
+        raise _judged(e, folder, MANIFEST) from None
     try:
         manifest = parse_json(text, MANIFEST, folder, like={"format": COUNT, "digest": str, ...: object})
     except UserError as e:
@@ -89,7 +95,14 @@ def item_digest(manifest: dict, item: str) -> str:
     return hashlib.sha256(json.dumps(files_of(manifest, item), sort_keys=True).encode()).hexdigest()
 
 
-def verify(folder: Path, items: Iterable[str], part: int = 0, parts: int = 1):
+def _judged(error: OSError, folder: Path | BucketPath, name: str) -> Exception:
+    """Damage, but what a store does not answer or does not allow says nothing of what is in it."""
+    if isinstance(error, Unavailable) or is_remote(folder) and isinstance(error, PermissionError):
+        return error
+    return Damaged(f"{name} cannot be read ({error.strerror})")
+
+
+def verify(folder: Path | BucketPath, items: Iterable[str], part: int = 0, parts: int = 1):
     """Compare the files of `items`, and those that belong to none, with the manifest of checkpoint `folder`.
 
     Of `parts` shares of about the same size only share `part`. CutOff, Damaged and UserError as of `read_manifest`;
@@ -102,13 +115,13 @@ def verify(folder: Path, items: Iterable[str], part: int = 0, parts: int = 1):
     def check(name: str):
         wanted = manifest["files"][name]
         try:
-            size = os.stat(folder / name).st_size
+            size = (folder / name).stat().st_size
             if size != wanted["size"]:
                 raise Damaged(f"{name} has {size} bytes, not {wanted['size']}")
             if _entry_of(folder / name) != wanted:
                 raise Damaged(f"{name} has another SHA-256 than when it was written")
         except OSError as e:
-            raise Damaged(f"{name} cannot be read ({e.strerror})") from None
+            raise _judged(e, folder, name) from None
 
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         list(pool.map(check, names[part::parts]))
