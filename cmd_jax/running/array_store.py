@@ -96,6 +96,30 @@ class LiteralPath(type(epath.Path())):
         return map(type(self), glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
 
 
+def check_lengths(folder: BucketPath):
+    """RuntimeError for an object of one tree of arrays that is shorter than its OCDBT index says.
+
+    TensorStore believes that a store has kept all of what it uploaded.
+    """
+    context = tensorstore_utils.get_ts_context()
+    base = ts.KvStore.open(
+        tensorstore_utils.build_kvstore_tspec(str(folder), use_ocdbt=False), context=context
+    ).result()
+    base.path += "/"
+    needed, nodes = {}, [ts.ocdbt.dump(base, context=context).result()["versions"][-1]["root"]]
+    while nodes:
+        entry = nodes.pop()
+        place = entry.get("location") or entry.get("indirect_value")
+        if place:  # KIND:FOLDER:NAME:OFFSET:LENGTH
+            _, parent, name, offset, length = place.split(":")
+            needed[parent + name] = max(needed.get(parent + name, 0), int(offset) + int(length))
+        if "location" in entry:
+            nodes += ts.ocdbt.dump(base, node=place, context=context).result()["entries"]
+    for name, size in needed.items():
+        if (found := (folder / name).stat().st_size) < size:
+            raise RuntimeError(f"{folder.name}/{name} has {found} bytes, not {size}")
+
+
 def literal(path: Path | BucketPath) -> LiteralPath | BucketPath:
     # Orbax drops LINK/.. by itself, which may lead elsewhere.
     return path if is_remote(path) else LiteralPath(os.path.realpath(path))

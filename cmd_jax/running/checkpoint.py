@@ -30,7 +30,15 @@ import orbax.checkpoint as ocp
 from cmd_jax.buckets import BucketPath
 from cmd_jax.errors import UserError
 from cmd_jax.files import is_remote, read_json, write_text
-from cmd_jax.running.array_store import answering, as_unavailable, check_name, literal, make_handler, reason
+from cmd_jax.running.array_store import (
+    answering,
+    as_unavailable,
+    check_lengths,
+    check_name,
+    literal,
+    make_handler,
+    reason,
+)
 from cmd_jax.running.distributed import barrier, gather, leader_alone
 from cmd_jax.running.hosts import check_tree
 from cmd_jax.running.manifest import CutOff, Damaged, item_digest, read_manifest, verify, write_manifest
@@ -167,6 +175,8 @@ class Checkpoints:
             # Where Orbax finds no parts to merge it is content, and what was written cannot be restored.
             if not (folder / name / MERGED).is_file():
                 raise RuntimeError(f"the parts of {name} were not merged")
+            if is_remote(folder):
+                check_lengths(folder / name)
         write_text(folder / RUN, run + "\n", sync=False)  # the manifest's writer brings all to the disk
         self._before_commit()
         write_manifest(folder, step)
@@ -187,7 +197,9 @@ class Checkpoints:
             before = self.latest()
             kept = "no step was saved before" if before is None else f"the previous step {before} is intact"
             problem = f"could not be saved ({reason(error)}); {kept}"
-            mend = "look after the bucket and the way to it" if is_remote(self.folder) else "free space or mend the disk"
+            mend = (
+                "look after the bucket and the way to it" if is_remote(self.folder) else "free space or mend the disk"
+            )
             remedy = f"{mend}, then run the same command again"
             raise UserError("checkpoint", step, problem, remedy) from error
         self._newest = step

@@ -102,7 +102,7 @@ class BucketSteps(DiskSteps):
 
     def clean(self):
         for path in self.folder.glob("*"):
-            if path.name.isdecimal() and not self._is_step(path):
+            if path.name.isdecimal() and not self._is_step(path) and path.is_dir():
                 log.warning("%s has no %s: what an unfinished save left there is removed", path, MANIFEST)
                 remove_tree(path)
 
