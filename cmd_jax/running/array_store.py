@@ -151,7 +151,7 @@ def answering(folder: Path | BucketPath):
     except Exception as error:
         if (told := as_unavailable(error, folder)) is error:
             raise
-        raise told
+        raise told from error
 
 
 def as_unavailable(error: Exception, folder: Path | BucketPath) -> Exception:

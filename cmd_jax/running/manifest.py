@@ -43,7 +43,7 @@ def digest_of(manifest: dict) -> str:
 
 
 def write_manifest(folder: Path | BucketPath, step: int):
-    """Bring every file of the folder to the disk, hash it, and write that down; of a bucket's objects, read them back."""
+    """Bring every file of the folder to the disk, or read it back from a bucket, hash it, and write that down."""
     paths, on_disk = sorted(folder.rglob("*")), not is_remote(folder)
     files = [path for path in paths if not on_disk or path.is_file()]
     with ThreadPoolExecutor(HASH_THREADS) as pool:

@@ -3,20 +3,16 @@
 import contextlib
 import hashlib
 import json
-import os
-import re
 
 import pytest
 from checkpoints import check_whole, save, state_at
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from cmd_jax.errors import UserError, exit_code
-from cmd_jax.files import as_path, write_text
+from cmd_jax.files import as_path
 from cmd_jax.running import array_store
 from cmd_jax.running.checkpoint import ITEMS, Checkpoints
-from cmd_jax.running.hosts import digest
 from cmd_jax.running.lock import lock_folder
-from cmd_jax.running.manifest import verify
 
 PLACE = "run/autoencoder"
 
