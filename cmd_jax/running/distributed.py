@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from cmd_jax.errors import Unavailable, UserError, choose, exit_code, of_file
+from cmd_jax.errors import UserError, choose, of_file
 from cmd_jax.running.runtime import check_devices, has_terminal
 
 log = logging.getLogger(__name__)
@@ -243,13 +243,12 @@ def leader_alone(action: Callable):
             problem = e
         except OSError as e:
             problem = of_file(e)
-            problem.__cause__ = e
     error = problem and [problem.field, str(problem.value), problem.problem, problem.remedy]
-    value, error, unavailable = broadcast_from_leader([value, error, exit_code(problem) == 3])
+    value, error = broadcast_from_leader([value, error])
     if problem:
         raise problem
     if error:
-        raise UserError(*error) from (Unavailable() if unavailable else None)
+        raise UserError(*error)
     return value
 
 

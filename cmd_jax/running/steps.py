@@ -13,6 +13,7 @@ from cmd_jax.files import is_remote, remove_tree, sync_path
 from cmd_jax.running.manifest import MANIFEST
 
 SAVING, DELETING = ".saving", ".deleting"  # endings of folders that are no checkpoints yet, or no longer
+STEP, BEGUN = "step", "begun"
 COPY_THREADS = 8
 
 log = logging.getLogger(__name__)
@@ -24,16 +25,23 @@ class DiskSteps:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def numbers(self) -> list[int]:
-        """Newest first; nothing but folders that a step could have is looked at."""
-        names = [path.name for path in self.folder.glob("*") if self._is_step(path)]
-        return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True)
+    def look(self) -> tuple[list[int], list[int]]:
+        """Those that are there, and those that are being written, or were when a process was killed; newest first."""
+        there, begun = [], []
+        for path in self.folder.glob("*"):
+            if re.fullmatch("0|[1-9][0-9]*", name := path.name.removesuffix(SAVING)) and (kind := self._kind(path)):
+                (there if kind == STEP else begun).append(int(name))
+        return sorted(there, reverse=True), sorted(begun, reverse=True)
 
-    def _is_step(self, path: Path) -> bool:
-        return path.is_dir()
+    def _kind(self, path: Path) -> str:
+        """STEP, BEGUN, or "" for what is nothing of ours."""
+        return "" if not path.is_dir() else BEGUN if path.suffix == SAVING else STEP
+
+    def numbers(self) -> list[int]:
+        return self.look()[0]
 
     def has(self, step: int) -> bool:
-        return self._is_step(self.folder / str(step))
+        return self._kind(self.folder / str(step)) == STEP
 
     def is_complete(self, step: int) -> bool:
         return (self.folder / str(step) / MANIFEST).is_file()
@@ -83,8 +91,8 @@ class BucketSteps(DiskSteps):
 
     folder: BucketPath
 
-    def _is_step(self, path: BucketPath) -> bool:
-        return (path / MANIFEST).is_file()
+    def _kind(self, path: BucketPath) -> str:
+        return STEP if (path / MANIFEST).is_file() else BEGUN if path.is_dir() else ""
 
     is_complete = DiskSteps.has
 
@@ -101,10 +109,9 @@ class BucketSteps(DiskSteps):
             log.warning("what was written of step %d in %s cannot be removed (%s)", step, self.folder, e.strerror)
 
     def clean(self):
-        for path in self.folder.glob("*"):
-            if path.name.isdecimal() and not self._is_step(path) and path.is_dir():
-                log.warning("%s has no %s: what an unfinished save left there is removed", path, MANIFEST)
-                remove_tree(path)
+        for step in self.look()[1]:
+            log.warning("%s has no %s: what an unfinished save left there is removed", self.place(step), MANIFEST)
+            remove_tree(self.place(step))
 
     def remove(self, step: int):
         (self.place(step) / MANIFEST).unlink(missing_ok=True)

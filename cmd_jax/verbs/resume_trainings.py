@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import random
 import re
 import signal
@@ -14,13 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from cmd_jax.buckets import BucketPath
 from cmd_jax.config import load
 from cmd_jax.errors import UserError
-from cmd_jax.running.checkpoint import SAVING
+from cmd_jax.files import is_remote
 from cmd_jax.running.runtime import check_devices
+from cmd_jax.running.steps import steps_in
 from cmd_jax.verbs.resume_verdicts import read_line
 
 LOOK = 0.002  # seconds between two looks at a training; a save of a small model takes some 50 ms
+LOOK_REMOTE = 0.02  # at one in a bucket, where a look is some requests, and a save many
 STOP_SECONDS = 900.0  # that a training may take to save and end after SIGTERM
 TAIL = 20  # lines shown of the log of a training that failed
 
@@ -47,19 +49,19 @@ def plan_kills(kills: int, steps: int, interval: int, seed: int) -> list[Planned
 
 
 class Watch:
-    """What a training shows of itself on disk from now on.
+    """What a training shows of itself in its folder from now on.
 
     done: steps finished, None until this start has finished one. saving: steps of its saves that are under way.
     newest: the newest checkpoint whose save has begun, 0 for none.
     """
 
-    def __init__(self, folder: Path):
-        self.checkpoints, self.ledger = folder / "checkpoints", folder / "ledger.jsonl"
+    def __init__(self, folder: Path | BucketPath):
+        self.steps, self.ledger = steps_in(folder), folder / "ledger.jsonl"
         self.offset = self.ledger.stat().st_size if self.ledger.exists() else 0
         self.done, self.saving, self.newest = None, [], 0
 
     def look(self):
-        with contextlib.suppress(FileNotFoundError), open(self.ledger, "rb") as file:
+        with contextlib.suppress(FileNotFoundError), self.ledger.open("rb") as file:
             file.seek(self.offset)
             text = file.read()
             for line in text[: text.rfind(b"\n") + 1].splitlines(keepends=True):
@@ -68,9 +70,10 @@ class Watch:
                     self.done = record["step"] + 1
         if self.done is None:  # what an earlier start left half saved may not be removed yet
             return
-        names = os.listdir(self.checkpoints) if self.checkpoints.exists() else []
-        self.saving = [int(name.removesuffix(SAVING)) for name in names if name.endswith(SAVING)]
-        self.newest = max([int(name) for name in names if name.isdigit()] + self.saving, default=0)
+        there, begun = self.steps.look()
+        # In a bucket what has no manifest may also be a step that is being removed.
+        self.saving = [step for step in begun if step > max(there, default=-1)]
+        self.newest = max(there + self.saving, default=0)
 
 
 Decision = Callable[[Watch], signal.Signals | None]
@@ -131,13 +134,17 @@ class Failed(Exception):
 
 
 class Training:
-    """One of the trainings that are compared, in WORKDIR/verify-resume/NAME; `seconds` is what its starts took."""
+    """One of the trainings that are compared, in WORKDIR/verify-resume/NAME; `seconds` is what its starts took.
+
+    scratch: a folder of this machine, for what is written by and by where that of the trainings is in a bucket.
+    """
 
     PROGRAM = (sys.executable, "-m", "cmd_jax.main", "train")
 
-    def __init__(self, folder: Path, stage: str, arguments: list[str]):
+    def __init__(self, folder: Path | BucketPath, stage: str, arguments: list[str], scratch: Path):
         self.folder, self.stage_folder, self.log, self.seconds = folder, folder / stage, folder / "log.txt", 0.0
         self.command = [*self.PROGRAM, *arguments, f"--workdir={folder}"]
+        self.written = scratch / f"{folder.name}.txt" if is_remote(folder) else self.log
         folder.mkdir(parents=True)
 
     def start(self, environment: dict[str, str], decide: Decision = never) -> tuple[Watch, bool]:
@@ -146,13 +153,13 @@ class Training:
         UserError: the training's own. Failed: it crashed, which its log explains.
         """
         watch, number, begun = Watch(self.stage_folder), None, time.perf_counter()
-        with open(self.log, "ab") as log:
+        with open(self.written, "ab") as log:
             process = subprocess.Popen(
                 self.command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
         try:
             while process.poll() is None and number is None:
-                time.sleep(LOOK)
+                time.sleep(LOOK_REMOTE if is_remote(self.folder) else LOOK)
                 watch.look()
                 number = decide(watch)
             if number is not None:
@@ -163,14 +170,16 @@ class Training:
         finally:
             process.kill()
             process.wait()
+            if is_remote(self.log):
+                self.log.upload(self.written)
         self.seconds += time.perf_counter() - begun
         watch.look()
         if code not in (0, -(number or 0)):
-            raise_error(self.log.read_text(errors="replace"), code, f"{self.folder.name}: a training", self.log)
+            raise_error(self.written.read_text(errors="replace"), code, f"{self.folder.name}: a training", self.log)
         return watch, code != 0
 
 
-def raise_error(text: str, code: int, what: str, log: Path | str):
+def raise_error(text: str, code: int, what: str, log: Path | BucketPath | str):
     """The UserError that a process ended with, or Failed with the end of its output."""
     lines = text.strip().splitlines()
     for line in reversed(lines[-TAIL:] if code == 2 else ()):

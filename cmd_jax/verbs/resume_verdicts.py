@@ -6,6 +6,7 @@ Pure functions of recorded runs: the steps in their ledgers, the digests in thei
 from pathlib import Path
 from typing import NamedTuple
 
+from cmd_jax.buckets import BucketPath
 from cmd_jax.errors import UserError
 from cmd_jax.files import COUNT, parse_json, read_json
 
@@ -68,7 +69,7 @@ class Kill(NamedTuple):
     saving: bool
 
 
-def read_line(line: str | bytes, ledger: Path) -> dict | None:
+def read_line(line: str | bytes, ledger: Path | BucketPath) -> dict | None:
     """A record of a ledger, START or STEP; None for a line that was torn when the process died."""
     try:
         return parse_json(line, "ledger", ledger, like=(START, STEP))
@@ -76,7 +77,7 @@ def read_line(line: str | bytes, ledger: Path) -> dict | None:
         return None
 
 
-def read_ledger(path: Path) -> list[Segment]:
+def read_ledger(path: Path | BucketPath) -> list[Segment]:
     """A step whose line was torn is done again by the next start, or will be missed."""
     segments = []
     for record in filter(None, (read_line(line, path) for line in path.read_text().splitlines())):
@@ -87,7 +88,7 @@ def read_ledger(path: Path) -> list[Segment]:
     return segments
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path | BucketPath) -> Run:
     """Of a finished stage folder."""
     return Run(read_ledger(folder / "ledger.jsonl"), read_json(folder / "summary.json", like=SUMMARY)["digests"])
 

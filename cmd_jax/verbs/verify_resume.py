@@ -10,13 +10,16 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.table import Table
 
+from cmd_jax.buckets import BucketPath
 from cmd_jax.config import load
 from cmd_jax.errors import UserError
-from cmd_jax.files import write_json
+from cmd_jax.files import is_remote, scratch, temporary_prefix, write_json
 from cmd_jax.report.console import make_console
 from cmd_jax.running.lock import lock_folder
 from cmd_jax.running.runtime import is_heard
@@ -43,7 +46,7 @@ GPU_DIFFERENT = "Some GPU kernels add in any order; XLA_FLAGS=--xla_gpu_determin
 
 
 @contextlib.contextmanager
-def fresh_folder(folder: Path):
+def fresh_folder(folder: Path | BucketPath):
     """An empty folder of our own; a SIGTERM or SIGHUP within it unwinds, so that no training is left behind."""
     with lock_folder(folder):
         if foreign := sorted({path.name for path in folder.iterdir()} - set(OURS)):
@@ -51,7 +54,7 @@ def fresh_folder(folder: Path):
             raise UserError("--workdir", folder.parent, problem, f"move {folder}, or give another folder")
         for path in folder.iterdir():
             if path.is_dir():
-                shutil.rmtree(path)
+                path.rmtree() if is_remote(path) else shutil.rmtree(path)
             elif path.name != ".lock":
                 path.unlink()
         unwound = filter(is_heard, (signal.SIGTERM, signal.SIGHUP))
@@ -63,8 +66,22 @@ def fresh_folder(folder: Path):
                 signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def on_this_machine(folder: Path | BucketPath) -> Iterator[Path]:
+    """Where compiled programs and open logs go: the folder itself, or for one of a bucket a temporary one."""
+    if not is_remote(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix=temporary_prefix(), dir=scratch()) as place:
+        yield Path(place)
+
+
 def verify_resume(
-    specification: str, overrides: dict[str, str], workdir: Path, kills: int = 5, devices: tuple[int, ...] = ()
+    specification: str,
+    overrides: dict[str, str],
+    workdir: Path | BucketPath,
+    kills: int = 5,
+    devices: tuple[int, ...] = (),
 ) -> int:
     """The `verify-resume` verb -> exit code: 0 if all verdicts hold, 1 if not or if a training could not be finished.
 
@@ -90,9 +107,9 @@ def verify_resume(
         overrides["latents.autoencoder"] = str(workdir / "autoencoder")
     console = make_console(file_width=FILE_WIDTH)
     folder = workdir / FOLDER
-    with fresh_folder(folder):
+    with fresh_folder(folder), on_this_machine(folder) as scratch_folder:
         try:
-            report = compare(specification, overrides, config, folder, kills, devices, console)
+            report = compare(specification, overrides, config, folder, scratch_folder, kills, devices, console)
         except Failed as error:
             console.print(str(error))
             return 1
@@ -105,15 +122,15 @@ def verify_resume(
     return 0 if equal else 1
 
 
-def compare(specification, overrides, config, folder: Path, kills: int, devices, console) -> dict:
-    """Run the trainings and judge them -> the report."""
+def compare(specification, overrides, config, folder, scratch_folder: Path, kills: int, devices, console) -> dict:
+    """Run the trainings and judge them -> the report. scratch_folder: see `on_this_machine`."""
     stage, steps, interval = config.stage, config.train.steps, config.train.checkpoint_every
     arguments = [f"--config={specification}", "--distributed=off"]
     arguments += [f"--config.{key}={value}" for key, value in overrides.items()]
     # A restart should cost no compilation, and on a GPU, whose compiler times its choices, no other bits either: all
     # starts share their programs, as those of a long run do if it sets this variable.
     base = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+        "JAX_COMPILATION_CACHE_DIR": str(scratch_folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONUNBUFFERED": "1",  # a killed training takes no lines of its log with it
     }
@@ -126,10 +143,10 @@ def compare(specification, overrides, config, folder: Path, kills: int, devices,
             raise UserError("--devices", n, f"JAX sees {seen} devices then", "leave --devices out")
 
     def training(name: str) -> Training:
-        made = Training(folder / name, stage, arguments)
+        made = Training(folder / name, stage, arguments, scratch_folder)
         for known in (folder.parent, folder / "whole"):
             if (known / "probe.jsonl").exists():  # looking through a folder of videos can take long
-                shutil.copy(known / "probe.jsonl", made.folder)
+                (made.folder / "probe.jsonl").write_bytes((known / "probe.jsonl").read_bytes())
                 break
         return made
 
