@@ -17,9 +17,10 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from cmd_jax.buckets import BucketPath, retry_seconds
+from cmd_jax.buckets import BucketPath
 from cmd_jax.errors import Unavailable, UserError
 from cmd_jax.files import is_remote
+from cmd_jax.stores import retry_seconds
 
 # Orbax raises the first error of its threads, which is where we tell of it. It logs it too, with two tracebacks; leaves
 # other tasks behind, whose errors asyncio logs with one each, or that never began, of which Python warns; and closes
