@@ -63,9 +63,11 @@ def same(x, y):
     return x.keys() == y.keys() and all(np.array_equal(x[name], y[name]) for name in x)
 
 
-def test_a_fresh_state_of_given_weights(run, content):
-    """From a folder, from a file, and from none; Adam's moments and the step are a beginner's."""
-    for path in (run / "content", run / "content" / "ema.safetensors"):
+def test_a_fresh_state_of_given_weights(run, content, s3):
+    """From a folder, from a file, of a bucket too, and from none; Adam's moments and the step are a beginner's."""
+    there = f"{s3}/content.safetensors"
+    export(there, content)
+    for path in (run / "content", run / "content" / "ema.safetensors", there):
         config = tiny.config_of("content", init=path)
         stage = stage_of(config)
         params, told = given(config, stage, content.metadata)
@@ -75,6 +77,8 @@ def test_a_fresh_state_of_given_weights(run, content):
     assert same(flatten(state.params), params) and same(flatten(state.ema), params) and int(state.step) == 0
     assert not any(np.any(x) for x in jax.tree.leaves(state.opt_state))
     assert given(tiny.config_of("content"), stage) == (None, [])
+    with pytest.raises(UserError, match=f"^init={s3}/none.safetensors: no such file; "):
+        given(tiny.config_of("content", init=f"{s3}/none.safetensors"), stage, content.metadata)
 
 
 def test_what_is_left_out_is_drawn_as_without_it(run, content):

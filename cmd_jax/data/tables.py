@@ -10,7 +10,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, of_file
+from cmd_jax.files import as_path
 
 Untitled = Callable[[list[str]], Sequence[str] | None]
 
@@ -101,19 +102,20 @@ def _open(path: str, field: str, newline: str | None):
     if os.path.exists(path) and not os.path.isfile(path):  # to open a named pipe would wait for ever
         raise UserError(field, path, "not a regular file", "give a file with text")
     try:
-        with open(path, encoding="utf-8-sig", newline=newline) as file:
+        with as_path(path).open(encoding="utf-8-sig", newline=newline) as file:
             yield file
     except UnicodeDecodeError as error:
         where = f"{path} line {_undecodable_line(path)}"
         raise UserError(field, where, f"not UTF-8 text ({error.reason})", "save the file as UTF-8") from error
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
-        raise UserError(field, path, problem, "give a file that is there and that you may read") from error
+        remedy = of_file(error, "give a file that is there and that you may read").remedy
+        raise UserError(field, path, problem, remedy) from error
 
 
 def _undecodable_line(path: str) -> int:
     number = 0
-    with open(path, "rb") as file:
+    with as_path(path).open("rb") as file:
         for number, line in enumerate(file, 1):  # noqa: B007  a character cut off by the end counts for the last line
             try:
                 line.decode()

@@ -13,6 +13,7 @@ from samplers import check_gallery, command, stirred
 from cmd_jax.config import STAGES
 from cmd_jax.errors import UserError
 from cmd_jax.files import as_path, read_json
+from cmd_jax.main import main
 from cmd_jax.report import collect
 from cmd_jax.report import samples as writing
 from cmd_jax.report.notebook import Videos
@@ -124,6 +125,11 @@ def test_what_is_missing_is_one_line(gcs, here, capsys):
         assert command(verb, f"{gcs}/none") == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"workdir={gcs}/none/autoencoder: holds no trained autoencoder stage; train ")
+    for stage, problem in (("sample", "no such file"), ("content", "holds no trained autoencoder stage")):
+        given = "--config.weights" if stage == "sample" else "--config.latents.autoencoder"
+        assert main(["doctor", f"--config={tiny.CONFIG_FILE}:{stage}", f"{given}={gcs}/none"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"={gcs}/none" in line and problem in line
     with pytest.raises(UserError, match=f"^path={gcs}/weights/autoencoder.safetensors: no such file; "):
         sampling.open_sampler(tiny.config_of("sample", weights=f"{gcs}/weights"), None)
     assert gcs.names() == []
