@@ -26,7 +26,7 @@ FIRST = 2**17  # bytes of the first request, which hold the headers of most file
 LARGEST_HEADER = 100_000_000  # bytes, as the library has it
 MOST_DIMENSIONS = 32
 SIZE = range(2**48)
-ENTRY = {"dtype": str, "shape": [SIZE], "data_offsets": [SIZE, SIZE]}
+ENTRY = {"dtype": str, "shape": [SIZE], "data_offsets": [SIZE, SIZE], ...: object}
 LIKE = {"__metadata__?": ({...: str}, None), ...: ENTRY}
 
 

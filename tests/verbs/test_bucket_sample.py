@@ -11,6 +11,7 @@ from processes import Job
 from samplers import check_gallery, command, stirred
 
 from cmd_jax.config import STAGES
+from cmd_jax.data.prompts import read_prompts
 from cmd_jax.errors import UserError
 from cmd_jax.files import as_path, read_json
 from cmd_jax.main import main
@@ -18,9 +19,11 @@ from cmd_jax.report import collect
 from cmd_jax.report import samples as writing
 from cmd_jax.report.notebook import Videos
 from cmd_jax.report.samples import UNFINISHED, OutputFolder
+from cmd_jax.report.video import write_png
 from cmd_jax.trained import export, load_trained
 from cmd_jax.verbs import evaluate as evaluating
 from cmd_jax.verbs import sample as sampling
+from cmd_jax.verbs.requests import read_image
 
 pytestmark = pytest.mark.xdist_group("tiny")
 
@@ -106,6 +109,17 @@ def test_a_name_is_claimed_by_one(gcs_stub, here):
 def test_videos_of_a_notebook(s3, here):
     folder = Videos(np.zeros((1, 4, 16, 24, 3), np.uint8), ["a text"]).save(f"{s3}/clips")
     assert s3.names() == ["clips/0000.mp4", "clips/metadata.csv"] and str(folder) == f"{s3}/clips"
+
+
+def test_prompts_and_an_image_of_a_bucket(gcs, here):
+    gcs.put("prompts.csv", "prompt,class\na dög runs,dog\n".encode())
+    assert read_prompts(f"{gcs}/prompts.csv") == [("a dög runs", "dog")]
+    picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    write_png(as_path(f"{gcs}/image.png"), picture)
+    np.testing.assert_allclose(read_image(f"{gcs}/image.png", 16, 24), picture / 127.5 - 1, atol=1e-6)
+    for read in (read_prompts, lambda path: read_image(path, 16, 24)):
+        with pytest.raises(UserError, match=f"={gcs}/none.txt: cannot be read"):
+            read(f"{gcs}/none.txt")
 
 
 def test_two_processes_write_their_own(gcs, tmp_path):
