@@ -254,6 +254,13 @@ class Bucket(str):
     def put(self, name: str, data: bytes):
         self.server.put(self.name, name, data)
 
+    def put_folder(self, folder, name: str) -> str:
+        """All files of a local folder -> its URL there."""
+        for path in folder.rglob("*"):
+            if path.is_file():
+                self.put(f"{name}/{path.relative_to(folder)}", path.read_bytes())
+        return f"{self}/{name}"
+
     def delete(self, name: str):
         self.server.delete(self.name, name)
 

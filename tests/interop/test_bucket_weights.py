@@ -33,14 +33,6 @@ from cmd_jax.pretrained import TextEncoderMetadata, VAEMetadata, check_same, des
 VAE = "vae/diffusion_pytorch_model.safetensors"
 
 
-def put(folder, bucket, name: str) -> str:
-    """A local folder into a bucket -> its URL."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            bucket.put(f"{name}/{path.relative_to(folder)}", path.read_bytes())
-    return f"{bucket}/{name}"
-
-
 def equal(ours: dict, theirs: dict) -> bool:
     ours, theirs = flatten(ours), flatten(theirs)
     return ours.keys() == theirs.keys() and all(
@@ -94,7 +86,7 @@ def one_file(gcs):
 
 def test_a_stable_diffusion_folder_is_read_to_the_bit(gcs, requests):
     folder = tiny.pipeline_folder()
-    url = put(folder, gcs, "sd")
+    url = gcs.put_folder(folder, "sd")
     there, here = load_pipeline(url), load_pipeline(folder)
     assert all(equal(getattr(there, part)[1], getattr(here, part)[1]) for part in ("unet", "vae", "text_encoder"))
     assert there.tokenizer.identity == here.tokenizer.identity and there.configs == here.configs
@@ -175,8 +167,7 @@ def test_written_to_s3_and_read_back(s3, tmp_path):
 
 
 def vae_folder(bucket) -> str:
-    put(tiny.pipeline_folder() / "vae", bucket, "sd/vae")
-    return f"{bucket}/sd/vae"
+    return bucket.put_folder(tiny.pipeline_folder() / "vae", "sd/vae")
 
 
 def test_a_tenth_of_the_requests_fails(gcs_stub):
@@ -233,7 +224,7 @@ def test_a_flipped_bit_of_the_numbers_is_another_digest(gcs):
     """Safetensors have no sums; a training keeps the digest of what it was given."""
     folder = vae_folder(gcs)
     kept = describe(tiny.pipeline_folder(), VAEMetadata)
-    put(tiny.pipeline_folder(), gcs, "sd")
+    gcs.put_folder(tiny.pipeline_folder(), "sd")
     assert check_same(f"{gcs}/sd", kept, "this run was started with") == kept
     gcs.flip(f"sd/{VAE}", byte=-5)
     with pytest.raises(UserError, match=f"^pretrained.path={gcs}/sd: its vae: digest of its weights"):
@@ -244,7 +235,7 @@ def test_a_flipped_bit_of_the_numbers_is_another_digest(gcs):
 def test_convert_from_bucket_to_bucket(gcs_stub, tmp_path, monkeypatch, capsys):
     """A folder is a pipeline once model_index.json is there, which comes last; nothing stays on this machine."""
     monkeypatch.chdir(tmp_path)
-    source = put(tiny.pipeline_folder(), gcs_stub, "sd")
+    source = gcs_stub.put_folder(tiny.pipeline_folder(), "sd")
     assert main(["convert", "stable-diffusion", source, f"{gcs_stub}/half", "--dtype=float16"]) == 0
     stored, names = gcs_stub.server.server.buckets[gcs_stub.name], gcs_stub.names("half/")
     assert names == [name.replace("sd/", "half/", 1) for name in gcs_stub.names("sd/")]

@@ -4,6 +4,7 @@ import errno
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from cmd_jax.config import STAGES
 from cmd_jax.data.prompts import read_prompts
 from cmd_jax.errors import UserError
 from cmd_jax.files import as_path, read_json
+from cmd_jax.loading import load_sampler
 from cmd_jax.main import main
 from cmd_jax.report import collect
 from cmd_jax.report import samples as writing
@@ -61,6 +63,16 @@ def test_weights_and_videos_in_a_bucket(s3, here, capsys):
     assert command("sample", tiny.trained(), num=2, seed=5, output=local.name) == 0
     for name in ("0000.mp4", "0001.gif", "0001_content.png", "grid.png", "samples.json", "index.html"):
         assert s3.get(f"run/samples/{name}") == (local / name).read_bytes(), name
+
+
+def test_the_stages_of_a_workdir_in_a_bucket(gcs, here):
+    """Their checkpoints, that is."""
+    trained = load_sampler(tiny.trained())
+    for stage in STAGES:
+        gcs.put_folder(tiny.trained() / stage, f"run/{stage}")
+    read = load_sampler(f"{gcs}/run")
+    assert jax.tree.all(jax.tree.map(np.array_equal, read.params, trained.params))
+    assert read.class_names == trained.class_names
 
 
 def test_evaluate_and_a_page_of_several_outputs(gcs, here, sampler):
