@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from interop.clip_folders import FIXTURES, change_json, copied, message
 from safetensors.numpy import load_file, save_file
 
 from cmd_jax import pretrained
-from cmd_jax.errors import UserError
+from cmd_jax.errors import Unavailable, UserError, exit_code
 from cmd_jax.files import as_json, from_json
 from cmd_jax.pretrained import (
     ImageModelMetadata,
@@ -181,6 +182,22 @@ def test_an_error_of_process_0_is_everyone_s(monkeypatch):
         monkeypatch.setattr("cmd_jax.running.distributed.gather", lambda _, text=text: [text])
         told = message(leader_alone, None) if isinstance(outcome, str) else leader_alone(None)
         assert told == outcome
+
+
+def test_a_store_that_process_0_cannot_reach_is_a_reason_for_all_to_start_again(monkeypatch):
+    def fails(error):
+        raise error
+
+    told, gather = [], "cmd_jax.running.distributed.gather"
+    for error in (PermissionError(13, "no right", "gs://b/x"), Unavailable(113, "cannot be reached", "gs://b/x")):
+        monkeypatch.setattr("cmd_jax.running.distributed.is_leader", lambda: True)
+        monkeypatch.setattr(gather, lambda text: told.append(text) or [text])
+        for action in (partial(fails, error), None):
+            with pytest.raises(UserError, match="file=gs://b/x: ") as raised:
+                leader_alone(action)
+            assert exit_code(raised.value) == 2 + isinstance(error, Unavailable)
+            monkeypatch.setattr("cmd_jax.running.distributed.is_leader", lambda: False)
+            monkeypatch.setattr(gather, lambda _: told[-1:])
 
 
 def test_a_folder_that_lacks_a_part(tmp_path):

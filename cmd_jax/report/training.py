@@ -12,8 +12,10 @@ import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cmd_jax.buckets import BucketPath
 from cmd_jax.errors import UserError
-from cmd_jax.files import parse_json, write_text
+from cmd_jax.files import is_remote, parse_json, write_text
+from cmd_jax.report.mirror import Mirror
 from cmd_jax.report.video import image_grid, video_grid, write_gif, write_png
 
 PREVIEW_CLIPS = 8  # shown at most, each time
@@ -27,13 +29,18 @@ class Metrics:
 
     A failing writer is reported once, and left out. writes=False: nothing is written; for all processes but one.
     wall_seconds: what the steps up to `step` took. validated: {step: loss} of the validations up to it.
+    For a bucket all is written to a folder of this machine, which is uploaded every 15 seconds, by `upload`, and at the
+    end. TensorFlow, which could write events to gs:// by itself, would keep the loop waiting.
     """
 
     WRITERS = ("metrics.jsonl", "ledger.jsonl", "TensorBoard", "previews")
 
-    def __init__(self, folder: Path, step: int, writes: bool = True):
+    def __init__(self, folder: Path | BucketPath, step: int, writes: bool = True):
         self.folder, self.broken, self.wall_seconds = folder, set() if writes else set(self.WRITERS), 0.0
         self.validated: dict[int, float] = {}
+        self.mirror = Mirror(folder, self.WRITERS[:2], self._flush) if writes and is_remote(folder) else None
+        if self.mirror:
+            self.folder = self.mirror.folder
         self._guard("metrics.jsonl", self._open_lines, step)
         self._guard("ledger.jsonl", self._open_ledger, step)
         self._guard("TensorBoard", self._open_events)
@@ -68,6 +75,15 @@ class Metrics:
         from clu import metric_writers
 
         self.events = metric_writers.SummaryWriter(str(self.folder))
+
+    def _flush(self):
+        if hasattr(self, "events"):
+            self._guard("TensorBoard", lambda: self.events.flush())
+
+    def upload(self):
+        """Have a bucket hold what was written until now. OSError if it cannot."""
+        if self.mirror:
+            self.mirror.upload()
 
     def _guard(self, name, action, *arguments):
         if name in self.broken:
@@ -113,6 +129,8 @@ class Metrics:
         self._guard("metrics.jsonl", lambda: self.lines.close())
         self._guard("ledger.jsonl", lambda: self.ledger.close())
         self._guard("TensorBoard", lambda: self.events.close())
+        if self.mirror:
+            self.mirror.close()
 
 
 class StepLog:

@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from cmd_jax.errors import UserError, choose, of_file
+from cmd_jax.errors import Unavailable, UserError, choose, exit_code, of_file
 from cmd_jax.running.runtime import check_devices, has_terminal
 
 log = logging.getLogger(__name__)
@@ -29,9 +29,10 @@ MODES = ("auto", "off", "explicit")
 # By which JAX knows a task of SLURM, and how many there are; where Open MPI started the processes, it asks that.
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 OPEN_MPI = "OMPI_MCA_orte_hnp_uri"
-LINGER = 5.0  # seconds; more than two beats of the watch
+LINGER = 5.0  # seconds; more than two beats of the watch, where those are not told to be longer
 BARRIER_SECONDS = 86_400  # what opening data or slow disks may need: a peer that died ends this process long before
 _gathered = itertools.count()
+_linger = LINGER
 
 
 def start(
@@ -230,11 +231,18 @@ def linger():
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     if several() and is_leader():
-        time.sleep(LINGER)
+        time.sleep(_linger)
+
+
+def linger_for(seconds: float):
+    """So long at least, where others need that to hear of it."""
+    global _linger
+    _linger = max(LINGER, seconds)
 
 
 def leader_alone(action: Callable):
-    """What `action()` gives on process 0, made of what JSON knows, on all. Its UserError, or OSError, is everyone's."""
+    """What `action()` gives on process 0, made of what JSON knows, on all. Its UserError, or OSError, is everyone's,
+    and so is the exit code of that."""
     value, problem = None, None
     if is_leader():
         try:
@@ -243,12 +251,14 @@ def leader_alone(action: Callable):
             problem = e
         except OSError as e:
             problem = of_file(e)
-    error = problem and [problem.field, str(problem.value), problem.problem, problem.remedy]
+            problem.__cause__ = e
+    error = problem and [[problem.field, str(problem.value), problem.problem, problem.remedy], exit_code(problem)]
     value, error = broadcast_from_leader([value, error])
     if problem:
         raise problem
     if error:
-        raise UserError(*error)
+        words, code = error
+        raise UserError(*words) from (Unavailable("it is, for process 0") if code == 3 else None)
     return value
 
 

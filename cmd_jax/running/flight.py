@@ -19,19 +19,25 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from cmd_jax.files import versions, write_text
+from cmd_jax.buckets import BucketPath
+from cmd_jax.files import cache_root, is_remote, versions, write_text
 from cmd_jax.sharding import replicated
 from cmd_jax.state import TrainState, train_step
+from cmd_jax.stores import patience
 
+PATIENCE = 10.0  # seconds in which a bucket is tried
 LINE = 120  # characters of a line of the file, where its parts allow it
 
 log = logging.getLogger(__name__)
 
 
 class FlightRecord:
-    """The last `length` steps of a run in memory; `write` puts them in FOLDER/flight/ when something goes wrong."""
+    """The last `length` steps of a run in memory; `write` puts them in FOLDER/flight/ when something goes wrong.
 
-    def __init__(self, folder: Path, process: int = 0, length: int = 20):
+    Where a bucket cannot be written, which may be what went wrong, they go to CACHE/flight/BUCKET/NAME of this machine.
+    """
+
+    def __init__(self, folder: Path | BucketPath, process: int = 0, length: int = 20):
         self.folder, self.process = folder / "flight", process
         self._steps, self._lock = deque(maxlen=length), threading.Lock()
 
@@ -40,7 +46,7 @@ class FlightRecord:
         with self._lock:
             self._steps.append({"step": step, "metrics": values, "ids": ids})
 
-    def write(self, reason: str, **facts) -> Path | None:
+    def write(self, reason: str, **facts) -> Path | BucketPath | None:
         """Write STEP-REASON-processI.json, from any thread; STEP is the last one noted, or "start" before the first.
 
         reason: "nan", "error", or "stall" and "lost-peer", which add the Python stacks of all threads. Values that are
@@ -61,13 +67,22 @@ class FlightRecord:
         if reason in ("stall", "lost-peer"):
             record["threads"] = stacks()
         step = f"{steps[-1]['step']:07d}" if steps else "start"
-        path = self.folder / f"{step}-{reason}-process{self.process}.json"
-        try:
-            write_text(path, lay_out(plain(record)) + "\n")
-        except OSError as e:
-            log.warning("no flight record: %s cannot be written: %s", path, e)
-            return None
-        return path
+        name, text = f"{step}-{reason}-process{self.process}.json", lay_out(plain(record)) + "\n"
+        folders = [self.folder]
+        if is_remote(self.folder):
+            folders.append(cache_root() / "flight" / self.folder.key)
+        for folder in folders:
+            path = folder / name
+            try:
+                with patience(PATIENCE):
+                    write_text(path, text)
+            except OSError as e:
+                log.warning("no flight record: %s cannot be written: %s", path, e)
+                continue
+            if folder is not self.folder:
+                log.warning("the flight record is %s", path)
+            return path
+        return None
 
 
 def stacks() -> dict[str, list[str]]:

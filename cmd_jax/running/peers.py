@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cmd_jax.errors import Stopped, UserError
-from cmd_jax.files import COUNT, parse_json, write_text
+from cmd_jax.buckets import BucketPath
+from cmd_jax.errors import Stopped, Unavailable, UserError, exit_code, of_file
+from cmd_jax.files import COUNT, is_remote, parse_json, write_text
+from cmd_jax.stores import patience
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +26,18 @@ HEARTBEAT = {
 class Peers:
     """Heartbeat files FOLDER/processes/INDEX.json of the `count` processes of a run, and a thread that reads them.
 
-    run: a name that this start of the job alone has; files of other runs count for nothing. A disk that cannot be
-    written is no fault: there is a warning.
+    run: a name that this start of the job alone has; files of other runs count for nothing. A disk or a bucket that
+    cannot be written or read is no fault: there is a warning.
+
+    In a bucket every process writes its object and lists the folder each `interval`, 5 s as a rule: 13 + 13 requests a
+    second for 64 processes. An object that goes on changing is read when it appears, and when a line speaks of it;
+    another one once, when it has stopped to change.
 
     The thread calls on_fault(reason, line, facts) at most once, and then watches no more. reason is
         "lost-peer"    a process was silent for `peer_timeout` seconds; facts: missing, step;
         "peer-failed"  a process failed; the line is its message; facts: failed, step;
         "peer-crashed" a process ended by an error that is none of the user's; facts: failed, step;
+        "unavailable"  a store did not answer a process, which is a reason to start again; facts: failed, step;
         "stall"        no step was finished here for `stall_timeout` seconds (0: off); facts: seconds, steps, step.
     Who finds a process lost or a stall tells the others, for which it is the reason too (facts: failed, step).
     Only changes of a file count, by this process's clock: clocks of other hosts may differ. Leaving the context is
@@ -38,12 +45,13 @@ class Peers:
     """
 
     def __init__(
-        self, folder: Path, index: int, count: int, run: str, *, peer_timeout: float, stall_timeout: float,
+        self, folder: Path | BucketPath, index: int, count: int, run: str, *, peer_timeout: float, stall_timeout: float,
         on_fault: Callable[[str, str, dict], None],
     ):  # fmt: skip
         self.folder, self.index, self.count, self.run = folder / "processes", index, count, run
         self.peer_timeout, self.stall_timeout, self.on_fault = peer_timeout, stall_timeout, on_fault
-        self.interval = min(2.0, peer_timeout / 5)
+        self.remote = is_remote(folder)
+        self.interval = min(5.0, peer_timeout / 10) if self.remote else min(2.0, peer_timeout / 5)
         self._step, self._busy = None, 0
         self._state = {"state": "running", "message": "", "fault": ""}
         self._writing, self._deciding = threading.Lock(), threading.Lock()
@@ -51,6 +59,7 @@ class Peers:
         # The last record of each process, and of the others what was last seen of the file and when that changed.
         others = [i for i in range(count) if i != index]
         self._records, self._seen, self._changed = {}, {}, dict.fromkeys(others, 0.0)
+        self._versions, self._unread = {}, set()  # in a bucket: as they were listed, and whose changes were not read
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
     def __enter__(self):
@@ -62,8 +71,9 @@ class Peers:
         if self._state["state"] == "running":
             if error is None:
                 self.done()
-            elif isinstance(error, UserError | Stopped):
-                self.fail(str(error))
+            elif isinstance(error, UserError | Stopped | Unavailable):
+                line = str(of_file(error) if isinstance(error, Unavailable) else error)
+                self._end("failed", line, "unavailable" if exit_code(error) == 3 else "")
             else:
                 crash = f"process {self.index} crashed ({kind.__name__}: {error})"
                 line = self._line("processes", self.count, crash, "look at its log")
@@ -112,39 +122,68 @@ class Peers:
             }
             self._records[self.index], text = record, json.dumps(record) + "\n"
             try:
-                write_text(path, text, sync=False)
+                with patience(self.peer_timeout / 4):
+                    write_text(path, text, sync=False)
             except OSError as e:
-                if not self._warned:
-                    log.warning("the heartbeat %s cannot be written: %s", path, e)
-                self._warned = True
+                self._warn(f"the heartbeat {path} cannot be written: {e}")
                 # In its place it needs no new room on a full disk; a reader who comes between just reads again.
-                with contextlib.suppress(OSError), open(path, "r+") as file:
+                with contextlib.suppress(OSError, TypeError), open(path, "r+") as file:
                     file.write(text)
                     file.truncate()
 
-    def _read(self, now: float):
-        """See whose file has changed. One that cannot be read, or is of another run, is no news."""
-        for i in self._changed:
+    def _warn(self, problem: str):
+        if not self._warned:
+            log.warning(problem)
+        self._warned = True
+
+    def _read(self, now: float) -> bool:
+        """See whose file has changed -> whether one could look."""
+        if not self.remote:
+            for i in self._changed:
+                if self._read_one(i):
+                    self._changed[i] = now
+            return True
+        with patience(self.peer_timeout / 4):
             try:
-                seen = (self.folder / f"{i}.json").read_bytes()
-                record = parse_json(seen, "heartbeat", i, like=HEARTBEAT)
-            except (OSError, UserError):
-                continue
-            if record["run"] == self.run and seen != self._seen.get(i):
-                self._seen[i], self._records[i], self._changed[i] = seen, record, now
+                versions = self.folder.versions()
+            except OSError as e:
+                self._warn(f"the heartbeats in {self.folder} cannot be listed: {e}")
+                return False
+            for i in self._changed:
+                version, known = versions.get(f"{i}.json"), i in self._records
+                new, self._versions[i] = version not in (None, self._versions.get(i)), version
+                if new and known:
+                    self._changed[i] = now
+                    self._unread.add(i)
+                elif (new or i in self._unread) and self._read_one(i) and not known:
+                    self._changed[i] = now
+        return True
+
+    def _read_one(self, i: int) -> bool:
+        """Whether its file says something new. One that cannot be read, or is of another run, is no news."""
+        try:
+            seen = (self.folder / f"{i}.json").read_bytes()
+            record = parse_json(seen, "heartbeat", i, like=HEARTBEAT)
+        except (OSError, UserError):
+            return False
+        if record["run"] != self.run or seen == self._seen.get(i):
+            return False
+        self._seen[i], self._records[i] = seen, record
+        self._unread.discard(i)
+        return True
 
     def _watch(self):
         now, ticked, moved, step = 0.0, time.monotonic(), 0.0, None
         while not self._leaving.wait(self.interval):
             # If this process was stopped, or the disk hung, the others may have been too: such a pause counts in part.
             elapsed, ticked = time.monotonic() - ticked, time.monotonic()
-            now += min(elapsed, self.peer_timeout / 2)
+            passed = min(elapsed, self.peer_timeout / 2)
             state = self._state["state"]
             if state == "failed":
                 return
             if state == "running":
                 self._beat()
-            self._read(now)
+            now += passed if self._read(now + passed) else 0.0  # who cannot look knows of no silence
             if self._step != step or self._busy or state == "done":
                 moved, step = now, self._step
             fault = self._lost(now) or self._failed(now) or (step is not None and self._stalled(now - moved))
@@ -187,6 +226,8 @@ class Peers:
     def _stalled(self, seconds: float):
         if not self.stall_timeout or seconds < self.stall_timeout:
             return None
+        for i in list(self._unread):
+            self._read_one(i)
         steps = {i: record["step"] for i, record in sorted(self._records.items())}
         done = {i: -1 if step is None else step for i, step in steps.items()}
         behind = [i for i in done if done[i] == min(done.values())]

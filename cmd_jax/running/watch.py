@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 
 from cmd_jax.buckets import BucketPath
-from cmd_jax.errors import UserError, tell
-from cmd_jax.running.distributed import linger, run_id
+from cmd_jax.errors import Unavailable, UserError, tell
+from cmd_jax.running.distributed import linger, linger_for, run_id
 from cmd_jax.running.lease import Lease
 from cmd_jax.running.peers import Peers
 
@@ -47,13 +47,14 @@ def watched(
         folder, jax.process_index(), count, run_id(),
         peer_timeout=options.peer_timeout, stall_timeout=options.stall_timeout, on_fault=on_fault,
     ) as peers:  # fmt: skip
+        linger_for(2.5 * peers.interval)
         stop.first(lambda: peers.fail(stop.farewell))
         if lease:
             stop.first(lease.release)
             lease.on_lost = lambda line: peers.give_up("lost-lock", line, {})
         try:
             yield peers
-        except UserError:
+        except (UserError, Unavailable):
             raise
         except Exception as error:
             if count > 1:

@@ -18,7 +18,9 @@ import pytest
 from processes import environment
 
 from cmd_jax import defaults
+from cmd_jax.files import as_path
 from cmd_jax.models.conditions import Classes
+from cmd_jax.running import flight as flight_module
 from cmd_jax.running.flight import FlightRecord, explain, nonfinite
 from cmd_jax.sharding import make_mesh, partitioning
 from cmd_jax.stages import ContentStage, FrozenAutoencoder
@@ -294,3 +296,14 @@ def test_two_processes_find_the_same():
     assert first["batch"] == {"56": {"x": 1}}
     assert first["parameters"] == {"kernel": {"count": 1, "of": 24}}
     assert first["modules"] == {"Dense": {"calls": 1, "outputs": 1, "gradients": 0}}
+
+
+def test_where_the_bucket_is_what_went_wrong_it_is_kept_here(gcs_stub, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(flight_module, "PATIENCE", 0.1)
+    record = FlightRecord(as_path(f"{gcs_stub}/run/motion"))
+    assert str(record.write("nan")) == f"{gcs_stub}/run/motion/flight/start-nan-process0.json"
+    gcs_stub.server.order(share=1.0, kinds=("503",))
+    path = record.write("nan")
+    assert path == tmp_path / "cache/flight" / gcs_stub.name / "run/motion/flight/start-nan-process0.json"
+    assert strict(path.read_text())["reason"] == "nan"
+    assert [str(path) in r.getMessage() for r in caplog.records] == [False, True]

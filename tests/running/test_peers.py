@@ -7,39 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
+from watching import SLACK, TIMEOUT, Watch, until
 
 from cmd_jax.errors import Stopped, UserError
 from cmd_jax.running import peers
-from cmd_jax.running.peers import Peers
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 1.0
-SLACK = 2.0  # seconds that a busy machine may add
-
-
-class Watch(Peers):
-    """Peers whose faults are kept; the test is any other process that it needs."""
-
-    def __init__(self, folder, index=0, count=2, stall_timeout=0.0, peer_timeout=TIMEOUT):
-        self.faults, self.fault, self.begun = [], threading.Event(), time.monotonic()
-        times = {"peer_timeout": peer_timeout, "stall_timeout": stall_timeout}
-        super().__init__(folder, index, count, "this", on_fault=self._on_fault, **times)
-
-    def _on_fault(self, *fault):
-        self.faults.append((*fault, time.monotonic() - self.begun, threading.current_thread().name))
-        self.fault.set()
-
-    def the_fault(self, seconds=TIMEOUT + SLACK):
-        assert self.fault.wait(seconds), "no fault was found"
-        time.sleep(3 * self.interval)
-        (fault,) = self.faults  # at most one
-        assert fault[-1] == "peers"
-        return fault[:-1]
 
 
 def beat(folder, index, run="this", **changes):
@@ -53,13 +30,6 @@ def beat(folder, index, run="this", **changes):
 
 def read(folder, index=0):
     return json.loads((folder / "processes" / f"{index}.json").read_text())
-
-
-def until(condition, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
 
 
 def test_a_heartbeat(tmp_path):
