@@ -235,10 +235,16 @@ def _locked(path: Path, flags: int, operation: int) -> int:
     while True:
         descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, operation)
+            # Not waiting in flock: it would be for a file that got another name, in whose use its readers lock it.
+            fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     return descriptor
+        except BlockingIOError:
+            if operation & fcntl.LOCK_NB:
+                os.close(descriptor)
+                raise
+            time.sleep(POLL / 5)
         except BaseException:
             os.close(descriptor)
             raise
