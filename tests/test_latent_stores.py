@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from data.datasets import write_records
 from processes import Job
 
 from cmd_jax import prepare as preparing
+from cmd_jax.config import to_json
 from cmd_jax.data.encoding import Encoder
 from cmd_jax.data.store import folder_of, open_store
 from cmd_jax.errors import UserError
-from cmd_jax.files import read_json
+from cmd_jax.files import read_json, write_text
 from cmd_jax.report.console import make_console
 from cmd_jax.sharding import make_mesh
 from cmd_jax.train import train
@@ -57,6 +59,46 @@ def test_a_store_that_a_run_fills_and_a_kept_one_train_alike_to_the_bit(run, tmp
     assert losses(tmp_path / "content") == losses(whole / "content")
     digests = [read_json(folder / "content" / "summary.json")["digests"] for folder in (tmp_path, whole)]
     assert digests[0] == digests[1]
+
+
+def test_a_store_in_a_bucket_is_filled_in_two_parts_and_is_the_same(run, gcs_stub, tmp_path):
+    changes = {"latents__normalize": False, "latents__store_shard": 5, "latents__store": f"{gcs_stub}/latents"}
+    first = prepared(config_of(run, **changes), tmp_path).filler
+    assert first.fill([0, 1, 2]) and first.store.missing() == list(range(3, 10))
+    first.store.abandon()
+    before = gcs_stub.objects("latents/cmd/1.0.0/.ingest/train/0")
+    second = prepared(config_of(run, **changes), tmp_path)
+    assert second.filler.missing == {*range(3, 10)} and second.filler.fill()
+    again = gcs_stub.objects("latents/cmd/1.0.0/.ingest/train/0")
+    assert len(before) == 3 and {name: again[name] for name in before} == before
+    kept = open_store(folder_of(run / "latents", "cmd"))
+    for index in range(48):
+        for name, values in kept.read(index).items():
+            np.testing.assert_array_equal(second.read(index, None)[name], values)
+    gone = {"data__source": "folder", "data__root": tmp_path / "gone"}
+    found = prepared(config_of(run, **changes, **gone), tmp_path)
+    assert found.clips == 48 and len(found.shelf.sizes()) == 10 and found.name_of(3) == "shapes-train-000003"
+
+
+def test_a_run_goes_on_over_a_copy_of_its_data_in_a_bucket_and_back(gcs_stub, tmp_path):
+    rng = np.random.default_rng(0)
+    clips = [(rng.integers(0, 255, (6, 16, 24, 3), np.uint8), i % 2, f"{i}.avi", ()) for i in range(8)]
+    write_records(tmp_path / "disk", clips, ("a", "b"))
+    for path in filter(Path.is_file, (tmp_path / "disk").rglob("*")):
+        gcs_stub.put(str(path.relative_to(tmp_path)), path.read_bytes())
+    folder, metadata = tmp_path / "autoencoder", []
+    for step, root in enumerate([tmp_path / "disk", f"{gcs_stub}/disk", tmp_path / "disk"]):
+        config = tiny.config_of("autoencoder", data__source="dataset", data__root=root)
+        preparing.check_same_run(folder, config)
+        found = preparing.prepare(config, tmp_path, make_mesh(config.mesh), make_console(quiet=True), step > 0)
+        write_text(folder / "config.json", to_json(config))
+        metadata.append(found.metadata)
+    assert metadata[0] == metadata[1] == metadata[2] and metadata[0].data.fingerprint
+    write_records(tmp_path / "other", clips[::-1], ("a", "b"))
+    gcs_stub.put("disk/clips/1.0.0/index-train.npz", (tmp_path / "other/clips/1.0.0/index-train.npz").read_bytes())
+    config = tiny.config_of("autoencoder", data__source="dataset", data__root=f"{gcs_stub}/disk")
+    with pytest.raises(UserError, match="the dataset changed"):
+        preparing.prepare(config, tmp_path, make_mesh(config.mesh), make_console(quiet=True), True)
 
 
 def test_half_precision_trains_nearly_alike(run, tmp_path):

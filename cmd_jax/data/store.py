@@ -9,8 +9,6 @@ records.py.
 """
 
 import bisect
-import contextlib
-import fcntl
 import hashlib
 import json
 import threading
@@ -23,6 +21,7 @@ import numpy as np
 
 from cmd_jax.cache import local
 from cmd_jax.data.ahead import Shelf
+from cmd_jax.data.claims import FileLocks, OneLease, alone
 from cmd_jax.data.examples import example, parse, text_of
 from cmd_jax.data.latents import LatentStatistics, Sums
 from cmd_jax.data.records import VERSION, Records, Shards, finished, of_all, write_dataset, write_shard
@@ -56,6 +55,7 @@ class LatentStore:
         self.place[order] = np.arange(len(order), dtype=order.dtype)
         self._files: dict[int, tuple[Records, list[int]]] = {}
         self._abandoned = threading.Event()
+        self._claims = OneLease(folder) if is_remote(folder) else FileLocks(self.shards.work)
         self.id = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -138,6 +138,7 @@ class LatentStore:
     def abandon(self):
         """Nothing will be filled in any more: readers that wait for it raise."""
         self._abandoned.set()
+        self._claims.release()
 
     def split_of(self, clips: Split) -> Split:
         """The examples of a split of clips, of a complete store without those that were left out."""
@@ -152,23 +153,9 @@ class LatentStore:
     def claim(self, wanted: Iterable[int], count: int) -> tuple[dict[int, object], list[int]]:
         """The first `count` of these shards that nobody else makes -> ({shard: a lock to close}, those found finished).
 
-        Several trainings may fill one store at a time.
+        Several trainings may fill one store at a time; see `claims`.
         """
-        held, done = {}, []
-        self.shards.work.mkdir(parents=True, exist_ok=True)
-        for k in wanted:
-            if len(held) == count:
-                break
-            path = self.shards.work / f"{k:05d}.lock"
-            if (lock := locked(path, wait=False)) is None:
-                continue
-            if self.facts(k) is None:
-                held[k] = lock
-            else:
-                path.unlink(missing_ok=True)
-                lock.close()
-                done.append(k)
-        return held, done
+        return self._claims.claim(wanted, count, lambda k: self.facts(k) is not None)
 
     def write(
         self,
@@ -210,7 +197,7 @@ class LatentStore:
             }
 
         written = write_shard(self.shards, k, records(), facts)
-        (self.shards.work / f"{k:05d}.lock").unlink(missing_ok=True)
+        self._claims.forget(k)
         return written
 
     def _stored(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -223,8 +210,11 @@ class LatentStore:
 
     def finish(self):
         """Write what makes a dataset of TFDS of it, once all shards are finished."""
-        if self.complete:
-            return
+        if not self.complete:
+            self._finish()
+        self._claims.release()
+
+    def _finish(self):
         facts = self.all_facts()
         left_out = [self.examples_of(k)[fact["left_out"]] for k, fact in enumerate(facts)]
         write_array(self.shards.folder / "left_out.npy", np.concatenate(left_out).astype(np.int64))
@@ -291,37 +281,16 @@ def begin_store(folder: Path, plan: dict, arrays: Callable[[], tuple[np.ndarray,
     arrays() -> the example of each place, int [N], and the clips' keys. UserError for one that was made of something
     else, naming the first field that differs.
     """
-    if (store := open_store(folder)) is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".lock"):
-            if (store := open_store(folder)) is None:
+    while (store := open_store(folder)) is None:
+        with alone(folder):
+            if not (folder / "plan.json").exists():
                 order, keys = arrays()
                 order = order.astype(np.int32)
                 write_array(folder / "order.npy", order)
                 write_array(folder / "keys.npy", keys)
-                plan = plan | {"order": digest_of(order)}
-                write_json(folder / "plan.json", plan)
-                store = LatentStore(folder, plan, order)
+                write_json(folder / "plan.json", plan | {"order": digest_of(order)})
     check_made_of(store, plan["made_of"])
     return store
-
-
-def locked(path: Path, wait: bool = True):
-    """An open file that no other process has locked, until it is closed; None if one has and this is not to wait.
-
-    On a file system without locks it is as if nobody had: the worst is that two make the same shard.
-    """
-    if is_remote(path):
-        return contextlib.ExitStack()
-    lock = open(path, "w")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        lock.close()
-        return None
-    except OSError:
-        pass
-    return lock
 
 
 def check_made_of(store: LatentStore, made_of: dict):

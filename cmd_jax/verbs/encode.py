@@ -43,6 +43,7 @@ def encode(config, workdir: Path, end_process: Callable | None = None, listed: b
             opened.enter_context(contextlib.closing(source))
         agree({"data": source.fingerprint}, "let every process see the same files")
         filler = prepare_stage(config, workdir, source, mesh, console, Metadata()).filler
+        opened.callback(filler.store.abandon)
         filler.fill()
         summary = leader_alone(lambda: report(filler.store, source.bad, console))
         if listed and (bad := summary["quarantined"]):

@@ -1,5 +1,6 @@
 """Datasets in buckets: the batches and fingerprints of the local ones, what is damaged, what is fetched when."""
 
+import json
 import threading
 import time
 
@@ -7,13 +8,16 @@ import jax
 import numpy as np
 import pytest
 from data.datasets import write_records
+from data.folders import ANSWER
 
 from cmd_jax import cache, defaults
 from cmd_jax.data.ahead import Ahead, Shelf
 from cmd_jax.data.dataset import DatasetSource
+from cmd_jax.data.outcomes import Outcomes
 from cmd_jax.data.pipeline import BatchPlan, batches, video_reader
 from cmd_jax.data.sources import open_source
 from cmd_jax.errors import UserError
+from cmd_jax.files import as_path
 from cmd_jax.ingest.plan import source_of
 from cmd_jax.sharding import make_mesh
 
@@ -133,6 +137,16 @@ def test_files_of_a_bucket_are_no_folder_of_videos(gcs):
     config.update(source="dataset", root=f"{gcs}/none")
     with pytest.raises(UserError, match="no such folder"):
         open_source(config)
+
+
+def test_outcomes_of_testing_files_are_kept_in_a_bucket(gcs_stub):
+    path, facts = as_path(f"{gcs_stub}/run/probe.jsonl"), json.loads(ANSWER)
+    for name in "ab":
+        with Outcomes(path).appending() as keep:
+            keep(f"{name}.mp4", [1, 2], facts)
+    found = Outcomes(path)
+    assert [found.of(f"{name}.mp4", [1, 2]) for name in "abc"] == [facts, facts, None]
+    assert gcs_stub.get("run/probe.jsonl").count(b"\n") == 3
 
 
 class Shelved:
