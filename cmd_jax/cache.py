@@ -87,8 +87,9 @@ class Cache:
 
     def is_sound(self, lease: Lease) -> bool:
         """Whether a copy is what its name says, read anew."""
-        with open(lease.path, "rb") as file:
+        with contextlib.suppress(FileNotFoundError), open(lease.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == lease.path.name.rpartition("-")[2]
+        return False  # another process has removed it
 
     def _found(self, stem: str, sha256: str | None, size: int) -> Lease | None:
         names = [f"{stem}-{sha256}"] if sha256 else [name for name in self._names() if name.startswith(f"{stem}-")]

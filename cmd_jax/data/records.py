@@ -173,21 +173,23 @@ class Records:
 
     def __getitem__(self, place: int) -> bytes:
         shard, row = self._split(place)
-        try:
-            return self._read(shard, row)
-        except UserError:
-            if not (self.remote and self._discarded(shard)):
-                raise
-        return self._read(shard, row)
+        for _ in range(2):
+            opened = None
+            try:
+                opened = self._readers.get(shard) or self._open(shard)
+                return self._read(opened, row)
+            except UserError:
+                if not (self.remote and self._discarded(shard, opened)):
+                    raise
+        return self._read(self._open(shard), row)
 
-    def _read(self, shard: int, row: int) -> bytes:
-        opened = self._readers.get(shard) or self._open(shard)
+    def _read(self, opened: "_Open", row: int) -> bytes:
         opened.used = next(_clock)
         try:
             return opened.reader.read([row])[0]
         except (RuntimeError, ValueError, IndexError) as error:
             problem = f"record {row} cannot be read ({str(error).splitlines()[0][:100]})"
-            raise UserError("shard", self.paths[shard], problem, REMEDY) from error
+            raise UserError("shard", self.paths[opened.shard], problem, REMEDY) from error
 
     def where(self, place: int) -> tuple[Path, int]:
         """The file, and the number of the record in it."""
@@ -222,17 +224,22 @@ class Records:
             _opened.append(opened)
             return opened
 
-    def _discarded(self, shard: int) -> bool:
-        """Whether the copy of a shard was damaged on the disk of this machine, since it was found to be sound."""
-        if opened := self._readers.get(shard):
-            with _opening, contextlib.suppress(ValueError):
-                _opened.remove(opened)
-                _close(opened)
-        lease = opened.lease if opened else self.fetch(shard)
-        if current().is_sound(lease):
-            return False
-        current().discard(lease)
-        return True
+    def _discarded(self, shard: int, failed: "_Open | None") -> bool:
+        """Whether the copy of a shard, that was read as `failed`, was damaged on the disk of this machine, since it was
+        found to be sound; or may have been, since another thread has dealt with it meanwhile."""
+        with _mending:
+            opened = self._readers.get(shard)
+            if opened is not failed:
+                return True
+            if opened:
+                with _opening, contextlib.suppress(ValueError):
+                    _opened.remove(opened)
+                    _close(opened)
+            lease = opened.lease if opened else self.fetch(shard)
+            if current().is_sound(lease):
+                return False
+            current().discard(lease)
+            return True
 
 
 class _Open:
@@ -245,7 +252,7 @@ class _Open:
 
 
 _clock = itertools.count()
-_opening = threading.Lock()
+_opening, _mending = threading.Lock(), threading.Lock()
 _opened: deque[_Open] = deque()  # the open shards of all Records
 
 
