@@ -11,8 +11,9 @@ How a process ended is told by its exit code alone. One that is killed, aborts, 
 all are started again (training resumes from its checkpoint), up to `--restarts` times. Not so after exit code 2, an
 error that a restart does not mend. `--step-timeout` does the same to a job whose heartbeats
 (WORKDIR/STAGE/processes/*.json) show no new step. SIGTERM, SIGINT or SIGHUP is passed on, so that training saves and
-ends; a second one kills. The output of each process is in WORKDIR/launch-I.log (--distributed=auto: launch-HOST.log);
-that of process 0 is on the screen too, and the last line of a process that ended with 2.
+ends; a second one, a second later or more, kills. The output of each process is in WORKDIR/launch-I.log
+(--distributed=auto: launch-HOST.log), or of a workdir in a bucket in a temporary folder, which is named where something
+fails; that of process 0 is on the screen too, and the last line of a process that ended with 2.
 
 Exit codes: 0 finished, or stopped on request; 2 an error to be mended first; 3 still failing after all restarts;
 128 + signal after a second signal. Tried on one Linux machine with two CPU processes, real and made-up ones
@@ -22,6 +23,7 @@ Exit codes: 0 finished, or stopped on request; 2 an error to be mended first; 3 
 import argparse
 import contextlib
 import ctypes
+import json
 import os
 import re
 import signal
@@ -35,8 +37,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from cmd_jax.buckets import check_url  # noqa: E402
 from cmd_jax.errors import UserError, tell  # noqa: E402
-from cmd_jax.files import check_path, read_json  # noqa: E402
+from cmd_jax.files import as_path, is_remote, read_json  # noqa: E402
 from cmd_jax.running.peers import HEARTBEAT  # noqa: E402
 from cmd_jax.running.runtime import is_heard, is_same_request  # noqa: E402
 from cmd_jax.verbs.flags import Parser  # noqa: E402
@@ -48,6 +51,7 @@ PATIENCE = 6.0  # seconds after the first PEER_FAULT in which the process at fau
 TEMPORARY = "cmd-jax-launch-"
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
+ASK = "--print-heartbeats"  # not for users: this program started by itself
 FORCED_DEVICES = re.compile(r"--xla_force_host_platform_device_count=\S*")
 
 
@@ -96,19 +100,49 @@ def free_port() -> int:
 
 
 def open_logs(command: list[str], names: list[str]) -> tuple[Path, list[Path]]:
-    """The workdir of the command and a log there for each name, or another folder: the command itself will complain."""
+    """The workdir of the command, and a log for each name: there, or if it is in a bucket or refused, where the command
+    itself will complain, in a temporary folder."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--workdir", nargs="?")
+    workdir = folder = None
     try:
-        workdir = parser.parse_known_args(command)[0].workdir or ""
-        check_path("--workdir", workdir)
-        folder = Path(workdir).expanduser().absolute() if workdir else Path(tempfile.mkdtemp(prefix=TEMPORARY))
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            open(folder / f"launch-{name}.log", "ab").close()
+        given = parser.parse_known_args(command)[0].workdir or ""
+        check_url("--workdir", given)
+        workdir = as_path(given) if given else None
+        if workdir and not is_remote(workdir):
+            workdir = workdir.absolute()
+            workdir.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                open(workdir / f"launch-{name}.log", "ab").close()
+            folder = workdir
     except (OSError, UserError):
-        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))
-    return folder, [folder / f"launch-{name}.log" for name in names]
+        workdir = None
+    folder = folder or Path(tempfile.mkdtemp(prefix=TEMPORARY))
+    return workdir or folder, [folder / f"launch-{name}.log" for name in names]
+
+
+def read_heartbeats(workdir) -> list[dict]:
+    """All in a workdir, those of processes on other hosts included."""
+    beats = []
+    for path in workdir.glob("*/processes/*.json"):
+        with contextlib.suppress(UserError):  # it is being written
+            beats.append(read_json(path, "heartbeat", like=HEARTBEAT))
+    return beats
+
+
+def ask_for_heartbeats(workdir) -> list[dict]:
+    """The same of a bucket, by a process of its own: the client starts threads, with which this one should not fork.
+
+    OSError where it gets no answer.
+    """
+    environment = {"CMD_JAX_RETRY_SECONDS": "10", **os.environ}
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, ASK, str(workdir)], env=environment, capture_output=True, timeout=60, check=True
+        )
+        return json.loads(done.stdout)
+    except (subprocess.SubprocessError, ValueError) as e:
+        raise OSError(f"the heartbeats in {workdir} cannot be read") from e
 
 
 def describe(code: int) -> str:
@@ -201,7 +235,8 @@ class Supervisor:
                 return code
             last = f"gave up after {restarts} restarts" if start > restarts else ""
             then = "while stopping" if self.signals else last or f"starting again ({start} of {restarts})"
-            tell(f"launch: {self.fault}; {then}; output: {self.logs[self.cause.index] if self.cause else self.workdir}")
+            output = self.logs[self.cause.index] if self.cause else self.logs[0].parent
+            tell(f"launch: {self.fault}; {then}; output: {output}")
             if self.signals:
                 break
             end = time.monotonic() + (0.0 if last else self.options.pause)
@@ -283,16 +318,15 @@ class Supervisor:
         if first.code == PEER_FAULT and None in codes and time.monotonic() < self.patience:
             return ""
         self.cause = first
-        beat = next((b for b in self.heartbeats() if b["pid"] == first.popen.pid), {"step": None})
+        beat = {"step": None}
+        with contextlib.suppress(OSError):
+            beat = next((b for b in self.heartbeats() if b["pid"] == first.popen.pid), beat)
         name = "the process on this host" if self.options.distributed == "auto" else f"process {first.index}"
         return f"{name} {describe(first.code)} {place(beat)}"
 
     def heartbeats(self) -> list[dict]:
         """The heartbeats of this start of the job, those of processes on other hosts included."""
-        beats = []
-        for path in self.workdir.glob("*/processes/*.json"):
-            with contextlib.suppress(UserError):  # it is being written
-                beats.append(read_json(path, "heartbeat", like=HEARTBEAT))
+        beats = (ask_for_heartbeats if is_remote(self.workdir) else read_heartbeats)(self.workdir)
         # Files of earlier runs stay; ours are of the run of the processes that we started.
         pids = {p.popen.pid for p in self.processes}
         runs = {b["run"] for b in beats if b["pid"] in pids and b["time"] >= self.begun - 1}
@@ -300,10 +334,14 @@ class Supervisor:
 
     def stall(self) -> str:
         """What to say if no process finished a step for too long, else nothing."""
-        now = time.monotonic()
-        if not self.options.step_timeout or now - self.looked < min(1.0, self.options.step_timeout / 4):
+        now, often = time.monotonic(), 30.0 if is_remote(self.workdir) else 1.0
+        if not self.options.step_timeout or now - self.looked < min(often, self.options.step_timeout / 4):
             return ""
-        self.looked, beats = now, self.heartbeats()
+        self.looked = now
+        try:
+            beats = self.heartbeats()
+        except OSError:  # no news; where the bucket cannot be reached, training itself ends
+            return ""
         steps = {b["process"]: b["step"] for b in beats if b["step"] is not None}
         if steps != self.steps:
             self.steps, self.moved = steps, now
@@ -317,6 +355,9 @@ class Supervisor:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == [ASK]:
+        print(json.dumps(read_heartbeats(as_path(arguments[1]))))
+        return 0
     try:
         return Supervisor(*parse(arguments)).run()
     except UserError as error:

@@ -46,7 +46,8 @@ class Command(NamedTuple):
     @property
     def cmd_jax(self) -> tuple[str, ...] | None:
         """The arguments of cmd-jax, called here or by a launcher; None of another command."""
-        for start in (("cmd-jax",), ("./launch/tpu_pod.sh", "start"), ("sbatch", "launch/slurm.sbatch")):
+        pod = "./launch/tpu_pod.sh"
+        for start in (("cmd-jax",), (pod, "start"), (pod, "keep"), ("sbatch", "launch/slurm.sbatch")):
             if self.words[: len(start)] == start:
                 return self.words[len(start) :]
         if self.words[:2] == ("python", "launch/local.py"):
@@ -172,9 +173,9 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     "cd cmd_jax": "goes with it",
     ". .venv/bin/activate": "the environment of the tests is active",
     "export TPU_NAME": "goes with the pod's commands",
-    "./launch/tpu_pod.sh": "needs a TPU pod; tests/test_launch_scripts.py has a stand-in",
+    "./launch/tpu_pod.sh": "needs a TPU pod; tests/test_launch_cloud.py has a stand-in",
     "sbatch launch/slurm.sbatch": "needs a SLURM cluster; tests/test_launch_scripts.py has a stand-in",
-    "kubectl apply": "needs a Kubernetes cluster; tests/test_launch_scripts.py reads the file",
+    "kubectl apply": "needs a Kubernetes cluster; tests/test_launch_cloud.py reads the file",
     "./launch/quickstart.sh": "trains for minutes; its stages and scores are run here on their own",
     "./launch/test.sh": "runs this very test",
     "python launch/local.py": "starts processes; tests/test_launch.py",

@@ -1,5 +1,6 @@
 """The supervisor, with a made-up module that beats and dies as it is told."""
 
+import importlib.util
 import json
 import os
 import re
@@ -7,12 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from processes import alive, gone
 
+from cmd_jax.buckets import BucketPath
 from cmd_jax.running.runtime import SAME_REQUEST
 
 ROOT = Path(__file__).parents[1]
@@ -298,3 +302,27 @@ def test_a_killed_training_is_resumed(tmp_path):
     assert re.match(r"launch: process 1 was killed \(SIGKILL\) (at step \d+|before its first step); starting ", line)
     assert re.search(r"resuming autoencoder at step (8|12|16|20|24|28) of 30", out)
     assert json.loads((workdir / "autoencoder" / "summary.json").read_text())["step"] == 30
+
+
+def test_a_workdir_in_a_bucket(gcs_stub, tmp_path, monkeypatch):
+    """Heartbeats are read there, by a process of its own; logs are files of this machine; no folder "gs:"."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    specification = importlib.util.spec_from_file_location("local", LAUNCH / "local.py")
+    local = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(local)
+    supervisor = local.Supervisor(*local.parse(["--step-timeout=9", "--", "train", f"--workdir={gcs_stub}/run"]))
+    beat = dict(run="a", process=0, count=2, host="h", pid=7, step=3, time=time.time(), state="running")
+    beat |= dict(fault="", message="")
+    for process, facts in enumerate((beat, beat | {"process": 1, "pid": 8}, beat | {"run": "b", "pid": 9})):
+        (BucketPath(f"{gcs_stub}/run") / f"content/processes/{process}.json").write_text(json.dumps(facts))
+    supervisor.processes = [SimpleNamespace(popen=SimpleNamespace(pid=7))]
+    supervisor.begun, supervisor.steps, supervisor.moved, supervisor.looked = time.time(), {}, 0.0, 0.0
+    assert [b["pid"] for b in supervisor.heartbeats()] == [7, 8]
+    assert supervisor.stall() == "" and supervisor.steps == {0: 3, 1: 3}
+    assert [log.parent.parent for log in supervisor.logs] == [tmp_path] and not Path("gs:").exists()
+    # What cannot be read is no news.
+    monkeypatch.setattr(local, "ask_for_heartbeats", lambda _: (_ for _ in ()).throw(OSError()))
+    supervisor.looked = 0.0
+    assert supervisor.stall() == "" and supervisor.steps == {0: 3, 1: 3}

@@ -1,6 +1,5 @@
 """The launch scripts, with stand-ins for the programs that they call."""
 
-import json
 import os
 import re
 import shutil
@@ -11,40 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
-from processes import gone
+from stand_ins import LAUNCH, ROOT, TRAIN, await_file, ended, script, stand_in
 
 from cmd_jax.config import load
-
-ROOT = Path(__file__).parents[1]
-LAUNCH = ROOT / "launch"
-
-
-def stand_in(folder: Path, name: str, body: str):
-    """A program of that name, found first."""
-    path = folder / "bin" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
-    path.chmod(0o755)
-
-
-def script(folder: Path, *command, **variables) -> subprocess.Popen:
-    path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    kept = {
-        key: value for key, value in os.environ.items() if key not in ("VENV", "PYTHON", "RESTARTS", "SLURM_JOB_ID")
-    }
-    return subprocess.Popen(
-        command, env=kept | {"PATH": path} | variables, cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-def ended(running: subprocess.Popen):
-    out, err = running.communicate(timeout=60)
-    return running.returncode, out, err
-
-
-TRAIN = ["train", "--config=c.py:content", "--workdir=/shared/two words"]
 
 
 @pytest.fixture
@@ -199,16 +167,14 @@ def test_slurm_starts_a_failed_step_again_but_not_a_wrong_one(slurm, tmp_path):
     )
     (tmp_path / "codes").write_text("0\n0\n0\n2\n3\n3\n")
     assert ended(slurm(*TRAIN))[::2] == (2, "")
-    code, _, err = ended(slurm(*TRAIN, RESTARTS="1"))
+    code, _, err = ended(slurm(*TRAIN[:2], "--workdir=s3://runs/ucf101", RESTARTS="1"))
     assert code == 3 and err.endswith("launch: ended with code 3; gave up after 1 restarts\n")
 
 
 def test_slurm_saves_before_the_time_limit_and_queues_again(slurm, tmp_path):
-    stand_in(tmp_path, "srun", "touch begun; until [ -e stop ]; do sleep 0.05; done; echo saved")
+    stand_in(tmp_path, "srun", "echo x > begun; until [ -e stop ]; do sleep 0.05; done; echo saved")
     running = slurm(*TRAIN)
-    end = time.monotonic() + 30
-    while not (tmp_path / "begun").exists() and time.monotonic() < end:
-        time.sleep(0.02)
+    await_file(tmp_path / "begun")
     running.send_signal(signal.SIGUSR1)
     code, out, err = ended(running)
     assert (code, err) == (0, "")
@@ -222,7 +188,10 @@ def test_slurm_saves_before_the_time_limit_and_queues_again(slurm, tmp_path):
     [
         (TRAIN, {"SLURM_JOB_ID": ""}, "SLURM_JOB_ID=: missing; .*"),
         (["train"], {}, "--config=: missing; .*"),
-        (["train", "--config=c", "--workdir=runs"], {}, "--workdir=: missing or relative; .*"),
+        (["train", "--config=c"], {}, "--workdir=: not a place that all nodes share; .*"),
+        (["train", "--config=c", "--workdir=runs"], {}, "--workdir=runs: not a place .*"),
+        (["train", "--config=c", "--workdir=ftp://b/runs"], {}, "--workdir=ftp://b/runs: not a place .*"),
+        (["train", "--config=c", "--workdir=gs:///runs"], {}, "--workdir=gs:///runs: not a place .*"),
         (TRAIN, {"RESTARTS": "x"}, "RESTARTS=x: not a number; .*"),
         (TRAIN, {"SLURM_SUBMIT_DIR": "/"}, "SLURM_SUBMIT_DIR=/: not the root of the checkout; .*"),
         (TRAIN, {"VENV": "none"}, "VENV=none: no environment there; .*"),
@@ -231,127 +200,3 @@ def test_slurm_saves_before_the_time_limit_and_queues_again(slurm, tmp_path):
 def test_what_slurm_lacks_is_one_line_and_2(slurm, arguments, variables, message):
     code, out, err = ended(slurm(*arguments, **variables))
     assert (code, out) == (2, "") and re.fullmatch(message + "\n", err), err
-
-
-@pytest.fixture
-def pod(tmp_path):
-    """Start tpu_pod.sh with a gcloud that runs the commands for the workers here, in a home of their own."""
-    (tmp_path / "home").mkdir()
-    stand_in(
-        tmp_path,
-        "gcloud",
-        f'cd "{tmp_path}"; echo "gcloud ${{*:1:4}}" >> calls; printf "%s\\n" "$@" | grep -v command= >> flags\n'
-        'case "$4" in scp) cp "$5" home/cmd_jax.tar.gz ;; esac; cd home\n'
-        'for a in "$@"; do case "$a" in --command=*) bash -c "${a#--command=}" || exit ;; esac; done',
-    )
-    return lambda *arguments, **more: script(
-        tmp_path, str(LAUNCH / "tpu_pod.sh"), *arguments, **{"TPU_NAME": "cmd", "ZONE": "z", "PROJECT": "p"} | more
-    )
-
-
-def test_a_pod_is_set_up_started_and_stopped(pod, tmp_path):
-    worker = tmp_path / "home" / "cmd_jax"
-    environment = worker / ".venv" / "bin"
-    environment.mkdir(parents=True)
-    (environment / "activate").write_text("")
-    digest = subprocess.run(
-        "cat pyproject.toml requirements.txt | sha256sum | cut -c1-16",
-        shell=True, cwd=ROOT, capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
-    (worker / ".venv" / f"installed-{digest}-tpu").touch()  # as after an installation
-    code, _, err = ended(pod("setup"))
-    assert (code, err) == (0, "")
-    assert (worker / "launch" / "local.py").exists() and (worker / "cmd_jax" / "main.py").exists()
-    assert (tmp_path / "calls").read_text() == "gcloud compute tpus tpu-vm scp\ngcloud compute tpus tpu-vm ssh\n"
-    flags = (tmp_path / "flags").read_text().split()
-    assert all(flags.count(flag) == 2 for flag in ("--worker=all", "--zone=z", "--project=p"))
-
-    # The supervisor itself was tried above.
-    (worker / "launch" / "local.py").write_text(
-        "import json, sys, time\njson.dump(sys.argv[1:], open('given', 'w'))\ntime.sleep(60)\n"
-    )
-    code, _, err = ended(pod("start", *TRAIN, STEP_TIMEOUT="600"))
-    assert (code, err) == (0, "")
-    pid = int((worker / "launch.pid").read_text())
-    end = time.monotonic() + 30
-    while not ((worker / "given").exists() and (worker / "given").read_text()) and time.monotonic() < end:
-        time.sleep(0.02)
-    given = json.loads((worker / "given").read_text())
-    own = ["--processes=1", "--distributed=auto", "--restarts=3", "--step-timeout=600"]
-    assert given == [*own, "--", *TRAIN]
-    code, _, err = ended(pod("start", *TRAIN))
-    assert code == 2 and err.endswith(": runs already; stop it first\n")
-    assert ended(pod("logs"))[0] == 0
-    code, out, _ = ended(pod("stop"))
-    assert code == 0 and out.endswith(": asked to save and end\n") and gone(pid)
-
-
-@pytest.mark.parametrize(
-    "arguments, variables, message",
-    [
-        ([], {}, "argument=: not known; use setup, start, logs or stop .*"),
-        (["begin"], {}, "argument=begin: not known; .*"),
-        (["stop", "now"], {}, "argument=now: not used with stop; leave it out"),
-        (["logs"], {"TPU_NAME": ""}, "TPU_NAME=: missing; set it, like .*"),
-        (["logs"], {"ZONE": ""}, "ZONE=: missing; set it, like .*"),
-        (["start", "train"], {}, "--config=: missing; .*"),
-        (["start", "train", "--config=c", "--workdir=runs"], {}, "--workdir=: missing or relative; .*"),
-    ],
-)
-def test_what_a_pod_lacks_is_one_line_and_2(pod, tmp_path, arguments, variables, message):
-    code, out, err = ended(pod(*arguments, **variables))
-    assert (code, out) == (2, "") and re.fullmatch(message + "\n", err), err
-    assert not (tmp_path / "calls").exists()
-
-
-def test_gke_manifest_and_its_script(tmp_path):
-    manifest = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
-    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
-    pod = job["template"]["spec"]
-    (container,) = pod["containers"]
-    assert job["parallelism"] == job["completions"] == 4 and pod["restartPolicy"] == "Never"
-    (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    (text,) = container["args"]
-    assert f"--config.processes.expected={job['parallelism']} " in text
-    assert "$(" not in text  # Kubernetes would replace it
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "env.sh").write_text("")
-
-    def run(python: str, workdir=tmp_path / "runs"):
-        stand_in(tmp_path, "python", python)
-        return script(tmp_path, *container["command"], text, WORKDIR=str(workdir))
-
-    for wanted in (0, 2, 3):
-        assert ended(run(f"exit {wanted}"))[0] == wanted
-    running = run("trap 'echo saved; exit 0' TERM; touch begun; while :; do sleep 0.05; done")
-    end = time.monotonic() + 30
-    while not (tmp_path / "begun").exists() and time.monotonic() < end:
-        time.sleep(0.02)
-    running.send_signal(signal.SIGTERM)
-    assert ended(running)[:2] == (143, "saved\n")
-    code, _, err = ended(run("exit 0", workdir="/proc/runs"))
-    assert code == 2 and err.splitlines()[-1].startswith("WORKDIR=/proc/runs: cannot be written; ")
-
-
-def test_scripts_parse_and_their_flags_exist():
-    texts = {name: (LAUNCH / name).read_text() for name in ("tpu_pod.sh", "slurm.sbatch", "gke_jobset.yaml")}
-    for name in ("tpu_pod.sh", "slurm.sbatch"):
-        subprocess.run(["bash", "-n", LAUNCH / name], check=True)
-    helps = {
-        command: subprocess.run(
-            [sys.executable, *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
-        for command in ("launch/local.py", "-m cmd_jax.main train")
-    }
-    for flag in ("--distributed", "--coordinator", "--num-processes", "--process-id", "--config", "--workdir"):
-        assert flag in helps["-m cmd_jax.main train"]
-    for text in (*texts.values(), (LAUNCH / "local.py").read_text().split('"""')[1]):
-        for flag in re.findall(r"--(?:processes|distributed|restarts|step-timeout|devices)\b", text):
-            assert flag in helps["launch/local.py"]
-        for key in re.findall(r"--config\.([a-z_.]+)=", text):
-            load(f"{ROOT}/configs/quickstart.py:autoencoder", {key: "1"})
-        for specification in re.findall(r"--config=(configs/\S+)", text):
-            load(str(ROOT / specification), {})
