@@ -39,10 +39,6 @@ def _unraisable(told, before=sys.unraisablehook):
 sys.unraisablehook = _unraisable
 
 
-# TensorStore waits for ever for a server that fell silent (its issue 291). Read at its first request to a bucket.
-os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "10")
-os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
-os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", "10")
 RETRIES = 6  # after pauses that grow twofold each time
 FAILED = r"All \d+ retry attempts failed: "  # TensorStore's words for an error that may pass but did not
 _spec_of, _context = tensorstore_utils.build_kvstore_tspec, tensorstore_utils.get_ts_context
@@ -70,7 +66,8 @@ def _on_s3(spec):
 def _with_patience(**options) -> ts.Context:
     """Orbax's context, in which requests to a bucket are tried again for `retry_seconds`, not for a quarter of an hour.
 
-    For a server that never answers it is about three times that.
+    Each of them ends after SILENCE_SECONDS in which nothing comes (see stores.py): a server that takes connections and
+    says nothing is given up after seven times that, and `retry_seconds`.
     """
     seconds = retry_seconds()
     again = {"max_retries": RETRIES, "initial_delay": f"{seconds / (2**RETRIES - 1)}s", "max_delay": f"{seconds}s"}

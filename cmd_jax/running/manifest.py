@@ -114,13 +114,13 @@ def verify(folder: Path | BucketPath, items: Iterable[str], part: int = 0, parts
     def check(name: str):
         wanted = manifest["files"][name]
         try:
-            size = (folder / name).stat().st_size
-            if size != wanted["size"]:
-                raise Damaged(f"{name} has {size} bytes, not {wanted['size']}")
-            if _entry_of(folder / name) != wanted:
-                raise Damaged(f"{name} has another SHA-256 than when it was written")
+            found = _entry_of(folder / name)
         except OSError as e:
             raise _judged(e, folder, name) from None
+        if found["size"] != wanted["size"]:
+            raise Damaged(f"{name} has {found['size']} bytes, not {wanted['size']}")
+        if found != wanted:
+            raise Damaged(f"{name} has another SHA-256 than when it was written")
 
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         list(pool.map(check, names[part::parts]))
