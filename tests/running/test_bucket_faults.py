@@ -12,6 +12,7 @@ from checkpoints import check_whole, in_children, save, state_at
 
 from cmd_jax.errors import Unavailable, UserError, exit_code
 from cmd_jax.files import as_path
+from cmd_jax.running.array_store import check_lengths
 from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.running.hosts import digest
 from cmd_jax.running.manifest import Damaged, verify
@@ -232,7 +233,7 @@ def test_an_upload_that_the_store_cut_off_fails_the_save(gcs_stub):
     with pytest.raises(UserError, match=r"^checkpoint=9: could not be saved \(.*; the previous step 6 is intact"):
         save(folder, 9, rows=1000)
     check_whole(folder, 6, rows=1000)
-    # There the index of the process was cut off too, without which nothing is merged. It may also be in another object.
+    # The index of the process was cut off with it, without which nothing is merged; it may be in another object too.
     name, data = largest(gcs_stub)
     gcs_stub.put(name, data[: len(data) // 2])
     with pytest.raises(RuntimeError, match=r"^ema/ocdbt\S+ has \d+ bytes, not \d+$"):
