@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import queue
 import random
 import signal
 import time
@@ -168,22 +169,30 @@ def save_without_end(pipe, environment, url):
             pipe.send(step)
 
 
-def test_killed_at_random_moments_the_newest_whole_step_is_there(gcs_stub):
-    rng, durable, cut = random.Random(0), 0, 0
-    for _ in range(3):
-        ((process, pipe),) = in_children(save_without_end, (gcs_stub.server.environment, f"{gcs_stub}/{PLACE}"))
-        assert pipe.poll(60)
-        time.sleep(rng.uniform(0.1, 0.6))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        with contextlib.suppress(EOFError):
-            while True:
-                durable = pipe.recv()
+class Deadly(dict):
+    """Objects of a bucket of the stub; whoever writes the object `name` is killed: the process that `pid` tells."""
+
+    def __init__(self, objects, name):
+        super().__init__(objects)
+        self.name, self.pid = name, queue.SimpleQueue()
+
+    def __setitem__(self, name, stored):
+        super().__setitem__(name, stored)
+        if name == self.name:
+            os.kill(self.pid.get(timeout=60), signal.SIGKILL)
+
+
+def test_killed_in_a_save_the_next_run_goes_on_from_the_newest_whole_step(gcs_stub):
+    buckets = gcs_stub.server.server.buckets
+    for name, left in (("3/params/manifest.ocdbt", 2), ("3/run.json", 2), ("3/manifest.json", 3)):
+        buckets[gcs_stub.name] = deadly = Deadly(buckets[gcs_stub.name], f"{STEPS}/{name}")
+        ((process, _),) = in_children(save_without_end, (gcs_stub.server.environment, f"{gcs_stub}/{PLACE}"))
+        deadly.pid.put(process.pid)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
         there, begun = steps_in(folder_in(gcs_stub)).look()
-        cut += bool(begun)
-        assert there[0] in (durable, durable + 1)
-        check_whole(folder_in(gcs_stub), there[0])
-    assert cut
+        assert there[0] == left and begun == [3] * (left == 2)
+        check_whole(folder_in(gcs_stub), left)
 
 
 # A store that does not answer, or says no.
