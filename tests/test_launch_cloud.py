@@ -234,7 +234,7 @@ def test_scripts_parse_and_their_flags_exist():
     for text in (*texts.values(), (LAUNCH / "local.py").read_text().split('"""')[1]):
         for flag in re.findall(r"--(?:processes|distributed|restarts|step-timeout|devices)\b", text):
             assert flag in helps["launch/local.py"]
-        for key in re.findall(r"--config\.([a-z_.]+)=", text):
-            load(f"{ROOT}/configs/quickstart.py:autoencoder", {key: "1"})
+        for key, value in re.findall(r"--config\.([a-z_.]+)=([\w:/-]*)", text):
+            load(f"{ROOT}/configs/quickstart.py:autoencoder", {key: "1" if value in ("N", "") else value})
         for specification in re.findall(r"--config=([\w/]+(?:\.py)?:\w+)", text):
             load(str(ROOT / specification) if "/" in specification else specification, {})
