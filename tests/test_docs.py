@@ -188,6 +188,8 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     "cmd-jax sample --config=ucf101:sample --workdir=runs/ucf101": "takes what a pod trained",
     "XLA_FLAGS=": "starts JAX anew, with more devices; tests/verbs/test_doctor.py",
     "cmd-jax verify-resume": "kills trainings for minutes; tests/verbs/test_verify_resume.py",
+    "cmd-jax sample --config=quickstart:sample,size=long --workdir=gs://": "tests/verbs/test_bucket_sample.py",
+    "python -m cmd_jax.report.collect": "goes with it",
     "cmd-jax convert": "needs published weights; tests/verbs/test_convert.py takes small ones of every kind",
 }
 # What the settings of tests/tiny.py replace, so that commands run the programs that other tests have compiled.
