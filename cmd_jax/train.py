@@ -78,7 +78,10 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
         for line in replicated_report(layout(program.params, mesh, config.rules), config.mesh.report_above):
             console.print(line)
         where = partial(position, config, fingerprint=prepared.metadata.data.fingerprint)
-        checkpoints = opened.enter_context(contextlib.closing(Checkpoints(folder, config.train.keep)))
+        checkpoints = Checkpoints(
+            folder, config.train.keep, before_commit=lambda: metrics.upload(), check=lease.check if lease else None
+        )
+        opened.enter_context(contextlib.closing(checkpoints))
         state = first_state(program, config, prepared.metadata, checkpoints, where, console)
         start = int(state.step)
         if start >= config.train.steps and broadcast_from_leader(is_finished(folder, start)):

@@ -15,6 +15,7 @@ many lines as these, and kept the loop waiting no shorter: 0.33 to 0.39 s a save
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
@@ -28,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from cmd_jax.buckets import BucketPath
-from cmd_jax.errors import UserError
+from cmd_jax.errors import Unavailable, UserError
 from cmd_jax.files import is_remote, read_json, write_text
 from cmd_jax.running.array_store import (
     answering,
@@ -60,7 +61,8 @@ class Checkpoints:
 
     keep: how many of the newest are kept. read_only: for a folder in which another process may be training and saving.
     items: what is going to be restored; only of that every byte is compared with the manifest. before_commit: called
-    by process 0, in the background, when all of a step but its manifest is written; its error fails the save.
+    by process 0, in the background, when all of a step but its manifest is written; its error fails the save. check:
+    called there before anything is committed or removed; raises an OSError where that is not ours to do any more.
     With several processes, on a shared file system, every one calls latest, save, restore, restore_item and digest
     together, and each compares its share.
     """
@@ -71,11 +73,13 @@ class Checkpoints:
         keep: int = 2,
         read_only: bool = False,
         items: tuple[str, ...] = ITEMS,
-        before_commit: Callable[[], None] = lambda: None,
+        before_commit: Callable[[], None] | None = None,
+        check: Callable[[], None] | None = None,
     ):
         check_name(folder)
         self._steps = steps_in(folder)
-        self.folder, self._before_commit = self._steps.folder, before_commit
+        self.folder = self._steps.folder
+        self._before_commit, self._check = (call or (lambda: None) for call in (before_commit, check))
         self._keep, self._read_only, self._items = max(keep, 1), read_only, items
         self._first, self._looked, self._newest = jax.process_index() == 0, False, None
         self._saving = self._thread = self._error = None  # the step that is being saved, by which thread, how it failed
@@ -121,6 +125,7 @@ class Checkpoints:
             return
         try:
             if self._first:
+                self._check()
                 self._steps.remove(step)
         finally:
             barrier(f"save-{number}-begun")
@@ -153,21 +158,31 @@ class Checkpoints:
                 except Exception as e:
                     errors.append(e)
                 if errors:
-                    self._steps.abandon(step)
+                    self._abandon(step)
             barrier(f"save-{number}-committed")
         except Exception as e:  # a process is gone
             errors.append(e)
         try:
             if not errors and not self._steps.has(step):
-                errors.append(RuntimeError("another process failed to write its part"))
+                errors.append(self._failed("another process"))
         except OSError as e:
             errors.append(e)
         self._error = as_unavailable(errors[0], folder) if errors else None
 
+    def _failed(self, who: str) -> Exception:
+        """Why is known to the other process alone; of a bucket, whose rights are the same for all, it may well pass."""
+        text = f"{who} failed to write its part"
+        return Unavailable(None, text, str(self.folder)) if is_remote(self.folder) else RuntimeError(text)
+
+    def _abandon(self, step: int):
+        with contextlib.suppress(OSError):  # it belongs to another run, which removes what it finds, or made it anew
+            self._check()
+            self._steps.abandon(step)
+
     def _commit(self, step: int, folder: Path | BucketPath, run: str, done: list):
         missing = [i for i, path in enumerate(done) if not path.exists()]
         if missing:
-            raise RuntimeError(f"process {', '.join(map(str, missing))} failed to write its part")
+            raise self._failed(f"process {', '.join(map(str, missing))}")
         for path in done:
             path.unlink()
         for name, handler in self._handlers.items():
@@ -179,9 +194,11 @@ class Checkpoints:
                 check_lengths(folder / name)
         write_text(folder / RUN, run + "\n", sync=False)  # the manifest's writer brings all to the disk
         self._before_commit()
+        self._check()
         write_manifest(folder, step)
         self._steps.commit(step)
         try:
+            self._check()
             self._retire(step)
         except OSError as e:
             log.warning("old checkpoints in %s cannot be removed (%s)", self.folder, e.strerror)

@@ -21,6 +21,7 @@ SECONDS, LONGEST = 30, 60  # of a lease: how long it is by default, and at most
 RENEWALS = 4  # in the time of a lease
 MARGIN = 1 / 6  # of a lease: so long before its end by his own clock a holder gives up
 RESOLUTION = 1.0  # seconds: of the times that servers tell
+PAUSE = 1.0  # seconds at least between two checks that ask the store, which takes one writing of an object a second
 LOOK = 1.0  # seconds between looks at another's lock
 
 RECORD = {
@@ -111,9 +112,9 @@ class Lease:
         return not self._lost and clock() < self._until
 
     def check(self):
-        """Renew it, as before what only its holder may do. Unavailable if it is lost, or cannot be renewed."""
+        """Before what only its holder may do: renew it, if that was not just done. Unavailable if it is lost."""
         with self._writing:
-            if self.held():
+            if self.held() and self._until < self._end(clock() - PAUSE):
                 self._renew()
         if not self.held():
             raise Unavailable(None, self._why(), str(self.path))

@@ -41,6 +41,7 @@ def stub_path(gcs_stub):
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
     monkeypatch.setattr(lease, "LOOK", 0.1)
+    monkeypatch.setattr(lease, "PAUSE", 0.0)
 
 
 def take(path, seconds=1):
@@ -196,6 +197,7 @@ def test_who_finds_it_taken_has_lost_it(path):
 ZOMBIE = """
 import sys, time
 from cmd_jax.running import lease
+lease.PAUSE = 0.0
 lease._machine = lambda: {"boot": "another", "namespace": "pid:[1]"}
 from cmd_jax.files import as_path
 path = as_path(sys.argv[1])
