@@ -19,12 +19,14 @@
 # job without progress. After a slice was remade, or its machines started anew, it needs `setup` and `start` again:
 # `keep` does that, until the job ends by itself or by `stop`, and looks every POLL seconds (default 60). Ctrl-C ends it
 # alone; called again, it goes on with what runs.
-# PYTHON names a Python >= 3.11 on the workers: images with Ubuntu 22.04 have 3.10, so there first install one, like
-# python3.12, and set PYTHON=python3.12. Several workers need your SSH key in an agent (ssh-add).
+# PYTHON names a Python >= 3.11 on the workers, and PREPARE is what `setup` runs on each first: images with Ubuntu 22.04
+# have 3.10, and there PYTHON=python3.12 needs a PREPARE that installs it (docs/many-devices.md has one).
+# Several workers need your SSH key in an agent (ssh-add).
 #
-# Preemption and maintenance, by Google's and systemd's documentation: the machine is asked to shut down by ACPI, 30 s
-# before it is off (not spot: 120 s), and systemd sends SIGTERM to every process at once; so training saves, where its
-# last step and the save take less. Nothing has to ask the metadata server.
+# Preemption and maintenance, by the documentation of Compute Engine and systemd (Cloud TPU's own says no more than that
+# the slice goes): a machine is asked by ACPI to shut down, at best 30 s before it is off (not spot: 120 s), and systemd
+# sends SIGTERM to all processes at once. So training saves, where its last step and the save take less, and nothing has
+# to ask the metadata server.
 #
 # Tried: its syntax, its error messages and, with a stand-in for gcloud, the commands it sends, a preemption and the
 # restart after it; gcloud 528 takes the flags. Never run on a TPU.
@@ -88,7 +90,7 @@ setup() {
         pyproject.toml requirements.txt README.md LICENSE cmd_jax configs launch &&
         gcloud compute tpus tpu-vm scp "$folder/cmd_jax.tar.gz" "$TPU_NAME:" --worker=all "${place[@]}" \
             --scp-flag="$alive" &&
-        on_all_workers "set -e; mkdir -p cmd_jax; tar xzf cmd_jax.tar.gz -C cmd_jax; cd cmd_jax
+        on_all_workers "set -e; ${PREPARE:-:}; mkdir -p cmd_jax; tar xzf cmd_jax.tar.gz -C cmd_jax; cd cmd_jax
             ${PYTHON:+export PYTHON=$PYTHON;} . launch/install.sh ${EXTRAS:-tpu,gcs}" || code=$?
     rm -r "$folder"
     return "$code"

@@ -20,7 +20,7 @@ def stand_in(folder: Path, name: str, body: str):
 
 def script(folder: Path, *command, **variables) -> subprocess.Popen:
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    ours = ("VENV", "PYTHON", "RESTARTS", "EXTRAS", "SLICE", "POLL", "SLURM_JOB_ID")
+    ours = ("VENV", "PYTHON", "RESTARTS", "PREPARE", "EXTRAS", "SLICE", "POLL", "SLURM_JOB_ID")
     kept = {key: value for key, value in os.environ.items() if key not in ours}
     return subprocess.Popen(
         command, env=kept | {"PATH": path} | variables, cwd=folder, text=True,

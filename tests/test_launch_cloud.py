@@ -68,8 +68,9 @@ def test_a_pod_is_made_set_up_started_and_stopped(pod, tmp_path):
 
     worker = tmp_path / "home" / "cmd_jax"
     (tmp_path / "flags").unlink()
-    code, _, err = ended(pod("setup"))
+    code, _, err = ended(pod("setup", PREPARE='echo "$HOME" > prepared'))
     assert (code, err) == (0, "")
+    assert (tmp_path / "home" / "prepared").exists()
     assert (worker / "launch" / "local.py").exists() and (worker / "cmd_jax" / "main.py").exists()
     assert calls(tmp_path) == ["tpu-vm scp", "tpu-vm ssh"]
     flags = (tmp_path / "flags").read_text().split()
