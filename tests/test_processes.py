@@ -9,7 +9,7 @@ import pytest
 import tiny
 from processes import Job, free_port, ledger, steps, train
 
-from cmd_jax.files import read_json
+from cmd_jax.files import as_path, read_json
 
 pytestmark = pytest.mark.timeout(300)
 grouped = pytest.mark.xdist_group("processes")  # by the run that they compare with
@@ -20,7 +20,7 @@ STEADY += ("--config.data.validation=0.25",)
 
 
 def checkpoints(folder):
-    return sorted(int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit())
+    return sorted(int(p.parent.name) for p in folder.glob("checkpoints/*/manifest.json") if p.parent.name.isdigit())
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,10 @@ def whole(tmp_path_factory):
 
 
 @grouped
-def test_killed_peer_is_named_and_the_job_resumes_bit_for_bit(whole, tmp_path):
-    folder = tmp_path / "autoencoder"
+@pytest.mark.parametrize("place", ["disk", pytest.param("gcs", marks=pytest.mark.slow)])
+def test_killed_peer_is_named_and_the_job_resumes_bit_for_bit(whole, tmp_path, place, request):
+    workdir = tmp_path if place == "disk" else as_path(f"{request.getfixturevalue(place)}/run")
+    folder = workdir / "autoencoder"
     more = (
         "--config.train.steps=12",
         "--config.train.checkpoint_every=3",
@@ -44,7 +46,7 @@ def test_killed_peer_is_named_and_the_job_resumes_bit_for_bit(whole, tmp_path):
         *STEADY,
     )
     slow = "--config.data.threads=1"
-    with Job(tmp_path / "first", *train(tmp_path, "autoencoder", *more, slow)) as job:
+    with Job(tmp_path / "first", *train(workdir, "autoencoder", *more, slow)) as job:
         job.until(lambda: checkpoints(folder))
         job.processes[1].kill()
         killed = time.monotonic()
@@ -55,13 +57,15 @@ def test_killed_peer_is_named_and_the_job_resumes_bit_for_bit(whole, tmp_path):
         assert time.monotonic() - killed < 15
         (line,) = [line for line in job.out(0).splitlines() if line.startswith("processes=2: ")]
         assert "process 1 (host " in line and "last heard of" in line
+    if place != "disk":
+        assert read_json(folder / ".lock")["state"] == "free"  # the next start need not wait, wherever it is
     (record,) = folder.glob("flight/*lost-peer*")
     assert json.loads(record.read_text())
     begun = checkpoints(folder)[-1]
-    with Job(tmp_path / "second", *train(tmp_path, "autoencoder", *more)) as job:
+    with Job(tmp_path / "second", *train(workdir, "autoencoder", *more)) as job:
         assert job.wait() == [0, 0], job.out(0)
         assert f"resuming autoencoder at step {begun} of 12" in job.out(0)
-    ended, wanted = (read_json(f / "autoencoder" / "summary.json") for f in (tmp_path, whole))
+    ended, wanted = (read_json(f / "autoencoder" / "summary.json") for f in (workdir, whole))
     assert ended["digests"] == wanted["digests"]
     lines = [json.loads(line) for line in (whole / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
