@@ -13,7 +13,7 @@ from cmd_jax.files import is_remote
 from cmd_jax.running.array_store import check_name
 from cmd_jax.running.distributed import leader_alone
 from cmd_jax.running.lease import Lease
-from cmd_jax.running.manifest import MANIFEST
+from cmd_jax.running.steps import steps_in
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,7 @@ def locked_run(folder: Path | BucketPath) -> Iterator[Locked]:
         def lock_and_look():
             lock = held.enter_context(lock_folder(folder))
             leases[0] = lock if is_remote(folder) else None
-            # On a bucket a folder of a step becomes a checkpoint by its manifest, not by its name.
-            return any(
-                path.name.isdigit() and (not is_remote(path) or (path / MANIFEST).exists())
-                for path in (folder / "checkpoints").glob("*")
-            )
+            return bool(steps_in(folder).numbers())
 
         yield Locked(leader_alone(lock_and_look), *leases)
 

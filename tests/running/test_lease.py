@@ -3,19 +3,23 @@
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cmd_jax.errors import Unavailable, UserError, exit_code
-from cmd_jax.files import as_path
+from cmd_jax.files import as_path, read_json
 from cmd_jax.running import lease
+from cmd_jax.running.flight import FlightRecord
 from cmd_jax.running.lease import Lease, is_gone, this_process
+from cmd_jax.running.watch import watched
 
 ROOT = Path(__file__).resolve().parents[2]
 SLACK = 2.0  # seconds that a busy machine may add
@@ -197,9 +201,10 @@ def test_who_finds_it_taken_has_lost_it(path):
 ZOMBIE = """
 import sys, time
 from cmd_jax.running import lease
+from cmd_jax.running.flight import FlightRecord
 lease.PAUSE = 0.0
 lease._machine = lambda: {"boot": "another", "namespace": "pid:[1]"}
-from cmd_jax.files import as_path
+from cmd_jax.files import as_path, read_json
 path = as_path(sys.argv[1])
 with lease.Lease(path, "trains in it", "workdir") as lock:
     lock.on_lost = lambda line: print("lost", line, flush=True)
@@ -271,3 +276,34 @@ def test_faults_of_the_store(gcs_stub, stub, monkeypatch):
     with pytest.raises(UserError) as error, take(as_path("gs://no-such-bucket/run/.lock")):
         pass
     assert exit_code(error.value) == 2
+
+
+@pytest.fixture
+def run(stub_path):
+    """A run that holds the lock, as `train` sets it up: folder, lock, what a stop calls, with what it ended."""
+    folder, ended, stop = stub_path.parent, queue.SimpleQueue(), SimpleNamespace(farewell="bye", calls=[])
+    stop.first = stop.calls.append
+    options = SimpleNamespace(peer_timeout=20.0, stall_timeout=0.0)
+    with take(stub_path, seconds=30) as lock, watched(folder, options, FlightRecord(folder), stop, ended.put, lock):
+        yield folder, lock, stop, ended
+
+
+def test_a_run_that_lost_its_lock_ends_to_be_started_again(run, capsys):
+    folder, lock, _, ended = run
+    lock.path.write_bytes(record())
+    with pytest.raises(Unavailable):
+        lock.check()
+    assert ended.get(timeout=2 * SLACK) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"workdir={folder}: another process took it over (host other")
+    beat = read_json(folder / "processes" / "0.json")
+    assert (beat["state"], beat["fault"], beat["message"]) == ("failed", "lost-lock", line)
+    assert [path.name for path in (folder / "flight").iterdir()] == ["start-lost-lock-process0.json"]
+    assert json.loads(lock.path.read_bytes())["holder"] == "somebody"
+
+
+def test_a_run_that_is_stopped_early_releases_it(run):
+    _, lock, stop, _ = run
+    for call in stop.calls:  # what a signal does before the process ends at once
+        call()
+    assert json.loads(lock.path.read_bytes())["state"] == "free" and not lock.held()
