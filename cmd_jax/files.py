@@ -5,6 +5,7 @@ import dataclasses
 import glob
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -29,6 +30,13 @@ def as_path(text: str | os.PathLike) -> Path | BucketPath:
     if isinstance(text, BucketPath):
         return text
     return BucketPath(text) if scheme_of(str(text)) else Path(text).expanduser()
+
+
+def local_path(text: str) -> Path:
+    """A path of this machine, as argparse's type; ValueError for a URL, which would become a folder of that name."""
+    if re.match(r"[A-Za-z][\w+.-]+:/", text):
+        raise ValueError(f"{text}: not a path of this machine")
+    return Path(text).expanduser()
 
 
 def is_remote(path) -> bool:

@@ -27,6 +27,7 @@ import optax
 from cmd_jax.data.folder import FolderSource
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.reconstruction import psnr
+from cmd_jax.files import local_path
 from cmd_jax.interop.clip import text_from_config
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
 from cmd_jax.interop.diffusers import Pipeline, save_pipeline
@@ -324,11 +325,11 @@ def save_comparison(path: Path, frames: np.ndarray, reconstruction: np.ndarray):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=local_path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float32")
-    parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--clips", type=Path)
+    parser.add_argument("--tokenizer", type=local_path)
+    parser.add_argument("--clips", type=local_path)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--height", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)

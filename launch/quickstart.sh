@@ -13,6 +13,11 @@ case "$choice" in "" | --resume | --anew) ;; *)
     exit 2 ;;
 esac
 
+case "$RUN" in *://*)
+    echo "RUN=$RUN: the quickstart is of this machine; cmd-jax train takes --workdir=$RUN" >&2
+    exit 2 ;;
+esac
+
 if [ -d "$RUN" ]; then
     echo "$RUN is there already:"
     for stage in autoencoder content motion; do

@@ -11,7 +11,6 @@ their initialisers draw them. Files are half precision.
 
 import argparse
 import sys
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -21,6 +20,7 @@ import numpy as np
 from cmd_jax.config import load
 from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.errors import UserError
+from cmd_jax.files import local_path
 from cmd_jax.interop.diffusers import load_unet
 from cmd_jax.keys import derive
 from cmd_jax.pretrained import (
@@ -47,8 +47,8 @@ def drawn(stage, seed: int) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a file of configs/")
-    parser.add_argument("--pipeline", required=True, type=Path, help="a Stable Diffusion folder")
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--pipeline", required=True, type=local_path, help="a Stable Diffusion folder")
+    parser.add_argument("--out", required=True, type=local_path)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     given = {"pretrained.path": str(flags.pipeline)}

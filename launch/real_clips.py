@@ -29,6 +29,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
+from cmd_jax.files import local_path
+
 
 class Shot(NamedTuple):
     """Frames start..stop-1 of a file without a cut, and what they show."""
@@ -152,7 +154,7 @@ def fail(message: str):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=local_path, required=True)
     parser.add_argument("--layout", choices=("ucf101", "classes", "metadata"))
     parser.add_argument("--distinct", type=int)
     parser.add_argument("--frames", type=int, default=32)

@@ -7,18 +7,18 @@ float32 parameters it was rounded from, so that sampling still knows which stage
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 
 from cmd_jax.config import STAGES
+from cmd_jax.files import local_path
 from cmd_jax.trained import export, load_trained
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workdir", type=local_path, required=True)
+    parser.add_argument("--out", type=local_path, required=True)
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:

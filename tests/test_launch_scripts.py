@@ -55,6 +55,18 @@ def calls(folder: Path) -> list[list[str]]:
     return sorted(rows, key=lambda row: "quickstart.py:motion" in row[0])
 
 
+@pytest.mark.parametrize("name", ["make_pipeline", "real_clips", "random_stages", "ship_weights"])
+def test_a_url_is_no_folder_of_this_machine(name, tmp_path):
+    arguments = ["--out=gs://bucket/x", "--workdir=x", "--pipeline=x"]
+    code, _, err = ended(script(tmp_path, sys.executable, str(LAUNCH / f"{name}.py"), *arguments))
+    assert code == 2 and "--out" in err and not list(tmp_path.iterdir())
+
+
+def test_the_quickstart_is_of_this_machine(tmp_path):
+    code, _, err = ended(script(tmp_path, "bash", str(LAUNCH / "quickstart.sh"), RUN="gs://bucket/x"))
+    assert code == 2 and err.startswith("RUN=gs://bucket/x: ") and not list(tmp_path.iterdir())
+
+
 def test_the_quickstart_shows_videos_first_and_then_trains_on_all_cores(quickstart, tmp_path):
     code, out, err = ended(quickstart())
     assert (code, err) == (0, "")
