@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +20,14 @@ from cmd_jax.buckets import BucketPath, write_if
 from cmd_jax.config import STAGES, to_json
 from cmd_jax.errors import UserError, of_file
 from cmd_jax.files import as_path, is_remote, remove_tree, versions, write_json, write_text
-from cmd_jax.report.gallery import Item, Section, each, write_gallery
+from cmd_jax.report.gallery import AT_A_TIME, Item, Section, each, write_gallery
 from cmd_jax.report.video import film_strip, image_grid, to_uint8, video_grid, write_gif, write_mp4, write_png
 from cmd_jax.running.distributed import gather, is_leader, leader_alone, linger, several
 from cmd_jax.running.runtime import StopRequest, peak_memory_gib
 from cmd_jax.running.watch import watched
 
 UNFINISHED = ".unfinished"
+PATIENCE = 5.0  # seconds that writes under way may take to their end
 GRID, GRID_BYTES = 64, 2**28  # the most samples in the overview pictures, and the most bytes of videos
 
 
@@ -33,7 +35,7 @@ class OutputFolder:
     """A folder that is an output only when everything in it is written; a taken name gets a number.
 
     All processes of a job enter it, write into it and leave it together. final: that folder, known when all is written.
-    beats: where they tell each other that they live.
+    beats: where they tell each other that they live. writes: a context of each write, for which its removal waits.
     """
 
     def __init__(self, workdir: Path | BucketPath, name: str):
@@ -42,14 +44,20 @@ class OutputFolder:
             raise UserError("sampling.output", name, "not the name of a new folder in the workdir", remedy)
         self.workdir, self.name, self.final = workdir, name, None
         self.path = workdir / f".tmp-{os.getpid()}-{name}"
+        self.writes, self._done, self._closed = threading.Semaphore(AT_A_TIME), False, False
 
     @property
     def beats(self) -> Path | BucketPath:
         return self.path.with_name(f".tmp-{self.path.name.removeprefix('.tmp-')}-processes")
 
     def remove(self):
-        """What is written so far."""
-        remove_tree(self.path)
+        """What is written so far. Writes under way come to their end, and no other one begins: in a bucket it would
+        still be there."""
+        end, closed, self._closed = time.monotonic() + PATIENCE, self._closed, True
+        for _ in range(0 if closed else AT_A_TIME):
+            self.writes.acquire(timeout=max(0.0, end - time.monotonic()))
+        if not (self._done and is_remote(self.path)):
+            remove_tree(self.path)
 
     def abandon(self):
         """The same, when all others have heard why."""
@@ -71,7 +79,7 @@ class OutputFolder:
             if is_remote(self.workdir):
                 self.path = next(filter(_claim, self._names()))
             else:
-                self.remove()
+                remove_tree(self.path)
                 self.path.mkdir(parents=True)
         except (OSError, ValueError) as e:
             reason = getattr(e, "strerror", e)
@@ -81,6 +89,7 @@ class OutputFolder:
     def __exit__(self, kind, error, trace):
         if kind is None:
             gather("all that is written is written")
+            self._done = True
             self.final = as_path(leader_alone(self._name))
             return
         self.remove()
@@ -113,7 +122,7 @@ def _claim(path: BucketPath) -> bool:
 
 @contextlib.contextmanager
 def writing(output: OutputFolder, options, end_process=None):
-    """The output's folder. The end of one process, by an error or a signal, is the end of all, and removes it.
+    """Within, the output's folder is there to write to. The end of one process is that of all, and removes it.
 
     options: the config's `processes` group. end_process: as for `train`.
     """
@@ -125,13 +134,13 @@ def writing(output: OutputFolder, options, end_process=None):
     with contextlib.ExitStack() as held:
         stop = held.enter_context(StopRequest("stopped by a signal; nothing was written", end_process))
         stop.first(output.remove)
-        folder = held.enter_context(output)
+        held.enter_context(output)
         if several():
             held.enter_context(watched(output.beats, options, None, stop, end_process and end))
             stop.first(linger)
             stop.first(output.abandon)
         try:
-            yield folder
+            yield
         except OSError as e:  # as a line, for the others too
             raise of_file(e) from e
 
@@ -139,16 +148,22 @@ def writing(output: OutputFolder, options, end_process=None):
 class SampleWriter:
     """The files of a gallery: mp4, gif and content frame of each sample as it comes, then overviews and the page.
 
-    captions: one a sample; samples beyond them are not written. Each process writes those it is given.
+    output: the OutputFolder for them. captions: one a sample; samples beyond them are not written. Each process writes
+    those it is given.
     """
 
-    def __init__(self, folder: Path | BucketPath, captions: list[str], fps: float):
-        self.folder, self.captions, self.fps = folder, captions, fps
+    def __init__(self, output: OutputFolder, captions: list[str], fps: float):
+        self.folder, self.writes, self.captions, self.fps = output.path, output.writes, captions, fps
 
     def write(self, samples):
         """Of a sample.Samples. Reconstructions stand beside their originals."""
         wanted = [(at, i) for at, i in enumerate(samples.index.tolist()) if i < len(self.captions)]
-        each(self.folder, lambda place: self._write(samples, *place), wanted)
+
+        def write(place: tuple[int, int]):
+            with self.writes:
+                self._write(samples, *place)
+
+        each(self.folder, write, wanted)
 
     def _write(self, samples, at: int, i: int):
         video = to_uint8(samples.video[at])
@@ -166,6 +181,10 @@ class SampleWriter:
         leader_alone(lambda: self._finish(title, note, table))
 
     def _finish(self, title, note, table):
+        with self.writes:
+            self._write_overview(title, note, table)
+
+    def _write_overview(self, title, note, table):
         names = [f"{i:04d}" for i in range(len(self.captions))]
         rows = list(zip(self.captions, names, strict=True))
         items = [Item(caption, video=f"{i}.mp4", image=f"{i}_content.png") for caption, i in rows]
@@ -199,14 +218,13 @@ def _read(path: Path | BucketPath) -> np.ndarray:
         return np.asarray(picture.convert("RGB"))
 
 
-def write_summary(folder: Path | BucketPath, config, started: float, **values):
+def write_summary(output: OutputFolder, config, started: float, **values):
     """By process 0: config.json and summary.json."""
     if not is_leader():
         return
-    write_text(folder / "config.json", to_json(config) + "\n")
-    write_json(
-        folder / "summary.json",
-        {
+    with output.writes:
+        write_text(output.path / "config.json", to_json(config) + "\n")
+        summary = {
             "wall_seconds": round(time.perf_counter() - started, 1),
             "peak_memory_gib": peak_memory_gib(),
             "devices": jax.device_count(),
@@ -215,5 +233,5 @@ def write_summary(folder: Path | BucketPath, config, started: float, **values):
             "seed": config.seed,
             "versions": versions(),
             **values,
-        },
-    )
+        }
+        write_json(output.path / "summary.json", summary)

@@ -30,7 +30,7 @@ def evaluate(config, workdir: Path, end_process=None) -> dict:
         raise UserError("sampling.mode", options.mode, "evaluate scores generated videos", "use sampling.mode=generate")
     output = OutputFolder(workdir, options.output)
     sampler = open_sampler(config, workdir)
-    with writing(output, config.processes, end_process) as folder:
+    with writing(output, config.processes, end_process):
         clips = open_clips(config, workdir, config.evaluation.clips)
         videos = config.evaluation.videos
         request = make_request(sampler, config, videos, clips if sampler.tokenizer else None)
@@ -44,7 +44,7 @@ def evaluate(config, workdir: Path, end_process=None) -> dict:
         console.print(f"{which} reconstruction: {decibels.mean():.2f} dB PSNR over {len(decibels)} clips")
 
         timed, readings = time.perf_counter(), {}
-        writer = SampleWriter(folder, request.captions[: config.evaluation.shown], options.fps)
+        writer = SampleWriter(output, request.captions[: config.evaluation.shown], options.fps)
         readable = config.data.source == "shapes" and "label" in request.conditions
         for samples in sampler.generate(request, settings):
             writer.write(samples)
@@ -63,7 +63,7 @@ def evaluate(config, workdir: Path, end_process=None) -> dict:
         _print_table(console, table)
         note = f"guidance {options.guidance}, seed {config.seed}, {len(request)} videos in {seconds:.0f} s, compiled"
         writer.finish(options.title or f"CMD, {Path(config.weights).name or 'trained here'}", note, table)
-        write_summary(folder, config, started, samples=len(request), sampling_seconds=round(seconds, 1), scores=scores)
+        write_summary(output, config, started, samples=len(request), sampling_seconds=round(seconds, 1), scores=scores)
     console.print(f"scores: {output.final}/summary.json\nvideos: {output.final}/index.html")
     return scores
 

@@ -26,14 +26,14 @@ def sample(config, workdir: Path, end_process=None) -> Path:
     choose("sampling.mode", options.mode, MODES)
     output = OutputFolder(workdir, options.output)
     sampler = open_sampler(config, workdir)
-    with writing(output, config.processes, end_process) as folder:
+    with writing(output, config.processes, end_process):
         captions, stream = make_samples(sampler, config, workdir)
-        writer = SampleWriter(folder, captions, options.fps)
+        writer = SampleWriter(output, captions, options.fps)
         for samples in stream:
             writer.write(samples)
         note = f"mode {options.mode}, guidance {options.guidance}, seed {config.seed}"
         writer.finish(options.title or f"CMD: {options.mode}", note)
-        write_summary(folder, config, started, samples=len(captions))
+        write_summary(output, config, started, samples=len(captions))
     console.print(f"{len(captions)} videos: {output.final}/index.html")
     return output.final
 

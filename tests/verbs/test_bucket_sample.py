@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -144,6 +145,17 @@ def test_two_processes_write_their_own(gcs, tmp_path):
     assert read_json(as_path(f"{gcs}/run/samples/summary.json"))["processes"] == 2
     assert {name.split("/")[1] for name in gcs.names("run/")} == {"samples"}
     assert not [x for x in (tmp_path / "cache").rglob("*") if x.is_file()]
+
+
+def test_a_signal_in_the_middle_leaves_nothing(gcs, tmp_path):
+    """Of the uploads that are under way too."""
+    arguments = ["sample", f"--config={tiny.CONFIG_FILE}:sample", f"--workdir={gcs}/run", "--num=100000"]
+    arguments += [f"--config.weights={exported(gcs)}", "--config.sampling.batch_size=8"]
+    with Job(tmp_path / "logs", *arguments, count=1, devices=1) as job:
+        job.until(lambda: len(gcs.names("run/")) > 20)
+        job.processes[0].send_signal(signal.SIGTERM)
+        assert job.wait(30) == [0], job.out()
+    assert job.out().splitlines()[-1] == "stopped by a signal; nothing was written" and gcs.names("run/") == []
 
 
 def test_what_is_missing_is_one_line(gcs, here, capsys):
