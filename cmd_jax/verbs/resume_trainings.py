@@ -30,7 +30,7 @@ TAIL = 20  # lines shown of the log of a training that failed
 class PlannedKill(NamedTuple):
     """Kill when `step` steps are done, or with in_save when a save of that step or a later one is under way.
 
-    delay: in [0, 1), of the time of a step or of a save.
+    delay: in [0, 1), of the time of a step, or of those between two looks at a bucket's ledger, or of a save.
     """
 
     step: int
@@ -51,8 +51,8 @@ def plan_kills(kills: int, steps: int, interval: int, seed: int) -> list[Planned
 class Watch:
     """What a training shows of itself in its folder from now on.
 
-    done: steps finished, None until this start has finished one. saving: steps of its saves that are under way.
-    newest: the newest checkpoint whose save has begun, 0 for none.
+    done: steps finished, None until this start has finished one, and told of it where the ledger is in a bucket.
+    saving: steps of its saves that are under way. newest: the newest checkpoint whose save has begun, 0 for none.
     """
 
     def __init__(self, folder: Path | BucketPath):
@@ -99,7 +99,7 @@ def at(plan: PlannedKill, pace: "Pace") -> Decision:
         if moment is None and plan.in_save and max(watch.saving, default=0) >= plan.step:
             moment = time.perf_counter() + plan.delay * pace.save_seconds()
         elif moment is None and not plan.in_save and watch.done >= plan.step:
-            moment = time.perf_counter() + plan.delay * pace.step_seconds()
+            moment = time.perf_counter() + plan.delay * pace.news_seconds()
         if moment is not None and time.perf_counter() >= moment:
             return signal.SIGKILL
         return None
@@ -124,6 +124,11 @@ class Pace:
     def step_seconds(self) -> float:
         first, last = min(self.times, default=0), max(self.times, default=0)
         return (self.times[last] - self.times[first]) / (last - first) if last > first else 0.0
+
+    def news_seconds(self) -> float:
+        """Between the moments at which steps are seen to be done: of a bucket's ledger, when it is uploaded."""
+        moments = [*self.times.values()]
+        return statistics.median([b - a for a, b in zip(moments, moments[1:], strict=False)] or [0.0])
 
     def save_seconds(self) -> float:
         return statistics.median([last - first for first, last in self.saves.values()] or [0.0])

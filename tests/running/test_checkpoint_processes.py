@@ -1,6 +1,7 @@
 """Checkpoints of many devices and of several processes."""
 
 import contextlib
+import os
 import resource
 import shutil
 import socket
@@ -11,7 +12,8 @@ import numpy as np
 from checkpoints import answers, check_whole, hashed, in_children, names_in, save, state_at, truncate
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cmd_jax.errors import UserError
+from cmd_jax.errors import Unavailable, UserError
+from cmd_jax.files import as_path
 from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.running.hosts import digest, to_host
 from cmd_jax.state import TrainState
@@ -134,3 +136,52 @@ def test_two_processes_decide_and_fail_together_and_one_restores_what_they_saved
     assert first["latest"] == second["latest"] == 9
     assert names_in(tmp_path / "good" / "checkpoints") == ["9"]
     check_whole(tmp_path / "good", 9)
+
+
+async def cannot_write(*arguments, **options):
+    raise Unavailable(None, "cannot be reached")
+
+
+def one_of_two_in_a_bucket(pipe, index, port, environment, url):
+    os.environ.update(environment)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    devices(2)
+    jax.distributed.initialize(f"localhost:{port}", 2, index)
+    mesh, told = mesh_of(2, 2), {}
+    with contextlib.closing(Checkpoints(as_path(url), keep=1)) as checkpoints, jax.set_mesh(mesh):
+        with hashed() as told["hashed"]:
+            told["latest"] = [checkpoints.latest()]
+        state, run = checkpoints.restore(sharded_state(mesh)[1])
+        told["restored"] = run, digest(state)
+        checkpoints.save(sharded_state(mesh, 9)[0], {"step": 9})
+        checkpoints.wait()
+        told["latest"].append(checkpoints.latest())
+        if index == 1:
+            checkpoints._handlers["ema"].async_save = cannot_write
+        checkpoints.save(sharded_state(mesh, 12)[0], {"step": 12})
+        told["failed"] = error_of(checkpoints.wait)
+        told["latest"].append(checkpoints.latest())
+    pipe.send(told)
+
+
+def test_two_processes_save_into_a_bucket_what_one_restores(gcs):
+    folder = as_path(f"{gcs}/run")
+    save(folder, 3, 6)
+    gcs.put("run/checkpoints/9/ema/ocdbt.process_1/manifest.ocdbt", b"of an unfinished save")
+    files = [name for name in gcs.names("run/checkpoints/6/") if not name.endswith("manifest.json")]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    arguments = (port, gcs.server.environment, str(folder))
+    first, second = answers(in_children(one_of_two_in_a_bucket, (0, *arguments), (1, *arguments)))
+    assert first["latest"] == second["latest"] == [6, 9, 9]
+    # Each hashed its share.
+    assert len(first["hashed"]) + len(second["hashed"]) == len({*first["hashed"], *second["hashed"]}) == len(files)
+    assert first["restored"] == second["restored"] == ({"step": 6}, digest(state_at(6)))
+    failed = "checkpoint=12: could not be saved ({}); the previous step 9 is intact"
+    assert first["failed"].startswith(failed.format("process 1 failed to write its part"))
+    assert second["failed"].startswith(failed.format("cannot be reached"))
+    assert {name.split("/")[2] for name in gcs.names("run/checkpoints/")} == {"9"}
+    parts = {name.split("/")[4] for name in gcs.names("run/checkpoints/9/params/") if "ocdbt.process_" in name}
+    assert parts == {"ocdbt.process_0", "ocdbt.process_1"}
+    check_whole(folder, 9)

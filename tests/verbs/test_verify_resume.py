@@ -10,11 +10,11 @@ import pytest
 import tiny
 
 from cmd_jax.errors import UserError
-from cmd_jax.files import read_json
+from cmd_jax.files import as_path, read_json
 from cmd_jax.main import main
 from cmd_jax.verbs import verify_resume as verifying
 from cmd_jax.verbs.resume_trainings import PlannedKill, Training, plan_kills, with_devices
-from cmd_jax.verbs.resume_verdicts import read_ledger
+from cmd_jax.verbs.resume_verdicts import read_ledger, read_run
 from cmd_jax.verbs.verify_resume import verify_resume
 
 STEPS, INTERVAL = 12, 3
@@ -309,3 +309,30 @@ def test_fifty_kills_in_a_row(real, tmp_path, capsys):
     train = [sys.executable, "-m", "cmd_jax.main", "train", f"--config={CONFIG}", f"--workdir={tmp_path / 'alone'}"]
     subprocess.run([*train, *changes], check=True, capture_output=True)
     assert killed["digests"] == read_json(tmp_path / "alone" / "autoencoder" / "summary.json")["digests"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_twenty_kills_in_a_row_in_a_bucket(real, tmp_path, monkeypatch, capsys):
+    """On the emulator, in a process of its own. A start that is killed has told the bucket of its first steps."""
+    server = subprocess.Popen([sys.executable, "tests/buckets.py", "gcs"], stdout=subprocess.PIPE, text=True)
+    try:
+        while "EPATH" not in (line := server.stdout.readline()):
+            if line.startswith("export "):
+                monkeypatch.setenv(*line.removeprefix("export ").strip().split("=", 1))
+        monkeypatch.setenv("CMD_JAX_CACHE", str(tmp_path / "cache"))
+        changes = ["--config.train.steps=160", "--config.train.checkpoint_every=4"]
+        code = main(["verify-resume", f"--config={CONFIG}", "--workdir=gs://bkt/run", "--kills=20", *changes])
+        shown = capsys.readouterr().out
+        print(shown)
+        assert code == 0, shown
+        folder = as_path("gs://bkt/run/verify-resume")
+        runs = read_json(folder / "report.json")["runs"]
+        assert len(runs["killed"]["kills"]) == 20 and sum(kill["saving"] for kill in runs["killed"]["kills"]) >= 6
+        assert runs["killed"]["digests"] == runs["whole"]["digests"]
+        whole, killed = (read_run(folder / name / "autoencoder") for name in ("whole", "killed"))
+        assert killed.last() == whole.last() and len(killed.segments) == 21
+        assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    finally:
+        server.kill()
+        server.wait()
