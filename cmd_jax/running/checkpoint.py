@@ -63,7 +63,7 @@ class Checkpoints:
     items: what is going to be restored; only of that every byte is compared with the manifest. before_commit: called
     by process 0, in the background, when all of a step but its manifest is written; its error fails the save. check:
     called there before anything is committed or removed; raises an OSError where that is not ours to do any more.
-    With several processes, on a shared file system, every one calls latest, save, restore, restore_item and digest
+    With several processes, which all see the same files, every one calls latest, save, restore, restore_item and digest
     together, and each compares its share.
     """
 
@@ -111,7 +111,7 @@ class Checkpoints:
                 results = pool.submit(asyncio.run, self._start_writes(folder, state)).result()
             for result in results:
                 errors.append(result) if isinstance(result, Exception) else futures.extend(result)
-        except (OSError, RuntimeError) as e:  # told by `wait`, when the other processes know too
+        except OSError as e:  # told by `wait`, when the other processes know too
             errors.append(e)
         arguments = (step, folder, json.dumps(run, sort_keys=True), futures, errors, number)
         self._saving, self._thread = step, threading.Thread(target=self._complete, args=arguments, name=f"save {step}")
@@ -124,7 +124,7 @@ class Checkpoints:
                 (folder / name).mkdir(parents=True, exist_ok=True)
             return
         try:
-            if self._first:
+            if self._first and any(folder.rglob("*")):  # one request, for which the loop waits
                 self._check()
                 self._steps.remove(step)
         finally:

@@ -11,8 +11,10 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from cmd_jax.errors import UserError, exit_code
 from cmd_jax.files import as_path
 from cmd_jax.running import array_store
+from cmd_jax.running import checkpoint as checkpointing
 from cmd_jax.running.checkpoint import ITEMS, Checkpoints
 from cmd_jax.running.lock import lock_folder
+from cmd_jax.running.manifest import verify
 
 PLACE = "run/autoencoder"
 
@@ -112,6 +114,23 @@ def test_what_an_unfinished_save_left_is_no_step_and_goes(bucket):
     check_whole(folder, 9)
     assert not any("process_7" in name for name in bucket.names())
     assert {f"{PLACE}/checkpoints/notes", f"{PLACE}/checkpoints/12"} < {*bucket.names()}
+
+
+def test_reader_of_a_running_training_follows_it(gcs, monkeypatch, caplog):
+    """The step that it looks at is removed meanwhile."""
+    folder, looked = folder_in(gcs), []
+    save(folder, 3)
+
+    def vanish(step, *arguments):
+        looked.append(step.name)
+        if len(looked) == 1:
+            save(folder, 9, 12)
+        verify(step, *arguments)
+
+    monkeypatch.setattr(checkpointing, "verify", vanish)
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+        assert checkpoints.latest() == 12
+    assert [looked[0], looked[-1]] == ["3", "12"] and not caplog.records
 
 
 @pytest.mark.parametrize("name", ["a#b", "a?b", "a*b", "[b]", "a\\b", "a\nb", "a\x7f", "gs:/b", "\udcff"])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cmd_jax.files import as_path
 from cmd_jax.verbs.resume_trainings import Watch
 from cmd_jax.verbs.resume_verdicts import Kill, Run, Segment, judge_devices, judge_killed, read_ledger, table_rows
 
@@ -157,3 +158,18 @@ def test_the_table_has_a_row_for_each_checkpoint_and_the_end():
     assert rows[1]["killed"] == {"ids": False, "loss": None, "difference": None}
     rows = table_rows({"whole": Run([segment(0, 7)], {}), "killed": WHOLE}, STEPS, 6)
     assert (rows[1]["whole"], rows[1]["killed"]["ids"], rows[1]["killed"]["difference"]) == (None, False, None)
+
+
+def test_what_a_training_in_a_bucket_shows_of_itself(gcs):
+    """A step without a manifest is being saved, or, below one with it, removed."""
+    watch = Watch(as_path(f"{gcs}/run"))
+    for name in ("3/run.json", "6/manifest.json", "9/run.json"):
+        gcs.put(f"run/checkpoints/{name}", b"{}")
+    watch.look()
+    assert (watch.done, watch.saving, watch.newest) == (None, [], 0)  # they may be of an earlier start
+    gcs.put("run/ledger.jsonl", b'{"start": 6, "devices": 2}\n{"step": 6, "ids": "a", "loss": "0x1p+0"}\n{"step": 7')
+    watch.look()
+    assert (watch.done, watch.saving, watch.newest) == (7, [9], 9)
+    gcs.put("run/checkpoints/9/manifest.json", b"{}")
+    watch.look()
+    assert (watch.done, watch.saving, watch.newest) == (7, [], 9)
