@@ -5,6 +5,7 @@ import logging
 import os
 import queue
 import random
+import re
 import signal
 import time
 
@@ -36,20 +37,20 @@ def warned(caplog):
 # Damage.
 
 
-def test_100_flipped_bits_in_objects_are_all_found(gcs):
-    folder = folder_in(gcs)
+def test_100_flipped_bits_in_objects_are_all_found(gcs_stub):
+    folder = folder_in(gcs_stub)
     save(folder, 3, 6)
-    objects = gcs.objects(f"{STEPS}/6/")
+    objects = gcs_stub.objects(f"{STEPS}/6/")
     rng, names = random.Random(0), sorted(objects)
     for number in range(100):
         name = names[number] if number < len(names) else rng.choice(names)
-        gcs.flip(name, rng.randrange(len(objects[name])), rng.randrange(8))
+        gcs_stub.flip(name, rng.randrange(len(objects[name])), rng.randrange(8))
         item = name.removeprefix(f"{STEPS}/6/").split("/")[0]
         with pytest.raises(Damaged, match=name.removeprefix(f"{STEPS}/6/")):
             verify(folder / "checkpoints" / "6", (item,))
-        if number % 20 == 0:
+        if number % 50 == 0:
             check_whole(folder, 3)
-        gcs.put(name, objects[name])
+        gcs_stub.put(name, objects[name])
     check_whole(folder, 6)
 
 
@@ -80,20 +81,17 @@ def test_the_older_step_is_used_and_the_damaged_one_copied_aside(gcs, warned, ha
     before = gcs.objects(f"{STEPS}/6/")
     check_whole(folder, 3)  # read_only
     assert gcs.objects(f"{STEPS}/6/") == before
-    for place in ("6", "6-1"):
-        with contextlib.closing(Checkpoints(folder)) as checkpoints:
-            assert checkpoints.latest() == 3
-            assert gcs.names(f"{STEPS}/6/") == []
-            aside = gcs.objects(f"{PLACE}/damaged/{place}/")
-            assert {name.partition("/damaged/")[2].partition("/")[2] for name in aside} == {
-                name.removeprefix(f"{STEPS}/6/") for name in before if not name.endswith("/")
-            }
-            checkpoints.save(state_at(6), {"step": 6})
-        check_whole(folder, 6)
-        harm(gcs)
-        before = gcs.objects(f"{STEPS}/6/")
+    gcs.put(f"{PLACE}/damaged/6/run.json", b"of an earlier time")
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        assert checkpoints.latest() == 3
+        assert gcs.names(f"{STEPS}/6/") == []
+        aside = gcs.names(f"{PLACE}/damaged/6-1/")
+        names = {name.removeprefix(f"{STEPS}/6/") for name in before if not name.endswith("/")}
+        assert {name.removeprefix(f"{PLACE}/damaged/6-1/") for name in aside} == names
+        checkpoints.save(state_at(6), {"step": 6})
+    check_whole(folder, 6)
     assert all(line.startswith("checkpoint 6 is not whole: ") for line in warned())
-    assert warned()[-1].endswith(f"; falling back to step 3; moved to {folder}/damaged/6-1")
+    assert re.search(f"{problem}.*; falling back to step 3; moved to {folder}/damaged/6-1$", warned()[-1])
 
 
 def test_nothing_starts_from_scratch_where_all_is_damaged(gcs):
@@ -184,7 +182,7 @@ class Deadly(dict):
 
 def test_killed_in_a_save_the_next_run_goes_on_from_the_newest_whole_step(gcs_stub):
     buckets = gcs_stub.server.server.buckets
-    for name, left in (("3/params/manifest.ocdbt", 2), ("3/run.json", 2), ("3/manifest.json", 3)):
+    for name, left in (("3/params/manifest.ocdbt", 2), ("3/manifest.json", 3)):
         buckets[gcs_stub.name] = deadly = Deadly(buckets[gcs_stub.name], f"{STEPS}/{name}")
         ((process, _),) = in_children(save_without_end, (gcs_stub.server.environment, f"{gcs_stub}/{PLACE}"))
         deadly.pid.put(process.pid)
@@ -201,7 +199,7 @@ def test_killed_in_a_save_the_next_run_goes_on_from_the_newest_whole_step(gcs_st
 FAULTS = {
     "503": ({"share": 1.0, "kinds": ("503",), "only": "upload"}, r"cannot be reached \(.*503", 3),
     "cut": ({"share": 1.0, "kinds": ("drop",), "only": "upload"}, r"cannot be reached \(", 3),
-    "no right": ({"deny": "write"}, r"(Forbidden|no right|PERMISSION_DENIED).*", 2),
+    "no right": ({"deny": "write"}, r".*(403|no right).*", 2),
 }
 
 
