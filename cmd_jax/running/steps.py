@@ -92,6 +92,8 @@ class BucketSteps(DiskSteps):
     folder: BucketPath
 
     def _kind(self, path: BucketPath) -> str:
+        if path.suffix:  # STEP.saving, copied from a disk, is not STEP
+            return ""
         return STEP if (path / MANIFEST).is_file() else BEGUN if path.is_dir() else ""
 
     is_complete = DiskSteps.has

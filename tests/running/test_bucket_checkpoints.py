@@ -103,6 +103,7 @@ def test_what_an_unfinished_save_left_is_no_step_and_goes(bucket):
     left = bucket.names(f"{PLACE}/checkpoints/9/")
     bucket.put(f"{PLACE}/checkpoints/notes", b"a foreign object")
     bucket.put(f"{PLACE}/checkpoints/12", b"another")
+    bucket.put(f"{PLACE}/checkpoints/6.saving/run.json", b"{}")  # as copied from a disk
     check_whole(folder, 6)  # read_only
     assert bucket.names(f"{PLACE}/checkpoints/9/") == left != []
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
