@@ -23,6 +23,7 @@ from cmd_jax.files import as_path, cache_root, is_remote
 GIB = 2**30
 PATIENCE = 60.0  # seconds for others to close what fills the cache
 POLL = 0.05
+WANTED = ".wanted"  # the name of a file that is touched while there is no room
 STEM = 32  # digits of SHA-256
 TRIES = 2  # of a copy that is not what it should be
 FETCH_AGAIN = "fetch or make it again"
@@ -37,7 +38,8 @@ class Lease:
     def close(self):
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            os.utime(descriptor)  # used until now
+            with contextlib.suppress(OSError):  # it may be another user's
+                os.utime(descriptor)  # used until now
             os.close(descriptor)
 
     def __enter__(self) -> Path:
@@ -115,24 +117,28 @@ class Cache:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 try:
                     descriptor = _locked(part, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
                 except BlockingIOError:  # another makes it; to wait for the lock would be to wait for its readers too
                     time.sleep(POLL)
-                    continue
-            try:
-                if lease := self._found(stem, sha256, size):  # the other has
-                    part.unlink()
-                    return lease
-                self._reserve(descriptor, part.name, path, size, spare)
-                digest = self._filled(descriptor, path, size, sha256)
-                part.rename(self.folder / f"{stem}-{digest}")
-            except BaseException:
-                part.unlink(missing_ok=True)
-                raise
-            finally:
+            if self._is_wanted():  # the other may wait for what we have
+                spare()
+        try:
+            if lease := self._found(stem, sha256, size):  # which the other has made
+                part.unlink()
                 os.close(descriptor)
-            self._sound.add(f"{stem}-{digest}")
-            if lease := self._found(stem, digest, size):  # None if it had to go at once
                 return lease
+            self._reserve(descriptor, part.name, path, size, spare)
+            digest = self._filled(descriptor, path, size, sha256)
+            made = self.folder / f"{stem}-{digest}"
+            with self._counting():  # or whoever counts just now might find it under neither name, or remove it
+                part.rename(made)
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
+        self._sound.add(made.name)
+        return Lease(made, descriptor)
 
     def _filled(self, descriptor: int, path: BucketPath, size: int, sha256: str | None) -> str:
         """The SHA-256 of what was fetched, which is the one that is given."""
@@ -168,11 +174,18 @@ class Cache:
             with self._told():
                 if self._made_room(descriptor, part, size):
                     return
+                (self.folder / WANTED).touch()
             if not spare():
                 if time.monotonic() > end:
                     problem = f"all of it is in use by open files, and {path.name} needs {size / GIB:.3g} GiB"
                     raise UserError("data.cache_gib", gib, problem, "raise it")
                 time.sleep(POLL)
+
+    def _is_wanted(self) -> bool:
+        """Whether some process has waited for room just now."""
+        with contextlib.suppress(FileNotFoundError):
+            return time.time() < (self.folder / WANTED).stat().st_mtime + 10 * POLL
+        return False
 
     def _made_room(self, descriptor: int, part: str, size: int) -> bool:
         """Remove what is in nobody's use, the longest unused first, until there is room, and take it -> whether it was
@@ -180,8 +193,7 @@ class Cache:
         if not self.limit and self._swept:
             return True
         self._swept = True
-        lock = _locked(self.folder / ".lock", os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)
-        try:
+        with self._counting():
             there = {}
             for name in self._names():
                 with contextlib.suppress(FileNotFoundError):
@@ -196,6 +208,13 @@ class Cache:
                 return False
             os.ftruncate(descriptor, size)
             return True
+
+    @contextlib.contextmanager
+    def _counting(self):
+        """No other process counts, or changes what counts but to make it less."""
+        lock = _locked(self.folder / ".lock", os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)
+        try:
+            yield
         finally:
             os.close(lock)
 
@@ -222,7 +241,7 @@ class Cache:
         try:
             yield
         except OSError as error:
-            remedy = "give a folder that you may write to"
+            remedy = "give a folder of a local disk that you may write to"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 remedy = "free space, give a folder on a larger disk, or set data.cache_gib below what is free"
             raise UserError("data.cache_dir", self.folder, error.strerror or str(error), remedy) from error

@@ -140,6 +140,18 @@ def test_what_is_open_stays_and_the_limit_holds(tmp_path, monkeypatch):
     assert len(asked) == 1 and held(tmp_path) == {0, 2, 3}
 
 
+def test_who_waits_for_a_copy_gives_room_to_who_makes_it(tmp_path):
+    """They would wait for each other else."""
+    ours, theirs, things = Cache(tmp_path, 350), Cache(tmp_path, 350), objects(4)
+    leases = [ours.fetch(*thing.facts) for thing in things[:3]]
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(theirs.fetch, *things[3].facts)
+        while not (tmp_path / caches.WANTED).exists():
+            time.sleep(0.005)
+        found = ours.fetch(*things[3].facts, lambda: bool(leases) and leases.pop(0).close() is None)
+        assert made.result(10).path == found.path and things[3].reads == 1
+
+
 def test_a_limit_below_one_object_is_told(tmp_path):
     with pytest.raises(UserError, match="0 alone has 9.31e-08 GiB") as error:
         Cache(tmp_path, 99).fetch(*objects(1)[0].facts)

@@ -1,5 +1,6 @@
 """Datasets in buckets: the batches and fingerprints of the local ones, what is damaged, what is fetched when."""
 
+import contextlib
 import json
 import threading
 import time
@@ -16,10 +17,11 @@ from cmd_jax.data.dataset import DatasetSource
 from cmd_jax.data.outcomes import Outcomes
 from cmd_jax.data.pipeline import BatchPlan, batches, video_reader
 from cmd_jax.data.sources import open_source
-from cmd_jax.errors import UserError
+from cmd_jax.errors import Unavailable, UserError, exit_code
 from cmd_jax.files import as_path
 from cmd_jax.ingest.plan import source_of
 from cmd_jax.sharding import make_mesh
+from cmd_jax.verbs.requests import open_clips
 
 SIZE = {"frames": 4, "height": 24, "width": 32}
 RNG = np.random.default_rng(0)
@@ -86,7 +88,11 @@ def test_a_cache_smaller_than_the_data_is_enough(made, gcs, tmp_path, monkeypatc
 
     def watched(self, *arguments):
         done = made_room(self, *arguments)
-        found.append(sum(path.stat().st_size for path in self.folder.iterdir()))
+        found.append(0)
+        with self._counting():
+            for path in self.folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    found[-1] += path.stat().st_size
         return done
 
     monkeypatch.setattr(cache.Cache, "_made_room", watched)
@@ -137,6 +143,31 @@ def test_files_of_a_bucket_are_no_folder_of_videos(gcs):
     config.update(source="dataset", root=f"{gcs}/none")
     with pytest.raises(UserError, match="no such folder"):
         open_source(config)
+
+
+def test_a_store_that_fails_while_it_is_read(made, gcs_stub, monkeypatch):
+    monkeypatch.setenv("CMD_JAX_RETRY_SECONDS", "0.2")
+    url = copied(made, gcs_stub)
+    for kind, faults in ((Unavailable, {"share": 1.0, "kinds": ("503",)}), (PermissionError, {"deny": "read"})):
+        source = DatasetSource(url, **SIZE)
+        gcs_stub.server.order(**faults)
+        with pytest.raises(kind, match="array_record"):
+            read(source)
+        with pytest.raises((UserError, kind)) as error:
+            DatasetSource(url, **SIZE)
+        assert exit_code(error.value) == (3 if kind is Unavailable else 2)
+        gcs_stub.server.order()
+    check_equal(read(source), read(DatasetSource(made, **SIZE)))
+
+
+def test_clips_to_start_from_are_read_from_a_bucket(made, gcs_stub, tmp_path):
+    videos = []
+    for root in (copied(made, gcs_stub), made):
+        config = defaults.stage("sample")
+        config.data.update(source="dataset", root=str(root), split="train", **SIZE)
+        clips = open_clips(config, tmp_path, 5)
+        videos.append(([*clips.videos], clips.labels.tolist(), clips.texts))
+    jax.tree.map(np.testing.assert_array_equal, *videos)
 
 
 def test_outcomes_of_testing_files_are_kept_in_a_bucket(gcs_stub):
