@@ -27,7 +27,7 @@ class Mirror:
     def __init__(self, remote: BucketPath, names: tuple[str, ...], before: Callable[[], None]):
         self.remote, self._before = remote, before
         self.folder = Path(tempfile.mkdtemp(prefix=temporary_prefix(), dir=scratch()))
-        self._versions, self._uploaded, self._left = {}, {}, set()
+        self._versions, self._uploaded, self._left, self._unsure = {}, {}, set(), set()
         self._uploading, self._leaving, self._warned = threading.Lock(), threading.Event(), False
         for name in names:
             if found := read_versioned(remote / name):
@@ -55,7 +55,12 @@ class Mirror:
                     self._uploaded[name] = state
 
     def _replace(self, name: str, data: bytes):
-        version = write_if(self.remote / name, data, self._versions.get(name))
+        before = self._versions.get(name)
+        if name in self._unsure and (found := read_versioned(self.remote / name)) and data.startswith(found.data):
+            before = found.version  # written by a request of ours whose answer got lost
+        self._unsure.add(name)
+        version = write_if(self.remote / name, data, before)
+        self._unsure.discard(name)
         if version is None:
             self._left.add(name)
             log.warning("%s is no longer written: somebody else has written it", self.remote / name)

@@ -123,11 +123,11 @@ class Lease:
         """Give it back, to be taken at once; a second time this does nothing."""
         self._leaving.set()
         with self._writing:
-            version, held, self._until = self._version, self.held(), 0.0
+            held, self._until = self.held(), 0.0
             try:
                 with patience(self.seconds * MARGIN):
                     if held:
-                        write_if(self.path, self._record("free"), version)
+                        self._write_again("free")
             except OSError as e:
                 log.warning("%s lapses in %d s: it cannot be released (%s)", self.path, self.seconds, e.strerror or e)
 
@@ -178,24 +178,29 @@ class Lease:
         begun = clock()
         try:
             with patience(self.seconds * MARGIN):
-                if self.exact or self._is_mine():
-                    version = write_if(self.path, self._record("held"), self._version)
-                else:
-                    version = None
-                if version is None:
-                    found = read_versioned(self.path)
+                version = self._write_again()
         except OSError as e:
             self._fault = e.strerror or str(e)
             return
         if version is not None:
             self._version, self._until = version, self._end(begun)
-            return
-        other = found and _holder(found[0])
-        self._lost = f"another process took it over (host {other['host']}, pid {other['pid']})" if other else "removed"
 
-    def _is_mine(self) -> bool:
-        found = read_versioned(self.path)
-        return bool(found) and _holder(found[0])["holder"] == self._me["holder"]
+    def _write_again(self, state: str = "held") -> str | None:
+        """The version that was written; None if it is lost."""
+        for _ in range(5):
+            # Where conditions are ignored this would write over another's.
+            if self.exact and (version := write_if(self.path, self._record(state), self._version)):
+                return version
+            data, version, _ = read_versioned(self.path) or (b"", None, 0.0)
+            other = version and _holder(data)
+            if not other or other["holder"] != self._me["holder"]:
+                who = other and f"another process took it over (host {other['host']}, pid {other['pid']})"
+                self._lost = who or "its lock was removed"
+                return None
+            if not self.exact:
+                return write_if(self.path, self._record(state), version)
+            self._version = version  # written by a request of ours whose answer got lost
+        raise Unavailable(None, "changes whenever it is written", str(self.path))
 
     def _why(self) -> str:
         return self._lost or f"its lock could not be renewed for {self.seconds * (1 - MARGIN):.0f} s ({self._fault})"

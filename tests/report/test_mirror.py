@@ -90,6 +90,26 @@ def test_an_upload_that_fails_is_warned_of_once_and_made_up_for(gcs_stub, monkey
     assert "cannot be uploaded" in line and f"{gcs_stub}/run/" in line
 
 
+def test_an_upload_whose_answer_got_lost_was_no_other_s(gcs_stub, monkeypatch, caplog):
+    def unheard(*arguments):
+        write(*arguments)
+        raise Unavailable(None, "cut off", str(arguments[0]))
+
+    write = mirror.write_if
+    with contextlib.closing(Metrics(as_path(f"{gcs_stub}/run"), 0)) as metrics:
+        metrics.upload()
+        for step in range(2):
+            metrics.account(step, np.arange(2), 0.5)
+            metrics.scalars(step, {"loss": 0.5})
+            monkeypatch.setattr(mirror, "write_if", unheard)
+            with pytest.raises(Unavailable):
+                metrics.upload()
+            monkeypatch.setattr(mirror, "write_if", write)
+        metrics.upload()
+        assert len(lines(gcs_stub, "ledger.jsonl")) == 3 and len(lines(gcs_stub, "metrics.jsonl")) == 2
+    assert not caplog.records
+
+
 def test_what_somebody_else_writes_is_left_to_him(gcs_stub, caplog):
     """A process that slept while its run went on elsewhere does not write over it."""
     with contextlib.closing(Metrics(as_path(f"{gcs_stub}/run"), 0)) as metrics:

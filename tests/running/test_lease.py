@@ -198,6 +198,21 @@ def test_who_finds_it_taken_has_lost_it(path):
     assert json.loads(path.read_bytes())["holder"] == "somebody"
 
 
+def test_a_renewal_whose_answer_got_lost_was_no_other_s(path, monkeypatch):
+    def unheard(*arguments):
+        write(*arguments)
+        raise Unavailable(None, "cut off", str(path))
+
+    write = lease.write_if
+    with take(path, seconds=30) as lock:
+        monkeypatch.setattr(lease, "write_if", unheard)
+        lock.check()
+        monkeypatch.setattr(lease, "write_if", write)
+        until, _ = lock._until, time.sleep(0.01)
+        lock.check()
+        assert lock.held() and lock._until > until
+
+
 ZOMBIE = """
 import sys, time
 from cmd_jax.running import lease
