@@ -25,7 +25,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")  # etils would take TensorFlow, w
 from etils.epath.gpath import PosixGPath  # noqa: E402
 
 from cmd_jax.errors import Unavailable, UserError  # noqa: E402
-from cmd_jax.stores import UPLOAD, code_of, retrying  # noqa: E402
+from cmd_jax.stores import UPLOAD, NoBucket, code_of, retrying  # noqa: E402
 
 EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> the module that reaches it, and its extra
 CHUNK = 2**24  # bytes of a request when a whole object is fetched
@@ -59,7 +59,7 @@ class BucketPath(PosixGPath):
 
     What is no local file must not pass for one: os.fspath, and thus open(), raise TypeError. Errors are OSError with
     errno, strerror and filename: FileNotFoundError, PermissionError, and Unavailable where the store could not be
-    reached for RETRY_SECONDS.
+    reached for stores.RETRY_SECONDS. Where there is no such bucket, to ask whether something exists is NoBucket too.
     """
 
     def __fspath__(self):
@@ -84,6 +84,8 @@ class BucketPath(PosixGPath):
     def _info(self) -> dict | None:
         try:
             return self._do(lambda fs: fs.info(self.key))
+        except NoBucket:
+            raise
         except FileNotFoundError:
             return None
 
@@ -126,6 +128,8 @@ class BucketPath(PosixGPath):
         first, _, rest = pattern.partition("/")
         try:
             found = [path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, first)]
+        except NoBucket:
+            raise
         except FileNotFoundError:
             return
         for path in found:
@@ -133,10 +137,9 @@ class BucketPath(PosixGPath):
 
     def rglob(self, pattern: str) -> Iterator["BucketPath"]:
         """The objects below whose names match; there are no folders among them."""
-        with contextlib.suppress(FileNotFoundError):  # no such bucket
-            for name in self._below():
-                if fnmatch.fnmatchcase(name.rpartition("/")[2], pattern) and not name.endswith("/"):
-                    yield self / name.removeprefix(f"{self.key}/")
+        for name in self._below():
+            if fnmatch.fnmatchcase(name.rpartition("/")[2], pattern) and not name.endswith("/"):
+                yield self / name.removeprefix(f"{self.key}/")
 
     def _below(self) -> list[str]:
         """BUCKET/NAME of the objects below it, those among them that mark a folder."""

@@ -87,7 +87,7 @@ DATA = dict(
     threads=key(2, "clips that are read at a time", at_least=1),
     prefetch=key(2, "batches read ahead", at_least=1),
     cache_dir=path("folder of a local disk for copies of a bucket's shards; empty: $CMD_JAX_CACHE or ~/.cache/cmd_jax"),
-    cache_gib=key(100.0, "GiB of it that they take, the longest unused going first; 0: any number", at_least=0),
+    cache_gib=key(64.0, "GiB of it that they take, the longest unused going first; 0: any number", at_least=0),
 )
 INGEST = dict(
     codec=choice("raw", "how a dataset keeps frames: as they are, or each as a picture", CODECS),

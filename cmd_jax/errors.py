@@ -20,6 +20,8 @@ class UserError(Exception):
 class Unavailable(OSError):
     """A store that could not be reached for as long as it is tried: another try later may do. Exit code 3."""
 
+    remedy = "run the same command again when the store answers"
+
 
 class Stopped(KeyboardInterrupt):
     """A request to stop was followed: what there was to save is saved, and nothing else goes on."""
@@ -51,10 +53,18 @@ def brief(value) -> str:
 
 def of_file(error: OSError, remedy: str = "free space or mend its rights, or give another folder") -> UserError:
     """What a file system refused, as the user is shown it."""
-    problem = error.strerror or str(error)
-    if isinstance(error, Unavailable):
-        remedy = "run the same command again when the store answers"
-    return UserError("file", error.filename or "?", problem, remedy)
+    remedy = getattr(error, "remedy", remedy)
+    return UserError("file", error.filename or "?", error.strerror or str(error), remedy)
+
+
+def with_remedy(error: UserError) -> UserError:
+    """The error with the remedy of its cause, where that is the fault of a store, which knows one."""
+    cause = error.__cause__
+    while cause is not None:
+        if isinstance(cause, OSError) and hasattr(cause, "remedy"):
+            return UserError(error.field, error.value, error.problem, cause.remedy)
+        cause = cause.__cause__
+    return error
 
 
 def exit_code(error: BaseException | None) -> int:

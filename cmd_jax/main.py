@@ -7,7 +7,7 @@ import sys
 import traceback
 from importlib import import_module
 
-from cmd_jax.errors import Stopped, UserError, exit_code, of_file, tell
+from cmd_jax.errors import Stopped, UserError, exit_code, of_file, tell, with_remedy
 from cmd_jax.files import as_path
 from cmd_jax.running.runtime import check_devices, keep_freed_memory
 from cmd_jax.verbs.flags import parse
@@ -82,7 +82,7 @@ def check_stage(verb: str, stage: str):
 def fail(error: UserError, debug: bool, cause: OSError | None = None) -> int:
     if debug:
         traceback.print_exc()
-    tell(error)
+    tell(with_remedy(error))
     return exit_code(cause or error)
 
 

@@ -37,6 +37,19 @@ os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 for _name in ("gcsfs", "s3fs", "aiobotocore", "botocore"):  # they log what they raise, with tracebacks
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
+
+class NoBucket(FileNotFoundError):
+    """Not that there is nothing there: there is no such bucket."""
+
+    remedy = "make the bucket, or mend its name"
+
+
+class Denied(PermissionError):
+    """By the store: who this host is has not the right, or it is not told who it is."""
+
+    remedy = "log in on this host, or give its account the right to it"
+
+
 _patience = threading.local()
 
 
@@ -69,8 +82,10 @@ def retrying(scheme: str, path, action: Callable):
         except Exception as error:
             if (fault := as_os_error(error, path)) is error:
                 raise
-            if not isinstance(fault, Unavailable) or isinstance(error, Unavailable) or not (pause := next(pauses)):
+            if not isinstance(fault, Unavailable) or isinstance(error, Unavailable):
                 raise fault from error
+            if not (pause := next(pauses)):
+                raise _given_up(fault, seconds) from error
         time.sleep(pause)
 
 
@@ -85,8 +100,13 @@ async def _patiently(action: Callable, seconds: float):
             if not isinstance(fault, Unavailable):
                 raise
             if not (pause := next(pauses)):
-                raise fault from error
+                raise _given_up(fault, seconds) from error
         await asyncio.sleep(pause)
+
+
+def _given_up(fault: Unavailable, seconds: float) -> Unavailable:
+    fault.strerror = fault.strerror.replace(" reached ", f" reached for {seconds:g} s ", 1)
+    return fault
 
 
 def _pauses(seconds: float) -> Iterator[float]:
@@ -151,24 +171,26 @@ def code_of(error: BaseException) -> str:
 def as_os_error(error: Exception, path) -> OSError:
     """What a library for buckets raised as the OSError that a file system would; no fault of a store as it is."""
     name, code, text = path and str(path), code_of(error), str(getattr(error, "strerror", None) or error)
-    text = " ".join(text.split())[:200] or type(error).__name__
+    text = re.sub(r"^Forbidden: \S+ ", "", " ".join(text.split()))[:200] or type(error).__name__
     names = {kind.__name__ for kind in type(error).__mro__}
     modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     if isinstance(error, Unavailable):
         return Unavailable(error.errno, error.strerror, name)
     if isinstance(error, FileNotFoundError):
         # gcsfs tells the address that was asked: to list, or to write, takes no more than a bucket.
-        no_bucket = code == "NoSuchBucket" or re.search(r"/upload/storage/|^b/[^/]+(/o)?$", text)
-        return FileNotFoundError(errno.ENOENT, "no such bucket" if no_bucket else "no such object or bucket", name)
+        is_bucket = path is not None and path == getattr(path, "parent", None)
+        if is_bucket or code == "NoSuchBucket" or re.search(r"/upload/storage/|^b/[^/]+(/o)?$", text):
+            return NoBucket(errno.ENOENT, "no such bucket", name)
+        return FileNotFoundError(errno.ENOENT, "no such object", name)
     if isinstance(error, FileExistsError):
         return FileExistsError(errno.EEXIST, "exists already, or is of another version", name)
     if code == "RequestTimeTooSkewed":
-        return PermissionError(errno.EACCES, "this host's clock and the store's are too far apart", name)
+        return Denied(errno.EACCES, "this host's clock and the store's are too far apart", name)
     no_login = "google" in modules and not ("TransportError" in names or error.retryable)
     if "Credentials" in type(error).__name__ or code == "401" or no_login:
-        return PermissionError(errno.EACCES, f"no valid credentials ({text})", name)
-    if isinstance(error, PermissionError) or code in DENIED or text.startswith("Forbidden"):
-        return PermissionError(errno.EACCES, f"no right to it ({text})", name)
+        return Denied(errno.EACCES, f"no valid credentials ({text})", name)
+    if isinstance(error, PermissionError) or code in DENIED or str(error).startswith("Forbidden"):
+        return Denied(errno.EACCES, f"no right to it ({text})", name)
     passes = code in TRANSIENT or isinstance(error, ConnectionError | TimeoutError) or names & PASSING
     if passes or modules & {"aiohttp", "requests", "google"} or re.search("doesn't match calculated", text):
         return Unavailable(errno.EHOSTUNREACH, f"cannot be reached ({text})", name)

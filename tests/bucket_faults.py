@@ -47,12 +47,14 @@ class Faulty:
         return time.time() + self.faults.skew
 
     def fault_of(self, method: str, path: str) -> str:
-        """What befalls a request now: one of `kinds`, "deny", or nothing. It does not come back from a "hang"."""
+        """What befalls a request now: one of `kinds`, "deny", or nothing. From a "hang" it comes back when
+        the next faults are ordered."""
         faults = self.faults
         if not re.search(faults.only, f"{method} {path}"):
             return ""
+        while faults.hang and faults is self.faults and not self.stopped.wait(0.05):
+            pass
         if faults.hang:
-            self.stopped.wait()
             return "drop"
         if faults.deny in ("read" if method in ("GET", "HEAD") else "write", "all"):
             return "deny"

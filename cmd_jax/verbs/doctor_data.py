@@ -9,6 +9,7 @@ from rich.table import Table
 
 from cmd_jax import defaults
 from cmd_jax.config import load
+from cmd_jax.data.ahead import Shelf
 from cmd_jax.data.pipeline import BatchPlan, batches, video_reader
 from cmd_jax.data.sources import Source, open_source
 from cmd_jax.data.splits import Split, split_of
@@ -44,7 +45,8 @@ def doctor_data(specification: str, overrides: dict[str, str], workdir: Path | N
 
     table = Table("data", "")
     rows = [] if isinstance(source, StoredClips) else clip_rows(source, split) + text_rows(source, tokenizer)
-    read, examples, name_of = video_reader(source), split.train, lambda index: source.name(index % len(source))
+    read, examples, shelf = video_reader(source), split.train, source.shelf
+    name_of = lambda index: source.name(index % len(source))  # noqa: E731
     if config.latents.starts:
         store = open_store(store_folder(config, workdir or Path.cwd()))
         stored = examples_in(store, split) if store else examples[:0]
@@ -52,8 +54,8 @@ def doctor_data(specification: str, overrides: dict[str, str], workdir: Path | N
             ("stored latents", f"{len(stored):,} of clips to train on" if store else "none yet: clips are read")
         )
         if len(stored):
-            read, examples, name_of = store.read, stored, store.name
-    rate, seen = read_some(config, read, examples)
+            read, examples, shelf, name_of = store.read, stored, store.shelf, store.name
+    rate, seen = read_some(config, read, examples, shelf)
     rows += rate_rows(config, rate, workdir and workdir / config.stage) + value_rows(seen)
     for name, told in rows:
         table.add_row(name, told)
@@ -123,14 +125,14 @@ def text_rows(source: Source, tokenizer: Tokenizer | None) -> list[tuple[str, st
     return [("captions", f"{told}{spread(lengths, 'tokens')}; {np.sum(lengths > most):,} are cut after {most}")]
 
 
-def read_some(config, read, examples: np.ndarray) -> tuple[float, list[dict]]:
+def read_some(config, read, examples: np.ndarray, shelf: Shelf | None) -> tuple[float, list[dict]]:
     """The first batches, or the first ROWS rows of them -> (clips a second, the values of the first ones)."""
     size = min(config.train.batch_size, ROWS, len(examples))
     mesh = make_mesh(defaults.stage(config.stage).mesh, jax.local_devices()[:1])
     plan = BatchPlan(examples, size, config.seed)
     data = batches(
         read, plan, mesh, start=0, stop=FOREVER,
-        threads=config.data.threads, prefetch=config.data.prefetch,
+        threads=config.data.threads, prefetch=config.data.prefetch, shelf=shelf,
     )  # fmt: skip
     seen, count, begun = [next(data)], 0, time.perf_counter()
     for count, batch in enumerate(data, 1):  # noqa: B007
