@@ -25,7 +25,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")  # etils would take TensorFlow, w
 from etils.epath.gpath import PosixGPath  # noqa: E402
 
 from cmd_jax.errors import Unavailable, UserError  # noqa: E402
-from cmd_jax.stores import UPLOAD, NoBucket, code_of, retrying  # noqa: E402
+from cmd_jax.stores import UPLOAD, NoBucket, codes_of, retrying  # noqa: E402
 
 EXTRAS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> the module that reaches it, and its extra
 CHUNK = 2**24  # bytes of a request when a whole object is fetched
@@ -336,7 +336,7 @@ def _precondition(action: Callable):
     try:
         return action()
     except OSError as error:
-        if code_of(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
+        if codes_of(error) & {"412", "ConditionalRequestConflict"}:
             raise FileExistsError(errno.EEXIST, "is of another version") from error
         raise
 

@@ -28,7 +28,13 @@ TRANSIENT = {
     "408", "429", "500", "502", "503", "504", "SlowDown", "InternalError", "RequestTimeout", "ServiceUnavailable",
     "OperationAborted", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch",
 }  # fmt: skip
-PASSING = {"ChecksumError", "FSTimeoutError", "HTTPClientError", "IncompleteReadError"}  # gcsfs's, fsspec's, botocore's
+PASSING = {
+    "ChecksumError",
+    "ConnectionError",
+    "FSTimeoutError",
+    "HTTPClientError",
+    "IncompleteReadError",
+}  # of whichever library
 DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
 
 # TensorStore speaks to them by itself, and waits for a silent server for as long as TCP does.
@@ -157,20 +163,21 @@ def filesystem(scheme: str, seconds: float):
     return Patient(use_listings_cache=False, config_kwargs=limits)
 
 
-def code_of(error: BaseException) -> str:
-    """What the store answered: a status, or the name that S3 has for it."""
+def codes_of(error: BaseException) -> set[str]:
+    """What the store answered: its status, and the name that S3 has for it."""
     while error is not None:
         if (code := getattr(error, "code", None) or getattr(error, "status", None)) is not None:
-            return str(code)
+            return {str(code)}
         if isinstance(response := getattr(error, "response", None), dict):
-            return str(response.get("Error", {}).get("Code", ""))
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", "")
+            return {str(response.get("Error", {}).get("Code", "")), str(status)}
         error = error.__cause__
-    return ""
+    return set()
 
 
 def as_os_error(error: Exception, path) -> OSError:
     """What a library for buckets raised as the OSError that a file system would; no fault of a store as it is."""
-    name, code, text = path and str(path), code_of(error), str(getattr(error, "strerror", None) or error)
+    name, codes, text = path and str(path), codes_of(error), str(getattr(error, "strerror", None) or error)
     text = re.sub(r"^Forbidden: \S+ ", "", " ".join(text.split()))[:200] or type(error).__name__
     names = {kind.__name__ for kind in type(error).__mro__}
     modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
@@ -179,19 +186,19 @@ def as_os_error(error: Exception, path) -> OSError:
     if isinstance(error, FileNotFoundError):
         # gcsfs tells the address that was asked: to list, or to write, takes no more than a bucket.
         is_bucket = path is not None and path == getattr(path, "parent", None)
-        if is_bucket or code == "NoSuchBucket" or re.search(r"/upload/storage/|^b/[^/]+(/o)?$", text):
+        if is_bucket or "NoSuchBucket" in codes or re.search(r"/upload/storage/|^b/[^/]+(/o)?$", text):
             return NoBucket(errno.ENOENT, "no such bucket", name)
         return FileNotFoundError(errno.ENOENT, "no such object", name)
     if isinstance(error, FileExistsError):
         return FileExistsError(errno.EEXIST, "exists already, or is of another version", name)
-    if code == "RequestTimeTooSkewed":
+    if "RequestTimeTooSkewed" in codes:
         return Denied(errno.EACCES, "this host's clock and the store's are too far apart", name)
     no_login = "google" in modules and not ("TransportError" in names or error.retryable)
-    if "Credentials" in type(error).__name__ or code == "401" or no_login:
+    if "Credentials" in type(error).__name__ or "401" in codes or no_login:
         return Denied(errno.EACCES, f"no valid credentials ({text})", name)
-    if isinstance(error, PermissionError) or code in DENIED or str(error).startswith("Forbidden"):
+    if isinstance(error, PermissionError) or codes & DENIED or str(error).startswith("Forbidden"):
         return Denied(errno.EACCES, f"no right to it ({text})", name)
-    passes = code in TRANSIENT or isinstance(error, ConnectionError | TimeoutError) or names & PASSING
+    passes = codes & TRANSIENT or isinstance(error, ConnectionError | TimeoutError) or names & PASSING
     if passes or modules & {"aiohttp", "requests", "google"} or re.search("doesn't match calculated", text):
         return Unavailable(errno.EHOSTUNREACH, f"cannot be reached ({text})", name)
     if isinstance(error, OSError) or modules & {"gcsfs", "botocore"} or text.startswith("Bad Request"):

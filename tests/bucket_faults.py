@@ -21,7 +21,9 @@ class Faults:
     kinds: tuple[str, ...] = ("503", "429", "drop", "cut")
     seed: int = 0  # of who meets what, in the order of arrival
     only: str = ""  # a pattern; only requests like "POST /upload/storage/v1/b/..." meet them
-    truncate: int = 0  # so many of the next uploads keep the first half of what was sent, and say so in their answer
+    # So many of the next uploads lose the second half of their data: refused if a sum came along, else kept, and the
+    # answer says so.
+    truncate: int = 0
     deny: str = ""  # "read", "write" or "all" is answered `status`
     status: int = 403  # or 401
     hang: bool = False  # accepted, never answered
@@ -83,21 +85,14 @@ class FaultyS3(Faulty):
         fault = "" if unasked else self.fault_of(method, path)
         codes = {"503": "SlowDown", "429": "TooManyRequests", "deny": "AccessDenied"}
         if fault in codes:
-            status = str(self.faults.status) if fault == "deny" else fault
-            self.seen.append((method, path, int(status)))
-            body = f"<Error><Code>{codes[fault]}</Code><Message>as it was ordered</Message></Error>".encode()
-            if environ.get("CONTENT_LENGTH"):
-                environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
-            start(f"{status} Refused", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
-            return [] if method == "HEAD" else [body]
+            return self.refuse(environ, start, str(self.faults.status) if fault == "deny" else fault, codes[fault])
         if fault == "drop":
             return self.hang_up(environ, method, path)
         if method == "PUT" and not unasked and self.truncates():
+            if any(name.startswith(("HTTP_X_AMZ_CHECKSUM", "HTTP_CONTENT_MD5")) for name in environ):
+                return self.refuse(environ, start, "400", "IncompleteBody")
             half = int(environ["CONTENT_LENGTH"]) // 2
             environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(environ["wsgi.input"].read(half)), str(half)
-            # By which the server would know; that the client compares is what is tried.
-            for name in [n for n in environ if n.startswith(("HTTP_X_AMZ_CHECKSUM", "HTTP_CONTENT_MD5"))]:
-                del environ[name]
         answer = {}
 
         def hear(status, headers, exc_info=None):
@@ -110,6 +105,15 @@ class FaultyS3(Faulty):
         self.seen.append((method, path, int(answer["status"][:3]) * (fault != "cut")))
         start(answer["status"], answer["headers"])
         return self.cut(environ, body) if fault == "cut" else [body]
+
+    def refuse(self, environ, start, status: str, code: str):
+        method = environ["REQUEST_METHOD"]
+        self.seen.append((method, environ["RAW_URI"], int(status)))
+        body = f"<Error><Code>{code}</Code><Message>as it was ordered</Message></Error>".encode()
+        if environ.get("CONTENT_LENGTH"):
+            environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+        start(f"{status} Refused", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+        return [] if method == "HEAD" else [body]
 
     def shifted(self, name: str, value: str) -> str:
         if name.lower() not in ("date", "last-modified"):
