@@ -214,7 +214,7 @@ class Lease:
     def _look_out(self):
         """Apart from what renews, which may hang with the network."""
         while not self._leaving.wait(self.seconds / 60):
-            if not self.held() and self.on_lost:
+            if not self.held() and self.on_lost and not self._leaving.is_set():
                 line = UserError(self.field, self.value, self._why(), "run the same command again to resume")
                 self.on_lost(str(line))
                 return
