@@ -102,7 +102,7 @@ class BucketPath(PosixGPath):
         """st_size in bytes, st_mtime in seconds by the store's clock; version: changes with the object."""
         if (info := self._info()) is None:
             raise FileNotFoundError(errno.ENOENT, "no such object", str(self))
-        return SimpleNamespace(st_size=info["size"] or 0, st_mtime=_updated(info), version=_version(info))
+        return _status(info)
 
     def iterdir(self) -> Iterator["BucketPath"]:
         names = {info["name"].rstrip("/"): None for info in self._do(lambda fs: fs.ls(self.key, detail=True))}
@@ -110,18 +110,15 @@ class BucketPath(PosixGPath):
             if name != self.key:  # the object itself, or a marker of the folder
                 yield self / name.rpartition("/")[2]
 
-    def sizes(self) -> dict[str, int]:
-        """The bytes of each object in this folder, by name."""
-        found = self._do(lambda fs: fs.ls(self.key, detail=True))
-        return {x["name"].rpartition("/")[2]: x["size"] for x in found if x["type"] == "file"}
-
-    def versions(self) -> dict[str, str]:
-        """{name: version} of the objects right below it, by one request for every thousand of them."""
+    def stats(self) -> dict[str, SimpleNamespace]:
+        """{name: its `stat`} of the objects right below it, by one request for every thousand of them."""
         try:
             found = self._do(lambda fs: fs.ls(self.key, detail=True))
+        except NoBucket:
+            raise
         except FileNotFoundError:
             return {}
-        return {info["name"].rpartition("/")[2]: _version(info) for info in found if info["type"] == "file"}
+        return {info["name"].rpartition("/")[2]: _status(info) for info in found if info["type"] == "file"}
 
     def glob(self, pattern: str) -> Iterator["BucketPath"]:
         """pattern: of names, one a level; the path itself is taken literally."""
@@ -345,6 +342,10 @@ def _sync(fs, function: Callable, *arguments, **options):
     from fsspec import asyn
 
     return asyn.sync(fs.loop, function, *arguments, **options)
+
+
+def _status(info: dict) -> SimpleNamespace:
+    return SimpleNamespace(st_size=info["size"] or 0, st_mtime=_updated(info), version=_version(info))
 
 
 def _version(info: dict) -> str:

@@ -29,7 +29,7 @@ TRIES = 2  # of a copy that is not what it should be
 FETCH_AGAIN = "fetch or make it again"
 
 
-class Lease:
+class Copy:
     """A copy, `path`, that stays until this is closed or forgotten."""
 
     def __init__(self, path: Path, descriptor: int):
@@ -59,7 +59,7 @@ class Cache:
         self._sound: set[str] = set()  # names of the copies that this process has made or read through
         self._swept = False
 
-    def fetch(self, path: BucketPath, size: int, sha256: str, spare: Callable[[], bool] = lambda: False) -> Lease:
+    def fetch(self, path: BucketPath, size: int, sha256: str, spare: Callable[[], bool] = lambda: False) -> Copy:
         """The copy of an object whose bytes and SHA-256 are known.
 
         spare(): gives up copies that this process could do without -> whether there were any. UserError for an object
@@ -68,49 +68,49 @@ class Cache:
         stem = sha256[:STEM]
         return self._found(stem, sha256, size) or self._made(path, stem, size, sha256, spare)
 
-    def fetch_newest(self, path: BucketPath) -> Lease:
+    def fetch_newest(self, path: BucketPath) -> Copy:
         """The copy of an object as it is now."""
         while True:
             status = path.stat()
             size, state = status.st_size, (status.st_size, status.version, status.st_mtime)
             stem = hashlib.sha256(repr((str(path), *state)).encode()).hexdigest()[:STEM]
-            if lease := self._found(stem, None, size):
-                return lease
-            lease, after = self._made(path, stem, size, None, lambda: False), path.stat()
+            if copy := self._found(stem, None, size):
+                return copy
+            copy, after = self._made(path, stem, size, None, lambda: False), path.stat()
             if (after.st_size, after.version, after.st_mtime) == state:
-                return lease
-            self.discard(lease)  # parts of two objects, perhaps
+                return copy
+            self.discard(copy)  # parts of two objects, perhaps
 
-    def discard(self, lease: Lease):
+    def discard(self, copy: Copy):
         """Remove a copy; who reads it just now reads it to its end."""
-        lease.path.unlink(missing_ok=True)
-        self._sound.discard(lease.path.name)
-        lease.close()
+        copy.path.unlink(missing_ok=True)
+        self._sound.discard(copy.path.name)
+        copy.close()
 
-    def is_sound(self, lease: Lease) -> bool:
+    def is_sound(self, copy: Copy) -> bool:
         """Whether a copy is what its name says, read anew."""
-        with contextlib.suppress(FileNotFoundError), open(lease.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == lease.path.name.rpartition("-")[2]
+        with contextlib.suppress(FileNotFoundError), open(copy.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == copy.path.name.rpartition("-")[2]
         return False  # another process has removed it
 
-    def _found(self, stem: str, sha256: str | None, size: int) -> Lease | None:
+    def _found(self, stem: str, sha256: str | None, size: int) -> Copy | None:
         names = [f"{stem}-{sha256}"] if sha256 else [name for name in self._names() if name.startswith(f"{stem}-")]
-        return next(filter(None, (self._lease(name, size) for name in names)), None)
+        return next(filter(None, (self._copy(name, size) for name in names)), None)
 
-    def _lease(self, name: str, size: int) -> Lease | None:
+    def _copy(self, name: str, size: int) -> Copy | None:
         """A copy that is there; one that is damaged goes."""
         try:
-            lease = Lease(self.folder / name, _locked(self.folder / name, os.O_RDONLY, fcntl.LOCK_SH))
-            sound = lease.path.stat().st_size == size and (name in self._sound or self.is_sound(lease))
+            copy = Copy(self.folder / name, _locked(self.folder / name, os.O_RDONLY, fcntl.LOCK_SH))
+            sound = copy.path.stat().st_size == size and (name in self._sound or self.is_sound(copy))
         except FileNotFoundError:
             return None
         if not sound:
-            self.discard(lease)
+            self.discard(copy)
             return None
         self._sound.add(name)
-        return lease
+        return copy
 
-    def _made(self, path: BucketPath, stem: str, size: int, sha256: str | None, spare: Callable[[], bool]) -> Lease:
+    def _made(self, path: BucketPath, stem: str, size: int, sha256: str | None, spare: Callable[[], bool]) -> Copy:
         part = self.folder / f"{stem}.part"
         while True:
             with self._told():
@@ -123,10 +123,10 @@ class Cache:
             if self._is_wanted():  # the other may wait for what we have
                 spare()
         try:
-            if lease := self._found(stem, sha256, size):  # which the other has made
+            if copy := self._found(stem, sha256, size):  # which the other has made
                 part.unlink()
                 os.close(descriptor)
-                return lease
+                return copy
             self._reserve(descriptor, part.name, path, size, spare)
             digest = self._filled(descriptor, path, size, sha256)
             made = self.folder / f"{stem}-{digest}"
@@ -138,7 +138,7 @@ class Cache:
             os.close(descriptor)
             raise
         self._sound.add(made.name)
-        return Lease(made, descriptor)
+        return Copy(made, descriptor)
 
     def _filled(self, descriptor: int, path: BucketPath, size: int, sha256: str | None) -> str:
         """The SHA-256 of what was fetched, which is the one that is given."""

@@ -51,10 +51,12 @@ def brief(value) -> str:
     return text if len(text) <= LONGEST_BRIEF else f"{text[:12]}..."
 
 
-def of_file(error: OSError, remedy: str = "free space or mend its rights, or give another folder") -> UserError:
-    """What a file system refused, as the user is shown it."""
-    remedy = getattr(error, "remedy", remedy)
-    return UserError("file", error.filename or "?", error.strerror or str(error), remedy)
+def of_file(error: OSError) -> UserError:
+    """What a file system refused, as the user is shown it; its cause is the error."""
+    remedy = "free space or mend its rights, or give another folder"
+    told = UserError("file", error.filename or "?", error.strerror or str(error), remedy)
+    told.__cause__ = error
+    return with_remedy(told)
 
 
 def with_remedy(error: UserError) -> UserError:
@@ -62,7 +64,9 @@ def with_remedy(error: UserError) -> UserError:
     cause = error.__cause__
     while cause is not None:
         if isinstance(cause, OSError) and hasattr(cause, "remedy"):
-            return UserError(error.field, error.value, error.problem, cause.remedy)
+            told = UserError(error.field, error.value, error.problem, cause.remedy)
+            told.__cause__ = error.__cause__
+            return told
         cause = cause.__cause__
     return error
 

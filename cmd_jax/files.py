@@ -10,7 +10,8 @@ import shutil
 import sys
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
@@ -19,6 +20,7 @@ from cmd_jax import __version__
 from cmd_jax.buckets import BucketPath, scheme_of
 from cmd_jax.errors import UserError
 
+AT_A_TIME = 16  # objects of a bucket that are read or written
 LARGEST_JSON = 2**28  # bytes
 DEEPEST_JSON = 64  # levels; what is honest needs a tenth of it
 AGAIN = "fetch or write the file again"
@@ -83,8 +85,8 @@ def _naming(path, temporary: Path):
 
 @contextlib.contextmanager
 def _scratch_file(path: BucketPath) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix=temporary_prefix(), dir=scratch()) as folder:
-        temporary = Path(folder, path.name)
+    with scratch_folder() as folder:
+        temporary = folder / path.name
         with _naming(path, temporary):
             yield temporary
 
@@ -105,13 +107,15 @@ def cache_root() -> Path:
     return Path(os.environ.get("CMD_JAX_CACHE") or "~/.cache/cmd_jax").expanduser().absolute()
 
 
-def scratch() -> Path:
-    """A folder of this machine for what is on its way to a bucket, or from one; what dead processes left goes."""
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new folder of this machine for what is on its way to a bucket, or from one; what dead processes left goes."""
     folder = cache_root() / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
     for path in leftovers(folder):
         remove_tree(path)
-    return folder
+    with tempfile.TemporaryDirectory(prefix=temporary_prefix(), dir=folder, ignore_cleanup_errors=True) as made:
+        yield Path(made)
 
 
 def leftovers(folder: Path, name: str = "") -> Iterator[Path]:
@@ -144,6 +148,14 @@ def temporary_prefix(pid: int | str | None = None) -> str:
     """
     host = os.uname().nodename.replace("-", "_").replace("/", "_")
     return f".tmp-{os.getpid() if pid is None else pid}@{host}-"
+
+
+def each(folder: Path | BucketPath, function: Callable, items: Iterable) -> list:
+    """function(item) of all items, in their order; several at a time where each waits for the bucket of `folder`."""
+    if not is_remote(folder):
+        return list(map(function, items))
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        return list(pool.map(function, items))
 
 
 def sync_path(path: Path):

@@ -79,11 +79,11 @@ def check_stage(verb: str, stage: str):
         raise UserError("config", stage, f"`{verb}` takes another stage", f"use FILE:{wanted}")
 
 
-def fail(error: UserError, debug: bool, cause: OSError | None = None) -> int:
+def fail(error: UserError, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     tell(with_remedy(error))
-    return exit_code(cause or error)
+    return exit_code(error)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,7 +133,7 @@ def command(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        return fail(of_file(error), debug, error)
+        return fail(of_file(error), debug)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's name for it
             raise

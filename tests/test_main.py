@@ -105,6 +105,7 @@ def test_a_wrong_command_line_is_one_line_and_2(fails, tmp_path, monkeypatch, ar
         ("INPUT", ("convert", "dit", "PLACE", "x.safetensors")),
         ("OUTPUT", ("convert", "dit", "x.pt", "PLACE")),
         ("--unet", ("convert", "stable-diffusion", "x", "y", "--unet=PLACE")),
+        ("--heads", ("convert", "lpips", "x", "y", "--heads=PLACE")),
     ],
 )
 def test_a_path_with_a_scheme_is_no_local_folder(fails, tmp_path, monkeypatch, place, field, arguments):

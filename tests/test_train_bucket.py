@@ -47,7 +47,7 @@ def stop_and_resume(workdir, monkeypatch):
     return training.train(tiny.config_of("autoencoder", **CONFIG), workdir)
 
 
-@pytest.mark.parametrize("server", ["gcs", "s3"])
+@pytest.mark.parametrize("server", ["gcs", pytest.param("s3", marks=pytest.mark.slow)])
 def test_stopped_and_resumed_as_on_a_disk(local, request, server, tmp_path, monkeypatch):
     bucket = request.getfixturevalue(server)
     for name in ("home", "cwd"):

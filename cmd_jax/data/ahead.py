@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from cmd_jax.cache import GIB, Lease, current
+from cmd_jax.cache import GIB, Copy, current
 from cmd_jax.errors import UserError
 
 FETCHES = 4  # shards at a time
@@ -21,7 +21,7 @@ class Shelf(NamedTuple):
 
     sizes: Callable[[], Sequence[int]]
     shard_of: Callable[[int], int]
-    fetch: Callable[[int], Lease]
+    fetch: Callable[[int], Copy]
 
     def by(self, example_of: Callable[[int], int]) -> "Shelf":
         """Of examples that are named otherwise."""

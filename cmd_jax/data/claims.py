@@ -14,7 +14,6 @@ from cmd_jax.files import is_remote
 from cmd_jax.running.lease import Lease
 
 ASK_AGAIN = 15.0  # seconds until who fills a store in a bucket is asked again
-POLL = 1.0
 LOOKED_AT = 16  # shards, by who waits for others to make them
 
 Finished = Callable[[int], bool]
@@ -22,6 +21,8 @@ Finished = Callable[[int], bool]
 
 class FileLocks:
     """Of a store on a disk: a lock file, work/NNNNN.lock, for each shard that is being made."""
+
+    poll = 0.05  # seconds between looks for what others make
 
     def __init__(self, work: Path):
         self.work = work
@@ -57,6 +58,8 @@ class FileLocks:
 class OneLease:
     """Of a store in a bucket: as each lock has to be renewed, there is one, FOLDER/.lock. Who has it makes all shards,
     until it releases the lock; the others wait for them."""
+
+    poll = 1.0
 
     def __init__(self, folder: BucketPath):
         self.folder, self._lease, self._refused = folder, None, -math.inf
@@ -99,7 +102,7 @@ def alone(folder: Path | BucketPath) -> Iterator[None]:
             yield
         return
     while (lease := lease_of(folder)) is None:
-        time.sleep(POLL)
+        time.sleep(OneLease.poll)
     try:
         yield
     finally:

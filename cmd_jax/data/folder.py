@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cmd_jax.buckets import BucketPath
 from cmd_jax.data import probe as probing
 from cmd_jax.data import timing, video
 from cmd_jax.data.draws import draw_start, draw_text, frames_needed
@@ -21,6 +22,7 @@ from cmd_jax.data.roots import check_bad, check_root, stat_inside
 from cmd_jax.data.sizes import Size, nearest_size
 from cmd_jax.data.splits import keys_of
 from cmd_jax.errors import UserError
+from cmd_jax.files import as_path
 
 READING = 1  # raise it whenever the same files give other clips
 NAMED_IN_WARNING = 10
@@ -80,7 +82,7 @@ class FolderSource:
         probe_timeout: float = 20.0,
         probe_cap: float = 3600.0,
         random_start: bool = True,
-        cache: str | os.PathLike | None = None,
+        cache: str | os.PathLike | BucketPath | None = None,
         probe_command: Sequence[str] = probing.COMMAND,
     ):
         if not 0 <= max_bad_fraction <= 1:
@@ -103,7 +105,7 @@ class FolderSource:
             except ValueError as error:
                 self.bad[name] = str(error)
         limits = probe_timeout, probe_cap or math.inf
-        facts = _probe(self.root, stats, *limits, cache and Path(cache), probe_command, times=fps > 0)
+        facts = _probe(self.root, stats, *limits, cache and as_path(cache), probe_command, times=fps > 0)
         needed, lengths = frames_needed(frames, stride), {}
         for name, fact in facts.items():
             if "error" in fact:
@@ -186,7 +188,7 @@ def _probe(
     stats: dict[str, os.stat_result],
     timeout: float,
     cap: float,
-    cache: Path | None,
+    cache: Path | BucketPath | None,
     command: Sequence[str],
     times: bool,
 ) -> dict[str, dict]:

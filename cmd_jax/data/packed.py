@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cmd_jax.buckets import BucketPath
 from cmd_jax.cache import local
 from cmd_jax.data.roots import Entry
 from cmd_jax.errors import some
@@ -162,8 +163,7 @@ class Entries(Sequence[Entry]):
     def save(self, folder: Path):
         """Write a file an array into a folder."""
         for name, column in self.arrays().items():
-            with atomic_path(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
-                np.save(file, column)
+            write_array(folder / f"{name}.npy", column)
 
     @classmethod
     def load(cls, folder: Path) -> "Entries":
@@ -182,6 +182,12 @@ class Entries(Sequence[Entry]):
         entries = cls(names, labels, column("label"), texts, column("text_edges"))
         entries._copies = copies
         return entries
+
+
+def write_array(path: Path | BucketPath, array: np.ndarray):
+    """A .npy file."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
 
 
 class Listing(NamedTuple):

@@ -61,7 +61,7 @@ def read_prompts(path: str | os.PathLike, seed: int = 0) -> list[Prompt]:
 
     Raises UserError, naming the line, on anything else and on texts that `check_prompt` refuses.
     """
-    path = os.fspath(path)
+    path = str(path)
     readers = {".txt": _read_text, ".csv": _read_csv, ".jsonl": _read_json_lines, ".json": _read_msrvtt}
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in readers:

@@ -17,20 +17,19 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from cmd_jax.cache import Lease, current
+from cmd_jax.cache import Copy, current
 from cmd_jax.errors import UserError
 from cmd_jax.files import COUNT, atomic_path, is_remote, leftovers, parse_json, remove_tree, write_json, write_text
 
 OPTIONS = "group_size:1,uncompressed"  # a record is read alone, and hardly anything in it can be compressed
 VERSION = "1.0.0"
-REQUESTS = 16  # to a bucket at a time
 REMEDY = "fetch it again, or remove its facts in .ingest/ and run cmd-jax ingest again"
 FACTS = {"records": COUNT, "bytes": COUNT, "sha256": str, ...: object}
 
@@ -73,22 +72,14 @@ def finished(shards: Shards, k: int) -> dict | None:
     return facts
 
 
-def of_all(function: Callable[[int], object], shards: Shards, which: Iterable[int]) -> list:
-    """What a function that reads a shard's facts gives for each of these; from a bucket several are read at a time."""
-    if not is_remote(shards.folder):
-        return [function(k) for k in which]
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        return list(pool.map(function, which))
-
-
-def check_size(path: Path, size: int, there: Mapping[str, int] | None = None):
+def check_size(path: Path, size: int, there: Mapping[str, SimpleNamespace] | None = None):
     """UserError for a shard that is absent, or cut off: it would open as one without records.
 
-    there: the bytes of the files of its folder, by name, where they are known.
+    there: of the files of its folder, by name, where it was listed.
     """
     try:
-        found = path.stat().st_size if there is None else there.get(path.name)
-    except FileNotFoundError:
+        found = (path.stat() if there is None else there[path.name]).st_size
+    except (FileNotFoundError, KeyError):
         found = None
     if found != size:
         problem = "is missing" if found is None else f"has {found} bytes, not {size}: it is damaged or another's"
@@ -162,7 +153,7 @@ class Records:
         self.paths, self.sizes, self.digests = list(paths), [*map(int, sizes)], digests
         self._edges = [0, *np.cumsum(counts, dtype=np.int64).tolist()]  # a list: to search it takes no microsecond
         self.remote = bool(self.paths) and is_remote(self.paths[0])
-        there = self.paths[0].parent.sizes() if self.remote and len(self.paths) > 1 else None
+        there = self.paths[0].parent.stats() if self.remote and len(self.paths) > 1 else None
         for path, size in zip(self.paths, self.sizes, strict=True):
             check_size(path, size, there)
         raise_open_files()
@@ -199,7 +190,7 @@ class Records:
     def shard_of(self, place: int) -> int:
         return bisect.bisect_right(self._edges, place) - 1
 
-    def fetch(self, shard: int) -> Lease:
+    def fetch(self, shard: int) -> Copy:
         """Its copy, of a bucket's."""
         return current().fetch(self.paths[shard], self.sizes[shard], self.digests[shard], give_up)
 
@@ -208,19 +199,19 @@ class Records:
         return shard, place - self._edges[shard]
 
     def _open(self, shard: int) -> "_Open":
-        lease = self.fetch(shard) if self.remote else None  # which others need not wait for
+        copy = self.fetch(shard) if self.remote else None  # which others need not wait for
         with _opening:
             if shard in self._readers:
                 return self._readers[shard]
             while len(_opened) >= most_open():
                 _close(_opened.popleft())
             # Without reading ahead, which is for those that read a shard from end to end.
-            reader = ArrayRecordReader(str(lease.path if lease else self.paths[shard]), "readahead_buffer_size:0")
+            reader = ArrayRecordReader(str(copy.path if copy else self.paths[shard]), "readahead_buffer_size:0")
             count = self._edges[shard + 1] - self._edges[shard]
             if reader.num_records() != count:  # none, for a file that could not be opened
                 problem = f"{reader.num_records()} records can be read, where {count} should be"
                 raise UserError("shard", self.paths[shard], problem, REMEDY)
-            self._readers[shard] = opened = _Open(weakref.ref(self), shard, reader, lease)
+            self._readers[shard] = opened = _Open(weakref.ref(self), shard, reader, copy)
             _opened.append(opened)
             return opened
 
@@ -235,20 +226,20 @@ class Records:
                 with _opening, contextlib.suppress(ValueError):
                     _opened.remove(opened)
                     _close(opened)
-            lease = opened.lease if opened else self.fetch(shard)
-            if current().is_sound(lease):
+            copy = opened.copy if opened else self.fetch(shard)
+            if current().is_sound(copy):
                 return False
-            current().discard(lease)
+            current().discard(copy)
             return True
 
 
 class _Open:
-    """A shard that is open. lease: of its copy, or None. used: when it was last read from, by `_clock`."""
+    """A shard that is open. copy: that of a bucket's, else None. used: when it was last read from, by `_clock`."""
 
-    __slots__ = ("lease", "reader", "records", "shard", "used")
+    __slots__ = ("copy", "reader", "records", "shard", "used")
 
-    def __init__(self, records: weakref.ref, shard: int, reader: ArrayRecordReader, lease: Lease | None):
-        self.records, self.shard, self.reader, self.lease, self.used = records, shard, reader, lease, next(_clock)
+    def __init__(self, records: weakref.ref, shard: int, reader: ArrayRecordReader, copy: Copy | None):
+        self.records, self.shard, self.reader, self.copy, self.used = records, shard, reader, copy, next(_clock)
 
 
 _clock = itertools.count()
@@ -266,7 +257,7 @@ def give_up() -> bool:
     """Close half of the copies that this process has open, those that were not read from for the longest time, so that
     there is room for others, of other processes too -> whether there were any."""
     with _opening:
-        copies = sorted((x for x in _opened if x.lease), key=lambda x: x.used)
+        copies = sorted((x for x in _opened if x.copy), key=lambda x: x.used)
         for opened in copies[: -(-len(copies) // 2)]:
             _opened.remove(opened)
             _close(opened)

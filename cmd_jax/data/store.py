@@ -24,10 +24,11 @@ from cmd_jax.data.ahead import Shelf
 from cmd_jax.data.claims import FileLocks, OneLease, alone
 from cmd_jax.data.examples import example, parse, text_of
 from cmd_jax.data.latents import LatentStatistics, Sums
-from cmd_jax.data.records import VERSION, Records, Shards, finished, of_all, write_dataset, write_shard
+from cmd_jax.data.packed import write_array
+from cmd_jax.data.records import VERSION, Records, Shards, finished, write_dataset, write_shard
 from cmd_jax.data.splits import Split
 from cmd_jax.errors import UserError, brief
-from cmd_jax.files import COUNT, atomic_path, is_remote, read_json, write_json
+from cmd_jax.files import COUNT, each, is_remote, read_json, write_json
 
 SPLIT = "train"
 KINDS = {"autoencoder": "vae", "content": "cmd", "motion": "cmd"}  # stage -> the kind of store that it is trained on
@@ -39,7 +40,6 @@ PLAN = {
 LEFT_OUT = -1  # the label of a window that could not be read
 STATISTICS_EXAMPLES = 10_000  # of a store's first shards: means come out to 1 % of a deviation
 OTHER = "give another latents.store, or remove this one"
-POLL, REMOTE_POLL = 0.05, 1.0  # seconds
 
 
 class LatentStore:
@@ -82,7 +82,7 @@ class LatentStore:
 
     def all_facts(self) -> list[dict | None]:
         """`facts` of all shards."""
-        return of_all(self.facts, self.shards, range(self.shards.count))
+        return each(self.shards.folder, self.facts, range(self.shards.count))
 
     def missing(self) -> list[int]:
         """The shards that are not finished. UserError for a finished one whose file is damaged."""
@@ -122,7 +122,7 @@ class LatentStore:
     @property
     def poll(self) -> float:
         """Seconds between looks for what others make."""
-        return REMOTE_POLL if is_remote(self.shards.folder) else POLL
+        return self._claims.poll
 
     @property
     def shelf(self) -> Shelf | None:
@@ -237,7 +237,7 @@ class LatentStore:
 
     def statistics(self) -> LatentStatistics:
         """Of content frames and motion latents; those shards must be there."""
-        facts = of_all(self.facts, self.shards, self.measured())
+        facts = each(self.shards.folder, self.facts, self.measured())
         return LatentStatistics.of(sums for fact in facts if (sums := fact["sums"]))
 
 
@@ -305,11 +305,6 @@ def check_made_of(store: LatentStore, made_of: dict):
 def read_array(path: Path) -> np.ndarray:
     with local(path) as copy:
         return np.load(copy)
-
-
-def write_array(path: Path, array: np.ndarray):
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
 
 
 def digest_of(order: np.ndarray) -> str:

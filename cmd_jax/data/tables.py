@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-from cmd_jax.errors import UserError, of_file
+from cmd_jax.errors import UserError
 from cmd_jax.files import as_path
 
 Untitled = Callable[[list[str]], Sequence[str] | None]
@@ -109,8 +109,7 @@ def _open(path: str, field: str, newline: str | None):
         raise UserError(field, where, f"not UTF-8 text ({error.reason})", "save the file as UTF-8") from error
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
-        remedy = of_file(error, "give a file that is there and that you may read").remedy
-        raise UserError(field, path, problem, remedy) from error
+        raise UserError(field, path, problem, "give a file that is there and that you may read") from error
 
 
 def _undecodable_line(path: str) -> int:

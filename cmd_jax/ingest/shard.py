@@ -15,6 +15,7 @@ from cmd_jax.data.codecs import encoded, video_name
 from cmd_jax.data.examples import example
 from cmd_jax.data.roots import stat_inside
 from cmd_jax.errors import UserError
+from cmd_jax.files import each
 from cmd_jax.ingest.decoder import BadClip, Clip, Cut, Decoder
 from cmd_jax.ingest.plan import Plan, generated
 
@@ -84,7 +85,7 @@ def finished(plan: Plan, k: int) -> dict | None:
 
 def all_finished(plan: Plan, shards: Iterable[int]) -> list[dict | None]:
     """`finished` of each of these."""
-    return records.of_all(partial(finished, plan), plan.shards, shards)
+    return each(plan.folder, partial(finished, plan), shards)
 
 
 def video_of(clip: Clip, cut: Cut) -> dict[str, Sequence]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cmd_jax.buckets import BucketPath
-from cmd_jax.errors import UserError, of_file
+from cmd_jax.errors import UserError
 from cmd_jax.files import as_path, is_remote, read_json
 
 # Ending of a file of weights -> the name before it. Both libraries prefer safetensors.
@@ -57,8 +57,7 @@ def find_weights(folder: str | Path, stems: dict[str, str]) -> WeightFiles:
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as e:
-        remedy = of_file(e, "give a folder with weights").remedy
-        raise UserError("weights", folder, f"cannot be read ({e.strerror})", remedy) from e
+        raise UserError("weights", folder, f"cannot be read ({e.strerror})", "give a folder with weights") from e
     variants: dict[str, list[tuple[int, str]]] = {}
     for preference, pattern in enumerate(_patterns(stems)):
         for match in filter(None, map(pattern.fullmatch, names)):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from cmd_jax.buckets import BucketPath
-from cmd_jax.errors import UserError, of_file
+from cmd_jax.errors import UserError
 from cmd_jax.files import as_path, atomic_path, is_remote
 from cmd_jax.interop.folders import TORCH_SUFFIXES, WeightFiles, is_file
 from cmd_jax.interop.safetensors_files import Damaged, Stored, open_safetensors
@@ -132,8 +132,8 @@ def _telling(field: str, path):
     except Damaged as e:
         raise UserError(field, path, f"damaged or incomplete ({str(e)[:200]})", "fetch or write the file again") from e
     except OSError as e:
-        remedy = of_file(e, "mend that, or give another file").remedy
-        raise UserError(field, path, f"cannot be read ({e.strerror or e})", remedy) from e
+        problem = f"cannot be read ({e.strerror or e})"
+        raise UserError(field, path, problem, "mend that, or give another file") from e
 
 
 def digest_weights(files: WeightFiles, rename: Callable[[str], str | None] = str) -> str:

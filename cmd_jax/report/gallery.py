@@ -3,8 +3,7 @@
 import html
 import io
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
@@ -12,9 +11,8 @@ from urllib.parse import quote
 import av
 
 from cmd_jax.buckets import BucketPath
-from cmd_jax.files import as_path, is_remote, write_text
+from cmd_jax.files import as_path, each, write_text
 
-AT_A_TIME = 16  # files of a bucket that are read or written
 WIDE = 3.0  # a picture with a larger width : height gets a row to itself (film strips, grids of frames)
 
 UNFIT = ("Cc", "Cs")  # Unicode's control characters and lone surrogates: not allowed in a page
@@ -87,14 +85,6 @@ def text(value: object) -> str:
     """Anything as text that is safe in HTML, in quotes too; floats are rounded, control characters become visible."""
     shown = f"{value:.4g}" if isinstance(value, float) else str(value)
     return html.escape("".join("\ufffd" if unicodedata.category(c) in UNFIT and c not in "\n\t" else c for c in shown))
-
-
-def each(folder: Path | BucketPath, function: Callable, items: Iterable) -> list:
-    """function(item) of all items, several at a time where each waits for a bucket."""
-    if not is_remote(folder):
-        return list(map(function, items))
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        return list(pool.map(function, items))
 
 
 def pixels(folder: Path | BucketPath, name: str) -> tuple[int, int]:

@@ -1,14 +1,13 @@
 """What grows cannot grow in a bucket, where objects are written whole: it does on this machine, and is uploaded."""
 
+import contextlib
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from cmd_jax.buckets import BucketPath, read_versioned, write_if
-from cmd_jax.files import remove_tree, scratch, temporary_prefix
+from cmd_jax.files import scratch_folder, temporary_prefix
 
 EVERY = 15.0  # seconds between uploads
 SHARE = 0.05  # of the time that uploads in the background may take
@@ -26,7 +25,8 @@ class Mirror:
 
     def __init__(self, remote: BucketPath, names: tuple[str, ...], before: Callable[[], None]):
         self.remote, self._before = remote, before
-        self.folder = Path(tempfile.mkdtemp(prefix=temporary_prefix(), dir=scratch()))
+        self._held = contextlib.ExitStack()
+        self.folder = self._held.enter_context(scratch_folder())
         self._versions, self._uploaded, self._left, self._unsure = {}, {}, set(), set()
         self._uploading, self._leaving, self._warned = threading.Lock(), threading.Event(), False
         for name in names:
@@ -87,4 +87,4 @@ class Mirror:
         self._try()
         with self._uploading:
             self._left |= {path.name for path in self.folder.iterdir()}
-            remove_tree(self.folder)
+            self._held.close()

@@ -19,8 +19,8 @@ from PIL import Image
 from cmd_jax.buckets import BucketPath, write_if
 from cmd_jax.config import STAGES, to_json
 from cmd_jax.errors import UserError, of_file
-from cmd_jax.files import as_path, is_remote, remove_tree, versions, write_json, write_text
-from cmd_jax.report.gallery import AT_A_TIME, Item, Section, each, write_gallery
+from cmd_jax.files import AT_A_TIME, as_path, each, is_remote, remove_tree, versions, write_json, write_text
+from cmd_jax.report.gallery import Item, Section, write_gallery
 from cmd_jax.report.video import film_strip, image_grid, to_uint8, video_grid, write_gif, write_mp4, write_png
 from cmd_jax.running.distributed import gather, is_leader, leader_alone, linger, several
 from cmd_jax.running.runtime import StopRequest, peak_memory_gib

@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from cmd_jax.errors import Unavailable, UserError, choose, exit_code, of_file
+from cmd_jax.errors import Unavailable, UserError, choose, exit_code, of_file, with_remedy
 from cmd_jax.running.runtime import check_devices, has_terminal
 
 log = logging.getLogger(__name__)
@@ -248,10 +248,9 @@ def leader_alone(action: Callable):
         try:
             value = action()
         except UserError as e:
-            problem = e
+            problem = with_remedy(e)
         except OSError as e:
             problem = of_file(e)
-            problem.__cause__ = e
     error = problem and [[problem.field, str(problem.value), problem.problem, problem.remedy], exit_code(problem)]
     value, error = broadcast_from_leader([value, error])
     if problem:

@@ -145,7 +145,7 @@ class Peers:
             return True
         with patience(self.peer_timeout / 4):
             try:
-                versions = self.folder.versions()
+                versions = {name: status.version for name, status in self.folder.stats().items()}
             except OSError as e:
                 self._warn(f"the heartbeats in {self.folder} cannot be listed: {e}")
                 return False

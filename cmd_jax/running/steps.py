@@ -5,16 +5,14 @@ import logging
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cmd_jax.buckets import BucketPath
-from cmd_jax.files import is_remote, remove_tree, sync_path
+from cmd_jax.files import each, is_remote, remove_tree, sync_path
 from cmd_jax.running.manifest import MANIFEST
 
 SAVING, DELETING = ".saving", ".deleting"  # endings of folders that are no checkpoints yet, or no longer
 STEP, BEGUN = "step", "begun"
-COPY_THREADS = 8
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +120,7 @@ class BucketSteps(DiskSteps):
     def set_aside(self, step: int) -> BucketPath:
         """Copied, then removed: a kill in between leaves the step, which is set aside again, or leaves no step."""
         source, target = self.place(step), self._free(step)
-        with ThreadPoolExecutor(COPY_THREADS) as pool:
-            list(pool.map(lambda path: path.copy_to(target / path.relative_to(source)), source.rglob("*")))
+        each(source, lambda path: path.copy_to(target / path.relative_to(source)), source.rglob("*"))
         self.remove(step)
         return target
 

@@ -132,6 +132,7 @@ PATHS = (
     "output",
     "architecture",
     "classes",
+    "heads",
     "pretrained",
     "unet",
 )

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from rich.table import Table
 from cmd_jax.buckets import BucketPath
 from cmd_jax.config import load
 from cmd_jax.errors import UserError
-from cmd_jax.files import is_remote, scratch, temporary_prefix, write_json
+from cmd_jax.files import is_remote, scratch_folder, write_json
 from cmd_jax.report.console import make_console
 from cmd_jax.running.lock import lock_folder
 from cmd_jax.running.runtime import is_heard
@@ -72,8 +71,8 @@ def on_this_machine(folder: Path | BucketPath) -> Iterator[Path]:
     if not is_remote(folder):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix=temporary_prefix(), dir=scratch()) as place:
-        yield Path(place)
+    with scratch_folder() as place:
+        yield place
 
 
 def verify_resume(

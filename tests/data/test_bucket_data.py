@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from data.datasets import write_records
-from data.folders import ANSWER
+from data.folders import ANSWER, names, source
 
 from cmd_jax import cache, defaults
 from cmd_jax.data.ahead import Ahead, Shelf
@@ -178,6 +178,14 @@ def test_outcomes_of_testing_files_are_kept_in_a_bucket(gcs_stub):
     found = Outcomes(path)
     assert [found.of(f"{name}.mp4", [1, 2]) for name in "abc"] == [facts, facts, None]
     assert gcs_stub.get("run/probe.jsonl").count(b"\n") == 3
+
+
+def test_a_folder_of_videos_keeps_them_there(gcs_stub, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.mp4").touch()
+    cache = as_path(f"{gcs_stub}/run/probe.jsonl")
+    assert names(source(tmp_path, cache=cache)) == ["a.mp4", "b.mp4"] and gcs_stub.names() == ["run/probe.jsonl"]
+    source(tmp_path, cache=cache, probe_command=["no"])  # nothing is tested again
 
 
 class Shelved:

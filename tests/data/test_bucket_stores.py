@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from data.test_store import KEYS, check, filled, values
 
-from cmd_jax.data import claims, store
+from cmd_jax.data import claims
 from cmd_jax.data.store import StoredClips, folder_of, open_store
 from cmd_jax.errors import UserError
 from cmd_jax.files import as_path
@@ -15,8 +15,7 @@ from cmd_jax.files import as_path
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(store, "REMOTE_POLL", 0.02)
-    monkeypatch.setattr(claims, "POLL", 0.02)
+    monkeypatch.setattr(claims.OneLease, "poll", 0.02)
     monkeypatch.setattr(claims, "ASK_AGAIN", 0.0)
 
 

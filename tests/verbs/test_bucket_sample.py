@@ -135,6 +135,7 @@ def test_prompts_and_an_image_of_a_bucket(gcs, here):
             read(f"{gcs}/none.txt")
 
 
+@pytest.mark.slow
 def test_two_processes_write_their_own(gcs, tmp_path):
     weights = exported(gcs, "autoencoder")
     arguments = ["sample", f"--config={tiny.CONFIG_FILE}:sample", f"--workdir={gcs}/run", f"--config.weights={weights}"]
