@@ -3,7 +3,6 @@ stated kind, in a stated time, and one line with its exit code."""
 
 import contextlib
 import errno
-import importlib.util
 import random
 import re
 import time
@@ -203,10 +202,3 @@ def test_commands_end_with_one_line(bucket, line, fault):
 def test_a_workdir_that_is_none_is_refused(line, text):
     code, told = line("train", f"--config={tiny.CONFIG_FILE}:autoencoder", f"--workdir={text}")
     assert code == 2 and told.startswith(f"--workdir={text}: ")
-
-
-def test_a_scheme_without_its_extra_is_refused(line, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "s3fs" else find(name, *a))
-    code, told = line("train", f"--config={tiny.CONFIG_FILE}:autoencoder", "--workdir=s3://bkt/run")
-    assert code == 2 and told.endswith('s3fs is not installed; pip install "cmd-jax[s3]"')

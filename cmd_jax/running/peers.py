@@ -126,8 +126,10 @@ class Peers:
                     write_text(path, text, sync=False)
             except OSError as e:
                 self._warn(f"the heartbeat {path} cannot be written: {e}")
+                if self.remote:
+                    return
                 # In its place it needs no new room on a full disk; a reader who comes between just reads again.
-                with contextlib.suppress(OSError, TypeError), open(path, "r+") as file:
+                with contextlib.suppress(OSError), open(path, "r+") as file:
                     file.write(text)
                     file.truncate()
 
