@@ -39,12 +39,11 @@ def scheme_of(text: str) -> str:
 
 def check_url(field: str, text: str):
     """UserError for a path with a scheme that cannot be used here: without its extra, unknown, or misspelt."""
-    if not (found := re.match(r"([A-Za-z][\w+.-]+):(?=/)", text)):
+    if not (found := re.match(r"\s*([A-Za-z][\w+.-]+):(?=/)|\s*(gs|s3):", text)):
         return
     if found[1] not in EXTRAS or not text.startswith(f"{found[1]}://"):
-        raise UserError(
-            field, text, f"{found[0]} is not a scheme that is read here", "use gs://, s3://, or a local path"
-        )
+        problem = "begins with a blank" if text[0].isspace() else f"{found[0]} is not a scheme that is read here"
+        raise UserError(field, text, problem, "use gs://, s3://, or a local path")
     module, extra = EXTRAS[found[1]]
     bucket, *names = text.partition("://")[2].rstrip("/").split("/")
     if not bucket or not {"", ".", ".."}.isdisjoint(names):

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from cmd_jax.errors import Unavailable
+from cmd_jax.errors import Unavailable, UserError
 
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for the kind of each bucket by gRPC first
 
@@ -71,7 +71,10 @@ def patience(seconds: float) -> Iterator[None]:
 
 
 def retry_seconds() -> float:
-    given = float(os.environ.get("CMD_JAX_RETRY_SECONDS") or RETRY_SECONDS)
+    text = os.environ.get("CMD_JAX_RETRY_SECONDS") or str(RETRY_SECONDS)
+    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text):
+        raise UserError("CMD_JAX_RETRY_SECONDS", text, "not a number of seconds", "write it like 60, or unset it")
+    given = float(text)
     return min(given, getattr(_patience, "seconds", given))
 
 
@@ -201,6 +204,7 @@ def as_os_error(error: Exception, path) -> OSError:
     passes = codes & TRANSIENT or isinstance(error, ConnectionError | TimeoutError) or names & PASSING
     if passes or modules & {"aiohttp", "requests", "google"} or re.search("doesn't match calculated", text):
         return Unavailable(errno.EHOSTUNREACH, f"cannot be reached ({text})", name)
-    if isinstance(error, OSError) or modules & {"gcsfs", "botocore"} or text.startswith("Bad Request"):
+    wrong = modules & {"gcsfs", "botocore"} or text.startswith(("Bad Request", "Invalid endpoint"))
+    if isinstance(error, OSError) or wrong:
         return OSError(getattr(error, "errno", None) or errno.EIO, text, name)
     return error

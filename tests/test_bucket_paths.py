@@ -158,7 +158,7 @@ def test_a_version_is_written_once(request, kind):
 @pytest.mark.parametrize("text, problem", [
     ("gs://", "names no bucket"), ("s3:///x", "names no bucket"), ("gs:/bucket/x", "gs: is not"),
     ("GS://bkt/x", "GS: is not"), ("gcs://bkt/x", "gcs: is not"), ("http://host/x", "http: is not"),
-    ("file:///x", "file: is not"),
+    ("file:///x", "file: is not"), ("gs:bkt/x", "gs: is not"), ("s3:bkt", "s3: is not"), (" gs://bkt/x", "a blank"),
     ("gs://bkt/../x", "an empty name, . or .."), ("s3://bkt/a//b", "an empty name"),
     ("gs://bkt/./x", "an empty name"),
 ])  # fmt: skip

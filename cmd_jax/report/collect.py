@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from cmd_jax.buckets import BucketPath, check_url
-from cmd_jax.errors import UserError, exit_code, with_remedy
+from cmd_jax.errors import UserError, exit_code, of_file, with_remedy
 from cmd_jax.files import as_path, is_remote, read_json
 from cmd_jax.report.gallery import Item, Section, write_gallery
 
@@ -54,8 +54,8 @@ def main(arguments: list[str]) -> int:
             write_gallery(page, "CMD: sampled videos", sections)
         except (OSError, ValueError) as error:
             raise UserError("page", page, f"cannot be made ({error})", "mend that file or folder") from error
-    except UserError as error:
-        print(with_remedy(error), file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(of_file(error) if isinstance(error, OSError) else with_remedy(error), file=sys.stderr)
         return exit_code(error)
     return 0
 

@@ -39,6 +39,7 @@ def _unraisable(told, before=sys.unraisablehook):
 sys.unraisablehook = _unraisable
 
 
+LONGEST_NAME = 800  # of a folder in a bucket: that of an object may have 1024 bytes
 RETRIES = 6  # after pauses that grow twofold each time
 FAILED = r"All \d+ retry attempts failed: "  # TensorStore's words for an error that may pass but did not
 _spec_of, _context = tensorstore_utils.build_kvstore_tspec, tensorstore_utils.get_ts_context
@@ -129,6 +130,8 @@ def check_name(folder: Path | BucketPath):
         path, problem = str(folder), ""
         if wrong := re.search(r"[#?*\[\]\\\x00-\x1f\x7f]|gs:(?=/)", f"{folder.key}/"):
             problem = f"holds {wrong[0]}"
+        elif len(folder.key.partition("/")[2].encode(errors="replace")) > LONGEST_NAME:
+            problem = f"is longer than {LONGEST_NAME} bytes"
     else:
         path, problem = os.path.realpath(folder), ""
         if re.match("/(gs|s3|az|hf)/", f"{path}/"):  # as etils has it

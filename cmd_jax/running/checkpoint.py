@@ -194,8 +194,7 @@ class Checkpoints:
                 check_lengths(folder / name)
         write_text(folder / RUN, run + "\n", sync=False)  # the manifest's writer brings all to the disk
         self._before_commit()
-        self._check()
-        write_manifest(folder, step)
+        write_manifest(folder, step, self._check)
         self._steps.commit(step)
         try:
             self._check()

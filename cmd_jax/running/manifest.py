@@ -1,20 +1,24 @@
 """The manifest of a checkpoint folder: what is in it to the byte, and whether that can still be believed."""
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cmd_jax.buckets import CHUNK, BucketPath
+from cmd_jax.buckets import CHUNK, BucketPath, write_if
 from cmd_jax.errors import Unavailable, UserError
 from cmd_jax.files import COUNT, check_like, is_remote, parse_json, sync_path, write_text
+from cmd_jax.stores import patience, retry_seconds
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 LIKE = {"format": COUNT, "step": COUNT, "digest": str, "files": {...: {"size": COUNT, "sha256": str}}}
 HASH_THREADS = 4
+TRY_SECONDS = 2.0  # of the manifest's writing in a bucket
 
 
 class CutOff(Exception):
@@ -42,17 +46,40 @@ def digest_of(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path | BucketPath, step: int):
-    """Bring every file of the folder to the disk, or read it back from a bucket, hash it, and write that down."""
+def write_manifest(folder: Path | BucketPath, step: int, check: Callable[[], None] = lambda: None):
+    """Bring every file of the folder to the disk, or read it back from a bucket, hash it, and write that down.
+
+    check(): called before it is written; its error is raised. Unavailable where another run has written a manifest.
+    """
     paths, on_disk = sorted(folder.rglob("*")), not is_remote(folder)
     files = [path for path in paths if not on_disk or path.is_file()]
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         entries = list(pool.map(lambda path: _entry_of(path, sync=on_disk), files))
     names = [path.relative_to(folder).as_posix() for path in files]
     manifest = {"format": FORMAT, "step": step, "files": dict(zip(names, entries, strict=True))}
-    write_text(folder / MANIFEST, json.dumps(manifest | {"digest": digest_of(manifest)}, sort_keys=True) + "\n")
-    for path in (folder, *(path for path in paths if path.is_dir())) if on_disk else ():
+    text = json.dumps(manifest | {"digest": digest_of(manifest)}, sort_keys=True) + "\n"
+    if not on_disk:
+        _commit(folder / MANIFEST, text.encode(), check)
+        return
+    check()
+    write_text(folder / MANIFEST, text)
+    for path in (folder, *(path for path in paths if path.is_dir())):
         sync_path(path)
+
+
+def _commit(path: BucketPath, data: bytes, check: Callable[[], None]):
+    """Write the manifest, each try shorter than what is left of a lock that has just been checked."""
+    end = time.monotonic() + retry_seconds()
+    while True:
+        check()
+        try:
+            with patience(TRY_SECONDS):
+                if write_if(path, data, None) is None:
+                    raise Unavailable(errno.EEXIST, "another run has written it", str(path))
+            return
+        except Unavailable as error:
+            if error.errno == errno.EEXIST or time.monotonic() > end:
+                raise
 
 
 def read_manifest(folder: Path | BucketPath) -> dict:

@@ -12,8 +12,10 @@ from cmd_jax.errors import Unavailable, UserError, tell
 from cmd_jax.running.distributed import linger, linger_for, run_id
 from cmd_jax.running.lease import Lease
 from cmd_jax.running.peers import Peers
+from cmd_jax.stores import patience
 
 STOPPED_EARLY = "stopped by a signal before the first step; nothing to save"
+LAST_WORDS = 1.0  # seconds to tell a bucket of a lost lock: the process ends before the lock lapses for the others
 
 
 @contextlib.contextmanager
@@ -51,7 +53,12 @@ def watched(
         stop.first(lambda: peers.fail(stop.farewell))
         if lease:
             stop.first(lease.release)
-            lease.on_lost = lambda line: peers.give_up("lost-lock", line, {})
+
+            def lost(line: str):
+                with patience(LAST_WORDS):
+                    peers.give_up("lost-lock", line, {})
+
+            lease.on_lost = lost
         try:
             yield peers
         except (UserError, Unavailable):

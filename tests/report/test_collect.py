@@ -111,3 +111,8 @@ def test_a_lost_or_damaged_video_is_refused(tmp_path, capsys, content):
     error = refused(capsys, page, folder)
     assert error.startswith(f"page={page}: cannot be made (") and "0000.mp4" in error
     assert not page.exists()
+
+
+def test_a_bucket_that_is_none(gcs, capsys):
+    for page, folder in ((f"{gcs}/index.html", f"{gcs}-none/samples"), (f"{gcs}-none/index.html", f"{gcs}/samples")):
+        assert re.fullmatch(f"file={gcs}-none/[^ ]+: no such bucket; .*\n", refused(capsys, page, folder))

@@ -8,9 +8,9 @@ import pytest
 from checkpoints import check_whole, save, state_at
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from cmd_jax.errors import UserError, exit_code
+from cmd_jax.errors import Unavailable, UserError, exit_code
 from cmd_jax.files import as_path
-from cmd_jax.running import array_store
+from cmd_jax.running import array_store, manifest
 from cmd_jax.running import checkpoint as checkpointing
 from cmd_jax.running.checkpoint import ITEMS, Checkpoints
 from cmd_jax.running.lock import lock_folder
@@ -70,6 +70,31 @@ def test_an_error_before_the_commit_fails_the_save(gcs):
     ) as error:
         checkpoints.close()
     assert exit_code(error.value) == 2 and steps_in(gcs) == [3]
+
+
+@pytest.mark.parametrize("fault", ["lost", "taken"])
+def test_a_run_that_slept_over_its_lock_commits_nothing(gcs_stub, monkeypatch, fault):
+    """While it read back what it had written another run took the lock, or even saved the same step."""
+    folder, asleep = folder_in(gcs_stub), []
+    read_back = manifest._entry_of
+
+    def sleep(path, **options):
+        if not asleep and fault == "taken":
+            (folder / "checkpoints/6/manifest.json").write_bytes(b"the other's")
+        asleep.append(path)
+        return read_back(path, **options)
+
+    def check():
+        if asleep and fault == "lost":
+            raise Unavailable(None, "taken over", str(folder))
+
+    monkeypatch.setattr(manifest, "_entry_of", sleep)
+    checkpoints = Checkpoints(folder, check=check)
+    checkpoints.save(state_at(6), {"step": 6})
+    with pytest.raises(UserError) as error:
+        checkpoints.close()
+    assert exit_code(error.value) == 3 and asleep
+    assert not gcs_stub.names(f"{PLACE}/checkpoints/6/manifest.json")
 
 
 def test_a_checkpoint_is_the_same_on_a_disk_and_in_a_bucket(gcs, s3, tmp_path):
@@ -134,7 +159,7 @@ def test_reader_of_a_running_training_follows_it(gcs, monkeypatch, caplog):
     assert [looked[0], looked[-1]] == ["3", "12"] and not caplog.records
 
 
-@pytest.mark.parametrize("name", ["a#b", "a?b", "a*b", "[b]", "a\\b", "a\nb", "a\x7f", "gs:/b", "\udcff"])
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a*b", "[b]", "a\\b", "a\nb", "a\x7f", "gs:/b", "\udcff", "é/" * 300])
 def test_a_name_that_the_array_store_cannot_have_is_refused(name):
     folder = as_path(f"gs://bucket/{name}/stage")
     for open_folder in (Checkpoints, lock_folder):

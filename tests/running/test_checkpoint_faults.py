@@ -327,8 +327,8 @@ def kill(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def write_and_kill(folder, step):
-    write_manifest(folder, step)
+def write_and_kill(*arguments):
+    write_manifest(*arguments)
     kill()
 
 

@@ -317,6 +317,15 @@ def test_a_run_that_lost_its_lock_ends_to_be_started_again(run, capsys):
     assert json.loads(lock.path.read_bytes())["holder"] == "somebody"
 
 
+def test_who_cannot_reach_the_store_does_not_outlive_his_lock(run, stub, capsys):
+    _, lock, _, ended = run
+    stub.order(hang=True)
+    lost = time.monotonic()
+    lock._until = 0.0
+    assert ended.get(timeout=SLACK) == 3 and time.monotonic() - lost < 30 * lease.MARGIN
+    assert "could not be renewed" in capsys.readouterr().err
+
+
 def test_a_run_that_is_stopped_early_releases_it(run):
     _, lock, stop, _ = run
     for call in stop.calls:  # what a signal does before the process ends at once
