@@ -232,7 +232,7 @@ class Cache:
     def _names(self) -> list[str]:
         try:
             return [name for name in os.listdir(self.folder) if not name.startswith(".")]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # who makes a copy tells of the latter
             return []
 
     @contextlib.contextmanager
@@ -289,7 +289,7 @@ def use(folder: str, gib: float):
 def current() -> Cache:
     global _current
     folder, gib = _said
-    place, limit = (as_path(folder).absolute() if folder else cache_root()) / "objects", int(gib * GIB)
+    place, limit = (as_path(folder).absolute() if folder else cache_root()) / "objects", int(min(gib * GIB, 2.0**62))
     with _lock:
         if _current is None or (_current.folder, _current.limit) != (place, limit):
             _current = Cache(place, limit)

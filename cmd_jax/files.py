@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 from cmd_jax import __version__
-from cmd_jax.buckets import BucketPath, scheme_of
+from cmd_jax.buckets import BucketPath, check_url, scheme_of
 from cmd_jax.errors import UserError
 
 AT_A_TIME = 16  # objects of a bucket that are read or written
@@ -31,14 +31,22 @@ def as_path(text: str | os.PathLike) -> Path | BucketPath:
     """A path that a user gave: of this machine, with its ~, or of a bucket."""
     if isinstance(text, BucketPath):
         return text
-    return BucketPath(text) if scheme_of(str(text)) else Path(text).expanduser()
+    return BucketPath(text) if scheme_of(str(text)) else _at_home(Path(text))
+
+
+def _at_home(path: Path) -> Path:
+    """With what its ~ stands for. UserError where there is no such user, or no home is known."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UserError("path", path, "its ~ is nobody's home", "write the folder out") from None
 
 
 def local_path(text: str) -> Path:
     """A path of this machine, as argparse's type; ValueError for a URL, which would become a folder of that name."""
     if re.match(r"[A-Za-z][\w+.-]+:/", text):
         raise ValueError(f"{text}: not a path of this machine")
-    return Path(text).expanduser()
+    return _at_home(Path(text))
 
 
 def is_remote(path) -> bool:
@@ -87,7 +95,7 @@ def _naming(path, temporary: Path):
 def _scratch_file(path: BucketPath) -> Iterator[Path]:
     with scratch_folder() as folder:
         temporary = folder / path.name
-        with _naming(path, temporary):
+        with _naming(folder.parent, temporary):  # the disk is what failed, not the bucket
             yield temporary
 
 
@@ -104,7 +112,11 @@ def local_file(path: Path | BucketPath) -> Iterator[Path]:
 
 def cache_root() -> Path:
     """The folder of this machine for copies of what lies in buckets: CMD_JAX_CACHE, or ~/.cache/cmd_jax."""
-    return Path(os.environ.get("CMD_JAX_CACHE") or "~/.cache/cmd_jax").expanduser().absolute()
+    given = os.environ.get("CMD_JAX_CACHE") or "~/.cache/cmd_jax"
+    check_url("CMD_JAX_CACHE", given)
+    if is_remote(path := as_path(given)):
+        raise UserError("CMD_JAX_CACHE", path, "is itself in a bucket", "give a folder of a local disk")
+    return path.absolute()
 
 
 @contextlib.contextmanager

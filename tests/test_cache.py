@@ -206,6 +206,9 @@ def test_an_object_that_was_written_anew_is_fetched_anew(tmp_path):
     assert cache.fetch_newest(thing).path.read_bytes() == thing.data and len(names(tmp_path)) == 3
 
 
-def test_the_cache_itself_is_on_a_disk():
+def test_the_cache_itself_is_on_a_disk(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=f"data.cache_dir={tmp_path}/file/objects: Not a directory; "):
+        Cache(tmp_path / "file/objects").fetch_newest(objects(1)[0])
     with pytest.raises(UserError, match="data.cache_dir=gs://bkt/x: is itself in a bucket"):
         caches.use("gs://bkt/x", 0)

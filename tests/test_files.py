@@ -5,7 +5,7 @@ from typing import Annotated
 import pytest
 
 from cmd_jax.errors import UserError, printable
-from cmd_jax.files import COUNT, as_json, check_like, from_json, like_of, parse_json, read_json
+from cmd_jax.files import COUNT, as_json, as_path, check_like, from_json, like_of, parse_json, read_json, scratch_folder
 
 LIKE = {
     "name": str,
@@ -101,3 +101,16 @@ def test_a_dataclass_is_read_as_it_is_written():
     assert from_json(Whole, {"count": 1, "part": {"names": [], "rates": {}}}) == least
     assert check_like({"count": -1, "part": part}, like).startswith("count is -1")
     assert check_like(as_json(most) | {"more": None}, like) == "more is null, not an object"
+
+
+@pytest.mark.parametrize("place, problem", [
+    ("gs://bkt/x", "is itself in a bucket"), ("gs:bkt", "gs: is not a scheme"), ("~no-such-user/x", "nobody's home"),
+])  # fmt: skip
+def test_a_cache_that_can_be_nowhere(place, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CMD_JAX_CACHE", place)
+    with pytest.raises(UserError, match=problem):
+        scratch_folder().__enter__()
+    with pytest.raises(UserError, match="path=~no-such-user/run: "):
+        as_path("~no-such-user/run")
+    assert not list(tmp_path.iterdir())

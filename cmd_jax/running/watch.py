@@ -2,6 +2,7 @@
 
 import contextlib
 import queue
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from cmd_jax.running.peers import Peers
 from cmd_jax.stores import patience
 
 STOPPED_EARLY = "stopped by a signal before the first step; nothing to save"
-LAST_WORDS = 1.0  # seconds to tell a bucket of a lost lock: the process ends before the lock lapses for the others
+# Who lost the lock of a bucket ends before it lapses for the others, whatever hangs.
+LAST_WORDS = 1.0  # seconds in which the bucket is tried then
+LAST_SECONDS = 4.0
 
 
 @contextlib.contextmanager
@@ -30,7 +33,7 @@ def watched(
     restart may mend it. Without it the line is told; and where a collective breaks off over a lost peer, it is raised
     as a RuntimeError. A library whose main thread hangs in a collective hangs on: with several processes give one.
     """
-    found, count = queue.SimpleQueue(), jax.process_count()
+    found, count, told = queue.SimpleQueue(), jax.process_count(), threading.Event()
 
     def on_fault(kind: str, line: str, facts: dict):
         try:
@@ -38,6 +41,7 @@ def watched(
                 flight.write(kind, message=line, **facts)
         finally:
             tell(line)
+            told.set()
             if end_process:
                 if lease:
                     lease.release()
@@ -54,7 +58,16 @@ def watched(
         if lease:
             stop.first(lease.release)
 
+            def end(line: str):
+                if not told.is_set():
+                    tell(line)
+                end_process(3)
+
             def lost(line: str):
+                if end_process and count == 1:  # several hear of it by the heartbeat of this one
+                    timer = threading.Timer(LAST_SECONDS, end, (line,))
+                    timer.daemon = True
+                    timer.start()
                 with patience(LAST_WORDS):
                     peers.give_up("lost-lock", line, {})
 
