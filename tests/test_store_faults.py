@@ -202,15 +202,6 @@ def test_commands_end_with_one_line(bucket, line, fault):
 def test_a_workdir_that_is_none_is_refused(line, text):
     code, told = line("train", f"--config={tiny.CONFIG_FILE}:autoencoder", f"--workdir={text}")
     assert code == 2 and told.startswith(f"--workdir={text}: ")
-<<<<<<< HEAD
-=======
-
-
-def test_a_scheme_without_its_extra_is_refused(line, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "s3fs" else find(name, *a))
-    code, told = line("train", f"--config={tiny.CONFIG_FILE}:autoencoder", "--workdir=s3://bkt/run")
-    assert code == 2 and told.endswith('s3fs is not installed; pip install "cmd-jax[s3]"')
 
 
 def test_settings_of_the_shell_that_cannot_be(bucket, line, monkeypatch):
@@ -226,4 +217,3 @@ def test_settings_of_the_shell_that_cannot_be(bucket, line, monkeypatch):
         monkeypatch.setenv("CMD_JAX_RETRY_SECONDS", wrong)
         code, told = line(*words)
         assert code == 2 and told.startswith(f"CMD_JAX_RETRY_SECONDS={wrong}: ")
->>>>>>> a815896 (A name that is no URL of a bucket, or too long, a wrong endpoint or retry time, a page in no bucket: one line; a manifest is written under a lock that was just checked, over no other's; who lost the lock ends before it lapses)
