@@ -29,6 +29,8 @@ from cmd_jax.interop.weights import (
 )
 from cmd_jax.main import main
 from cmd_jax.pretrained import TextEncoderMetadata, VAEMetadata, check_same, describe
+from cmd_jax.verbs.convert import given_architecture
+from cmd_jax.verbs.convert_weights import _class_names
 
 VAE = "vae/diffusion_pytorch_model.safetensors"
 
@@ -250,3 +252,13 @@ def test_convert_from_bucket_to_bucket(gcs_stub, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"OUTPUT={gcs_stub}/denied/")
     gcs_stub.server.order()
     assert not gcs_stub.names("denied/") and not [x for x in (tmp_path / "cache").rglob("*") if x.is_file()]
+
+
+def test_what_convert_reads_beside_weights(gcs):
+    gcs.put("sizes.json", b'{"heads": 8}')
+    gcs.put("names.txt", "ape\nböar\n".encode())
+    assert given_architecture(f"{gcs}/sizes.json") == {"heads": 8}
+    assert _class_names(as_path(f"{gcs}/names.txt")) == ["ape", "böar"]
+    for read, field in ((given_architecture, "--architecture"), (lambda text: _class_names(as_path(text)), "classes")):
+        with pytest.raises(UserError, match=f"^{field}={gcs}/none: "):
+            read(f"{gcs}/none")
