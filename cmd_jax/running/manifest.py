@@ -74,12 +74,13 @@ def _commit(path: BucketPath, data: bytes, check: Callable[[], None]):
         check()
         try:
             with patience(TRY_SECONDS):
-                if write_if(path, data, None) is None:
-                    raise Unavailable(errno.EEXIST, "another run has written it", str(path))
-            return
-        except Unavailable as error:
-            if error.errno == errno.EEXIST or time.monotonic() > end:
+                written = write_if(path, data, None)
+            break
+        except Unavailable:
+            if time.monotonic() > end:
                 raise
+    if written is None:
+        raise Unavailable(errno.EEXIST, "another run has written it", str(path))
 
 
 def read_manifest(folder: Path | BucketPath) -> dict:
