@@ -30,14 +30,14 @@ def run_pool(
     plan: Plan, shards: Sequence[int], workers: int, limits: Limits, told: Callable[[str], None] = lambda reason: None
 ):
     """Write the shards, of which many may be finished; told: see `write_shard`, is called by any thread."""
-    todo, errors = queue.SimpleQueue(), []
+    todo, errors, ended = queue.SimpleQueue(), [], threading.Event()
     for k in shards:
         todo.put(k)
     readers = [open_reader(plan, limits) for _ in range(min(workers, len(shards)))]
 
     def work(reader):
         try:
-            while not errors:
+            while not ended.is_set():
                 write_shard(plan, todo.get_nowait(), reader, told)
         except (queue.Empty, Ended):
             pass
@@ -48,6 +48,7 @@ def run_pool(
             reader.close()
 
     def stop():
+        ended.set()
         for reader in readers:
             reader.stop()
 

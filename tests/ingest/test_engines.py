@@ -1,5 +1,6 @@
 """The same shards from every engine, whatever kills it; and what its command refuses."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from data.clip_files import numbered, write_clip
 from ingest.datasets import LIMITS, config, digests, ingested
 
+from cmd_jax import config as configs
 from cmd_jax.data import records
 from cmd_jax.ingest import engines, shard
 from cmd_jax.ingest.beam import run_beam
@@ -99,6 +101,28 @@ def test_a_failing_worker_stops_the_others_and_is_heard_of(folder, tmp_path, mon
     with pytest.raises(OSError, match="No space"):
         engines.run_pool(plan, range(plan.shards.count), 1, LIMITS)
     assert written == [0] and list(digests(tmp_path)) == ["train/00000"]
+
+
+def test_ctrl_c_ends_it_after_the_shards_under_way(tmp_path, monkeypatch):
+    plan = make_plan(configs.load("quickstart:autoencoder", {"data.clips": 16, "ingest.shard_clips": 1}), tmp_path)
+    written, write = [], records.write_shard
+
+    def interrupted(shards, k, *rest):
+        if not written:
+            os.kill(os.getpid(), signal.SIGINT)
+        written.append(k)
+        time.sleep(0.1)
+        return write(shards, k, *rest)
+
+    monkeypatch.setattr(records, "write_shard", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engines.run_pool(plan, range(plan.shards.count), 2, LIMITS)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    time.sleep(0.3)
+    assert len(written) <= 2
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_unfinished(folder, tmp_path, capsys):
