@@ -331,11 +331,14 @@ def read_json(
     try:
         if not is_remote(path) and path.exists() and not path.is_file():  # to open a named pipe would wait for ever
             raise UserError(field, path, "not a file", missing)
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            # The room is taken before it is known how much there is to read.
-            text = file.read(min(size, LARGEST_JSON) + 1)
+        if is_remote(path) and path.stat().st_size <= LARGEST_JSON:
+            text = path.read_bytes()  # by one request: it may be written anew at any time
+        else:
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                # The room is taken before it is known how much there is to read.
+                text = file.read(min(size, LARGEST_JSON) + 1)
     except FileNotFoundError:
         raise UserError(field, path, "no such file", missing) from None
     except OSError as e:

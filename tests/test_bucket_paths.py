@@ -186,6 +186,19 @@ def test_a_path_of_a_bucket_stays_one():
         os.open(path, os.O_RDONLY)
 
 
+def test_json_that_grows_shorter_while_it_is_read(gcs_stub, monkeypatch):
+    path, stat = as_path(f"{gcs_stub}/x.json"), buckets.BucketPath.stat
+    path.write_text('{"step": 10}')
+
+    def stat_and_change(self):
+        found = stat(self)
+        path.write_text('{"step": 9}')
+        return found
+
+    monkeypatch.setattr(buckets.BucketPath, "stat", stat_and_change)
+    assert files.read_json(path) == {"step": 9}
+
+
 def test_a_child_process_sees_the_bucket_too(root):
     (root / "x").write_text("from here")
     code = f"from cmd_jax.files import as_path; p = as_path('{root}'); (p / 'y').write_text((p / 'x').read_text()[5:])"

@@ -22,7 +22,7 @@ from cmd_jax.running.lease import Lease, is_gone, this_process
 from cmd_jax.running.watch import watched
 
 ROOT = Path(__file__).resolve().parents[2]
-SLACK = 2.0  # seconds that a busy machine may add
+SLACK = 5.0  # seconds that a busy machine may add
 ELSEWHERE = {"host": "other", "boot": "another", "namespace": "pid:[1]", "pid": os.getpid(), "started": "1"}
 
 
