@@ -53,14 +53,15 @@ def run_pool(
             reader.stop()
 
     threads = [threading.Thread(target=work, args=(reader,), daemon=True) for reader in readers]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         for thread in threads:
             thread.join()
     finally:
         stop()
         for thread in threads:
-            thread.join()
+            if thread.ident:  # it was started
+                thread.join()
     if errors:
         raise errors[0]
