@@ -60,6 +60,8 @@ class Mirror:
             before = found.version  # written by a request of ours whose answer got lost
         self._unsure.add(name)
         version = write_if(self.remote / name, data, before)
+        if version is None and before:  # if it was removed, all that was in it is here
+            version = write_if(self.remote / name, data, None)
         self._unsure.discard(name)
         if version is None:
             self._left.add(name)

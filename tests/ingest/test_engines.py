@@ -160,7 +160,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_unfinished(folder, tmp_path,
         (["--source=nowhere"], "data.root=nowhere: no such folder"),
         (["--source=SOURCE/a/0.avi"], "neither a folder nor a list of clips"),
         (["--out="], "--out=: missing"),
-        (["--out=hdfs://bucket/x"], "--out=hdfs://bucket/x: hdfs: is no scheme"),
+        (["--out=hdfs://bucket/x"], "--out=hdfs://bucket/x: hdfs: is not a scheme"),
         (["--source=gs://bucket/x"], "--source=gs://bucket/x: files of a bucket are not decoded"),
     ],
 )

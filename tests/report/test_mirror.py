@@ -110,6 +110,17 @@ def test_an_upload_whose_answer_got_lost_was_no_other_s(gcs_stub, monkeypatch, c
     assert not caplog.records
 
 
+def test_what_somebody_removed_is_written_again(bucket, caplog):
+    uploads = mirror.Mirror(as_path(f"{bucket}/run"), (), lambda: None)
+    with contextlib.closing(uploads):
+        for text in ("one\n", "one\ntwo\n"):
+            (uploads.folder / "ledger.jsonl").write_text(text)
+            uploads.upload()
+            assert bucket.get("run/ledger.jsonl") == text.encode()
+            bucket.delete("run/ledger.jsonl")
+    assert not caplog.records
+
+
 def test_what_somebody_else_writes_is_left_to_him(gcs_stub, caplog):
     """A process that slept while its run went on elsewhere does not write over it."""
     with contextlib.closing(Metrics(as_path(f"{gcs_stub}/run"), 0)) as metrics:
