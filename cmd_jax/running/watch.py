@@ -33,7 +33,7 @@ def watched(
     restart may mend it. Without it the line is told; and where a collective breaks off over a lost peer, it is raised
     as a RuntimeError. A library whose main thread hangs in a collective hangs on: with several processes give one.
     """
-    found, count, told = queue.SimpleQueue(), jax.process_count(), threading.Event()
+    found, count, told, timers = queue.SimpleQueue(), jax.process_count(), threading.Event(), []
 
     def on_fault(kind: str, line: str, facts: dict):
         try:
@@ -67,6 +67,7 @@ def watched(
                 if end_process and count == 1:  # several hear of it by the heartbeat of this one
                     timer = threading.Timer(LAST_SECONDS, end, (line,))
                     timer.daemon = True
+                    timers.append(timer)
                     timer.start()
                 with patience(LAST_WORDS):
                     peers.give_up("lost-lock", line, {})
@@ -83,3 +84,6 @@ def watched(
                 with contextlib.suppress(queue.Empty):
                     raise RuntimeError(found.get(timeout=options.peer_timeout * 1.5)) from error
             raise
+        finally:
+            for timer in timers:
+                timer.cancel()
