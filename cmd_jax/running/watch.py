@@ -35,13 +35,17 @@ def watched(
     """
     found, count, told, timers = queue.SimpleQueue(), jax.process_count(), threading.Event(), []
 
+    def tell_once(line: str):
+        if not told.is_set():
+            told.set()
+            tell(line)
+
     def on_fault(kind: str, line: str, facts: dict):
         try:
             if flight and kind != "peer-failed":
                 flight.write(kind, message=line, **facts)
         finally:
-            tell(line)
-            told.set()
+            tell_once(line)
             if end_process:
                 if lease:
                     lease.release()
@@ -59,8 +63,7 @@ def watched(
             stop.first(lease.release)
 
             def end(line: str):
-                if not told.is_set():
-                    tell(line)
+                tell_once(line)
                 end_process(3)
 
             def lost(line: str):
