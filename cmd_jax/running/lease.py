@@ -17,7 +17,7 @@ from cmd_jax.errors import Unavailable, UserError
 from cmd_jax.files import COUNT, parse_json
 from cmd_jax.stores import patience
 
-SECONDS, LONGEST = 30, 60  # of a lease: how long it is by default, and at most
+SECONDS, LONGEST = 48, 60  # of a lease: how long it is by default, and at most
 RENEWALS = 4  # in the time of a lease
 MARGIN = 1 / 6  # of a lease: so long before its end by his own clock a holder gives up
 RESOLUTION = 1.0  # seconds: of the times that servers tell
