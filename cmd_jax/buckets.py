@@ -64,6 +64,10 @@ class BucketPath(PosixGPath):
     def __fspath__(self):
         raise TypeError(f"{self} is no local file")
 
+    def with_segments(self, *segments):
+        """By which pathlib, from Python 3.12 on, makes a path of others; etils' asks os.fspath for them."""
+        return type(self)(*map(str, segments))
+
     @property
     def key(self) -> str:
         """BUCKET/NAME."""

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import pickle
 import subprocess
 import sys
+from pathlib import PurePosixPath
 
 import pytest
 
@@ -182,6 +184,9 @@ def test_a_path_of_a_bucket_stays_one():
     assert str((path / "a.b").with_suffix(".json")) == "gs://bkt/run/a.json" and path.name == "run"
     assert str((path / "x").with_name("y")) == "gs://bkt/run/y" and path.absolute() == path == path.resolve()
     assert as_path(str(path)) == path and {path: 1}[as_path("gs://bkt/run")] == 1 and path != as_path("s3://bkt/run")
+    assert str(path / PurePosixPath("a/b")) == str(path.joinpath("a", "b")) == "gs://bkt/run/a/b"
+    assert pickle.loads(pickle.dumps(path)) == path and type(path.with_segments(path, "x")) is type(path)
+    assert str(path.with_segments(path, "x")) == "gs://bkt/run/x"  # pathlib's way from Python 3.12 on
     with pytest.raises(TypeError):
         os.open(path, os.O_RDONLY)
 
