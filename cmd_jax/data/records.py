@@ -164,7 +164,7 @@ class Records:
 
     def __getitem__(self, place: int) -> bytes:
         shard, row = self._split(place)
-        for _ in range(2):
+        for _ in range(8):  # of threads that meet the same damage one may get another's old reader more than once
             opened = None
             try:
                 opened = self._readers.get(shard) or self._open(shard)
