@@ -33,10 +33,10 @@ class Copy:
     """A copy, `path`, that stays until this is closed or forgotten."""
 
     def __init__(self, path: Path, descriptor: int):
-        self.path, self._descriptor = path, descriptor
+        self.path, self.descriptor = path, descriptor
 
     def close(self):
-        descriptor, self._descriptor = self._descriptor, None
+        descriptor, self.descriptor = self.descriptor, None
         if descriptor is not None:
             with contextlib.suppress(OSError):  # it may be another user's
                 os.utime(descriptor)  # used until now
@@ -88,10 +88,10 @@ class Cache:
         copy.close()
 
     def is_sound(self, copy: Copy) -> bool:
-        """Whether a copy is what its name says, read anew."""
-        with contextlib.suppress(FileNotFoundError), open(copy.path, "rb") as file:
+        """Whether a copy, the open file and not what came in its place, is what its name says, read anew."""
+        with os.fdopen(os.dup(copy.descriptor), "rb") as file:
+            file.seek(0)
             return hashlib.file_digest(file, "sha256").hexdigest() == copy.path.name.rpartition("-")[2]
-        return False  # another process has removed it
 
     def _found(self, stem: str, sha256: str | None, size: int) -> Copy | None:
         names = [f"{stem}-{sha256}"] if sha256 else [name for name in self._names() if name.startswith(f"{stem}-")]
