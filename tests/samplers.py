@@ -12,7 +12,7 @@ from cmd_jax.data.shapes import CLASS_NAMES
 from cmd_jax.files import read_json
 from cmd_jax.loading import load_sampler
 from cmd_jax.main import main
-from cmd_jax.sample import SamplingSettings
+from cmd_jax.sampling.settings import SamplingSettings
 
 LABELS = np.array([0, 5, 17, 30, 47], np.int32)
 SETTINGS = SamplingSettings(batch_size=2, guidance=2.0, content_steps=3, motion_steps=4)  # those of tiny.config_of

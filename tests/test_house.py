@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "cmd_jax"
 ROOMS = (
     "errors", "keys", "stores", "buckets", "files", "cache", "diffusion", "models", "sharding", "state", "running",
     "interop", "data", "evaluation", "ingest", "declare", "defaults", "builders", "config", "report", "pretrained",
-    "stages", "trained", "initial", "sample", "loading", "prepare", "validation", "train", "planning", "verbs", "main",
+    "stages", "trained", "initial", "sampling", "loading", "prepare", "validation", "train", "planning", "verbs",
+    "main",
 )  # fmt: skip
 LONGEST = 400  # lines
 

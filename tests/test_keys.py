@@ -14,7 +14,7 @@ from cmd_jax import defaults
 from cmd_jax.keys import FIRST, NAMES, derive
 from cmd_jax.models.autoencoder import Latents
 from cmd_jax.models.conditions import Classes
-from cmd_jax.sample import sample_keys
+from cmd_jax.sampling.programs import sample_keys
 from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import TrainState, init_state, train_step

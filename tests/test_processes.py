@@ -161,14 +161,14 @@ def test_only_one_of_two_processes_starts(tmp_path):
 
 # Each process says which samples it has on its host, as they are fetched.
 TOLD = """
-import cmd_jax.sample
-whole = cmd_jax.sample._fetch
+import cmd_jax.sampling.sampler
+whole = cmd_jax.sampling.sampler._fetch
 def fetch(*arguments):
     samples = whole(*arguments)
     assert all(len(x) == len(samples) for x in vars(samples).values() if x is not None)
     print("here:", *samples.index)
     return samples
-cmd_jax.sample._fetch = fetch
+cmd_jax.sampling.sampler._fetch = fetch
 """
 
 

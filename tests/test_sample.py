@@ -13,7 +13,7 @@ from samplers import LABELS, SETTINGS, difference, request_of, stirred, together
 from cmd_jax.data.shapes import CLASS_NAMES, ShapesSource
 from cmd_jax.errors import UserError
 from cmd_jax.loading import load_sampler
-from cmd_jax.sample import drawn as columns_of
+from cmd_jax.sampling.sampler import drawn as columns_of
 from cmd_jax.sharding import BATCH_AXES, partitioning
 
 pytestmark = pytest.mark.xdist_group("tiny")

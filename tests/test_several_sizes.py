@@ -10,7 +10,7 @@ from data.clip_files import quarters, write_clip
 from cmd_jax.data.requests import class_request
 from cmd_jax.errors import UserError
 from cmd_jax.loading import open_sampler
-from cmd_jax.sample import SamplingSettings
+from cmd_jax.sampling.settings import SamplingSettings
 from cmd_jax.train import train
 
 SIZES = ((16, 24), (24, 16))

@@ -18,7 +18,7 @@ from cmd_jax.loading import open_sampler
 from cmd_jax.main import main
 from cmd_jax.models.frames import VAELatents
 from cmd_jax.pretrained import ImageModelMetadata
-from cmd_jax.sample import SamplingSettings
+from cmd_jax.sampling.settings import SamplingSettings
 from cmd_jax.stages import FrozenAutoencoder, diffusion_stage
 from cmd_jax.train import train
 from cmd_jax.trained import Trained, export, load_trained

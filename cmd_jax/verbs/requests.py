@@ -16,7 +16,8 @@ from cmd_jax.data.video import fit
 from cmd_jax.errors import UserError
 from cmd_jax.files import as_path
 from cmd_jax.running.distributed import leader_first
-from cmd_jax.sample import Sampler, SamplingSettings
+from cmd_jax.sampling.sampler import Sampler
+from cmd_jax.sampling.settings import SamplingSettings
 
 
 class Videos(Sequence):

@@ -12,7 +12,7 @@ from cmd_jax.loading import open_sampler
 from cmd_jax.report.console import make_console
 from cmd_jax.report.samples import OutputFolder, SampleWriter, write_summary, writing
 from cmd_jax.running.distributed import is_leader
-from cmd_jax.sample import Sampler, Samples
+from cmd_jax.sampling.sampler import Sampler, Samples
 from cmd_jax.verbs.requests import make_request, open_clips, read_image, settings_of
 
 

@@ -14,7 +14,7 @@ from cmd_jax.interop.cmd_release import UNUSED, load
 from cmd_jax.loading import denoiser_stage as stage_of
 from cmd_jax.loading import load_sampler
 from cmd_jax.pretrained import VAEMetadata, describe, stated_space
-from cmd_jax.sample import SamplingSettings
+from cmd_jax.sampling.settings import SamplingSettings
 from cmd_jax.stages import AutoencoderStage
 from cmd_jax.trained import AutoencoderMetadata, Metadata, Trained, export, load_trained
 from cmd_jax.verbs.convert_stages import autoencoder_stage, denoiser_stage, release_weights

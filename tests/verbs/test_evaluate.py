@@ -9,7 +9,7 @@ from samplers import command, stirred
 
 from cmd_jax.data.shapes import ShapesSource
 from cmd_jax.files import read_json
-from cmd_jax.sample import Samples
+from cmd_jax.sampling.sampler import Samples
 from cmd_jax.verbs import evaluate as evaluating
 
 pytestmark = pytest.mark.xdist_group("tiny")

@@ -1,10 +1,8 @@
-"""The reverse half of CMD: class or text -> content frame -> motion latent -> video, one program (section 3.3)."""
+"""What is asked for, batch after batch, and the samples that come back."""
 
-import copy
 import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -13,46 +11,16 @@ import numpy as np
 from cmd_jax.data.pipeline import local_rows, to_global
 from cmd_jax.data.prompts import check_prompt
 from cmd_jax.data.requests import Request, class_request, prompt_request
-from cmd_jax.defaults import DTYPES, SEEDS
 from cmd_jax.diffusion.guidance import check_guidance
 from cmd_jax.diffusion.schedules import check_count
-from cmd_jax.errors import UserError, choose
-from cmd_jax.keys import derive
+from cmd_jax.errors import UserError
 from cmd_jax.models.autoencoder import Latents
 from cmd_jax.models.conditions import Classes, Texts
-from cmd_jax.models.frames import pixels
 from cmd_jax.running.hosts import own_rows
-from cmd_jax.sharding import batch_sharding, check_batch, partitioning
+from cmd_jax.sampling.programs import Programs
+from cmd_jax.sampling.settings import DEFAULTS, SamplingSettings, resolve
+from cmd_jax.sharding import batch_sharding, partitioning
 from cmd_jax.stages import DiffusionStage, FrozenAutoencoder
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How to sample, an argument of each call of a Sampler.
-
-    batch_size: samples at once, a multiple of the mesh's data x fsdp.
-    guidance: weight >= 0 of classifier-free guidance; 1 or None: none, at half the cost.
-    negative: the text that guidance leads away from; "": the empty text.
-    content_solver, motion_solver: ddim, ddpm or dpmpp, of flow matching euler or heun; "": the stage's own.
-    eta: 0 to 1, the noise that ddim adds.
-    dtype: of the matrix products of denoisers and decoder, float32 or bfloat16; "": as they were trained.
-    """
-
-    batch_size: int = 8
-    seed: int = 0
-    guidance: float | None = 4.0
-    negative: str = ""
-    content_steps: int = 50
-    content_solver: str = ""
-    motion_steps: int = 100
-    motion_solver: str = ""
-    eta: float = 0.0
-    dtype: str = ""
-
-    @property
-    def static(self) -> "SamplingSettings":
-        """What a program is compiled for, beside the shapes of its batch; the rest are its arguments."""
-        return replace(self, batch_size=1, seed=0, guidance=None, negative="")
 
 
 @dataclass(frozen=True)
@@ -94,7 +62,8 @@ class Sampler:
     ):  # fmt: skip
         self.autoencoder, self.denoisers, self.statistics, self.params = autoencoder, denoisers, statistics, params
         self.conditions, self.class_names, self.tokenizer = conditions, class_names, tokenizer
-        self.mesh, self.rules, self._programs = mesh, rules, {}
+        self.mesh, self.rules = mesh, rules
+        self._programs = Programs(autoencoder, denoisers, statistics, conditions, mesh)
         self._take = jax.jit(operator.getitem, out_shardings=batch_sharding(mesh))
         self._encode, self._from_latents = jax.jit(autoencoder.encode), jax.jit(autoencoder.decode)
 
@@ -122,25 +91,9 @@ class Sampler:
 
     def resolve(self, settings: SamplingSettings) -> SamplingSettings:
         """The settings, solvers by their names; UserError for what these stages cannot do. Nothing is compiled."""
-        check_count("sampling.batch_size", settings.batch_size)
-        check_batch("sampling.batch_size", settings.batch_size, self.mesh)
-        choose("sampling.dtype", settings.dtype, ("", *DTYPES))
-        if not 0 <= operator.index(settings.seed) < SEEDS:
-            raise UserError("seed", settings.seed, "none that random keys have", f"use 0 to {SEEDS - 1}")
-        if not 0 <= settings.eta <= 1:
-            raise UserError("sampling.eta", settings.eta, "outside 0 to 1", "use 0 for deterministic sampling")
+        settings = resolve(settings, self.denoisers, self.mesh)
         if self.denoisers:
             self._guidance(settings)
-        for name, stage in self.denoisers.items():
-            if wanted := getattr(settings, f"{name}_solver"):
-                choose(f"sampling.{name}_solver", wanted, stage.solvers)
-            process, options = stage.solver(wanted)
-            solver, steps = options["solver"], getattr(settings, f"{name}_steps")
-            if settings.eta and solver != "ddim":
-                problem = f"the {name} solver is {solver}, not ddim"
-                raise UserError("sampling.eta", settings.eta, problem, "set it to 0.0")
-            check_count(f"sampling.{name}_steps", steps, process.most_steps(**options))
-            settings = replace(settings, **{f"{name}_solver": solver})
         return settings
 
     def _guidance(self, settings) -> tuple:
@@ -155,74 +108,17 @@ class Sampler:
             null_ids = self.tokenizer([check_prompt(settings.negative, "sampling.negative")])[0]
         return None if weight == 1 or not (self.class_names or self.tokenizer) else jnp.float32(weight), null_ids
 
-    # Programs: pure functions of their arguments; `settings` are static.
-
-    def _draw(self, name, params, keys, condition, content, guidance, null, settings):
-        """Content frames (content=None) or motion latents [B, ...], one key a sample."""
-        return computing_in(settings.dtype, self.denoisers[name]).sample(
-            params[name], self.statistics[name], condition, content, keys, guidance=guidance, null=null,
-            steps=getattr(settings, f"{name}_steps"), solver=getattr(settings, f"{name}_solver"),
-            **({"eta": settings.eta} if settings.eta else {}),
-        )  # fmt: skip
-
-    def _decode(self, params, content, motion, settings):
-        autoencoder, frozen = computing_in(settings.dtype, self.autoencoder), params["autoencoder"]
-        video, image = autoencoder.decode(frozen, Latents(content, motion)), autoencoder.show(frozen, content)
-        return {"video": video, "image": image, "content": content, "motion": motion}
-
-    def _conditions(self, params, batch, guidance, null_ids):
-        """-> (what the samples are conditioned on, what guidance leads away from); texts are encoded here, once."""
-        condition = self.conditions.of(params["conditions"], batch)
-        if guidance is None:
-            return condition, None
-        return condition, self.conditions.null(params["conditions"], len(batch["index"]), null_ids)
-
-    def _generate(self, params, batch, key, guidance, null_ids=None, *, settings):
-        """Classes or texts -> content -> motion -> video."""
-        content_keys, motion_keys = sample_keys(key, batch)
-        condition, null = self._conditions(params, batch, guidance, null_ids)
-        content = self._draw("content", params, content_keys, condition, None, guidance, null, settings)
-        motion = self._draw("motion", params, motion_keys, condition, content, guidance, null, settings)
-        return self._decode(params, content, motion, settings)
-
-    def _draw_content(self, params, batch, key, guidance, null_ids=None, *, settings):
-        """Classes or texts -> content."""
-        condition, null = self._conditions(params, batch, guidance, null_ids)
-        return self._draw("content", params, sample_keys(key, batch)[0], condition, None, guidance, null, settings)
-
-    def _animate(self, params, batch, key, guidance, null_ids=None, *, settings):
-        """Given content frames, or those of images or of clips -> motion -> video."""
-        _, motion_keys = sample_keys(key, batch)
-        condition, null = self._conditions(params, batch, guidance, null_ids)
-        autoencoder, frozen = computing_in(settings.dtype, self.autoencoder), params["autoencoder"]
-        if "image" in batch:
-            content = autoencoder.content_of(frozen, batch["image"])
-        elif "video" in batch:
-            content = autoencoder.encode(frozen, batch).content
-        else:
-            content = batch["content"]
-        motion = self._draw("motion", params, motion_keys, condition, content, guidance, null, settings)
-        return self._decode(params, content, motion, settings)
-
-    def _reconstruct(self, params, batch, *, settings):
-        latents = computing_in(settings.dtype, self.autoencoder).encode(params["autoencoder"], batch)
-        return {**self._decode(params, *latents, settings), "original": pixels(batch["video"])}
-
     def program(self, name: str, settings: SamplingSettings):
         """The jitted program `name` ("generate", ...) of resolved settings: (params, batch, *arguments) -> batch."""
-        key = name, settings.static
-        if key not in self._programs:
-            function = partial(getattr(self, f"_{name}"), settings=settings.static)
-            self._programs[key] = jax.jit(function, out_shardings=batch_sharding(self.mesh))
-        return self._programs[key]
+        return self._programs.jitted(name, settings)
 
     # Calls.
 
-    def generate(self, request: Request, settings: SamplingSettings = SamplingSettings()) -> Iterator[Samples]:
+    def generate(self, request: Request, settings: SamplingSettings = DEFAULTS) -> Iterator[Samples]:
         """Videos of what is asked for."""
         return self._run("generate", drawn(request), len(request), *self._arguments(settings))
 
-    def animate(self, request: Request, given: dict, settings: SamplingSettings = SamplingSettings()):
+    def animate(self, request: Request, given: dict, settings: SamplingSettings = DEFAULTS):
         """Videos of given content frames, in arrays, or in sequences that read them as they are asked.
 
         given: {"content": N of [h, w, C]}, {"image": N of float [H, W, 3] in [-1, 1]}, or {"video": N of uint8
@@ -230,11 +126,11 @@ class Sampler:
         """
         return self._run("animate", drawn(request) | given, len(request), *self._arguments(settings))
 
-    def reconstruct(self, videos, settings: SamplingSettings = SamplingSettings()) -> Iterator[Samples]:
+    def reconstruct(self, videos, settings: SamplingSettings = DEFAULTS) -> Iterator[Samples]:
         """Clips encoded and decoded: N of uint8 [T, H, W, 3], an array, or a sequence that reads as it is asked."""
         return self._run("reconstruct", {"video": videos}, len(videos), self.resolve(settings))
 
-    def vary_motion(self, request: Request, motions: int, settings: SamplingSettings = SamplingSettings()):
+    def vary_motion(self, request: Request, motions: int, settings: SamplingSettings = DEFAULTS):
         """`motions` videos of each content frame: sample i * motions + v is motion v of what is asked for i-th.
 
         Each content frame is drawn once: drawn again in another row of a batch, its last bits could differ.
@@ -318,22 +214,3 @@ def drawn(request: Request) -> dict:
     """The columns of a request's samples, each with the number that its keys are of."""
     index = np.arange(len(request), dtype=np.int32)
     return {"index": index, "variant": np.zeros_like(index), **request.conditions}
-
-
-def sample_keys(key, batch) -> tuple:
-    """-> (content keys [B], motion keys [B]). Samples of one "index" share the content key, not the motion key."""
-
-    def of(index, variant):
-        sample = derive(key, "sample", index)
-        return derive(sample, "content"), derive(sample, "motion", variant)
-
-    return jax.vmap(of)(batch["index"], batch["variant"])
-
-
-def computing_in(dtype: str, stage):
-    """The stage or autoencoder, its matrix products in `dtype`; "": as it is."""
-    if not dtype:
-        return stage
-    stage = copy.copy(stage)
-    stage.module = stage.module.clone(dtype=jnp.dtype(dtype))
-    return stage

@@ -1,0 +1,109 @@
+"""The reverse half of CMD: class or text -> content frame -> motion latent -> video, one program (section 3.3)."""
+
+import copy
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from cmd_jax.keys import derive
+from cmd_jax.models.autoencoder import Latents
+from cmd_jax.models.conditions import Classes, Texts
+from cmd_jax.models.frames import pixels
+from cmd_jax.sampling.settings import SamplingSettings
+from cmd_jax.sharding import batch_sharding
+from cmd_jax.stages import DiffusionStage, FrozenAutoencoder
+
+
+class Programs:
+    """generate, draw_content, animate, reconstruct: (params, batch, *arguments) -> batch, of resolved static settings.
+
+    denoisers, params, conditions: as of Sampler. statistics: {"content", "motion"}, by which latents are normalised.
+    arguments, but for reconstruct: key, guidance (None for none), and token ids [L] of what it leads away from, where
+    that is a text.
+    """
+
+    def __init__(
+        self, autoencoder: FrozenAutoencoder, denoisers: dict[str, DiffusionStage], statistics: dict,
+        conditions: Classes | Texts | None, mesh,
+    ):  # fmt: skip
+        self.autoencoder, self.denoisers, self.statistics = autoencoder, denoisers, statistics
+        self.conditions, self.mesh, self._jitted = conditions, mesh, {}
+
+    def jitted(self, name: str, settings: SamplingSettings):
+        """One of them, compiled at first use for the static part of resolved settings and each shape of a batch."""
+        key = name, settings.static
+        if key not in self._jitted:
+            function = partial(getattr(self, f"_{name}"), settings=settings.static)
+            self._jitted[key] = jax.jit(function, out_shardings=batch_sharding(self.mesh))
+        return self._jitted[key]
+
+    def _draw(self, name, params, keys, condition, content, guidance, null, settings):
+        """Content frames (content=None) or motion latents [B, ...], one key a sample."""
+        return computing_in(settings.dtype, self.denoisers[name]).sample(
+            params[name], self.statistics[name], condition, content, keys, guidance=guidance, null=null,
+            steps=getattr(settings, f"{name}_steps"), solver=getattr(settings, f"{name}_solver"),
+            **({"eta": settings.eta} if settings.eta else {}),
+        )  # fmt: skip
+
+    def _decode(self, params, content, motion, settings):
+        autoencoder, frozen = computing_in(settings.dtype, self.autoencoder), params["autoencoder"]
+        video, image = autoencoder.decode(frozen, Latents(content, motion)), autoencoder.show(frozen, content)
+        return {"video": video, "image": image, "content": content, "motion": motion}
+
+    def _conditions(self, params, batch, guidance, null_ids):
+        """-> (what the samples are conditioned on, what guidance leads away from); texts are encoded here, once."""
+        condition = self.conditions.of(params["conditions"], batch)
+        if guidance is None:
+            return condition, None
+        return condition, self.conditions.null(params["conditions"], len(batch["index"]), null_ids)
+
+    def _generate(self, params, batch, key, guidance, null_ids=None, *, settings):
+        """Classes or texts -> content -> motion -> video."""
+        content_keys, motion_keys = sample_keys(key, batch)
+        condition, null = self._conditions(params, batch, guidance, null_ids)
+        content = self._draw("content", params, content_keys, condition, None, guidance, null, settings)
+        motion = self._draw("motion", params, motion_keys, condition, content, guidance, null, settings)
+        return self._decode(params, content, motion, settings)
+
+    def _draw_content(self, params, batch, key, guidance, null_ids=None, *, settings):
+        """Classes or texts -> content."""
+        condition, null = self._conditions(params, batch, guidance, null_ids)
+        return self._draw("content", params, sample_keys(key, batch)[0], condition, None, guidance, null, settings)
+
+    def _animate(self, params, batch, key, guidance, null_ids=None, *, settings):
+        """Given content frames, or those of images or of clips -> motion -> video."""
+        _, motion_keys = sample_keys(key, batch)
+        condition, null = self._conditions(params, batch, guidance, null_ids)
+        autoencoder, frozen = computing_in(settings.dtype, self.autoencoder), params["autoencoder"]
+        if "image" in batch:
+            content = autoencoder.content_of(frozen, batch["image"])
+        elif "video" in batch:
+            content = autoencoder.encode(frozen, batch).content
+        else:
+            content = batch["content"]
+        motion = self._draw("motion", params, motion_keys, condition, content, guidance, null, settings)
+        return self._decode(params, content, motion, settings)
+
+    def _reconstruct(self, params, batch, *, settings):
+        latents = computing_in(settings.dtype, self.autoencoder).encode(params["autoencoder"], batch)
+        return {**self._decode(params, *latents, settings), "original": pixels(batch["video"])}
+
+
+def sample_keys(key, batch) -> tuple:
+    """-> (content keys [B], motion keys [B]). Samples of one "index" share the content key, not the motion key."""
+
+    def of(index, variant):
+        sample = derive(key, "sample", index)
+        return derive(sample, "content"), derive(sample, "motion", variant)
+
+    return jax.vmap(of)(batch["index"], batch["variant"])
+
+
+def computing_in(dtype: str, stage):
+    """The stage or autoencoder, its matrix products in `dtype`; "": as it is."""
+    if not dtype:
+        return stage
+    stage = copy.copy(stage)
+    stage.module = stage.module.clone(dtype=jnp.dtype(dtype))
+    return stage
