@@ -44,18 +44,33 @@ def coerce(field: str, text: str, like):
         raise UserError(field, text, f"not of type {type(like).__name__}", f"write it like {like!r}") from e
 
 
-def load(specification: str, overrides: Mapping[str, object] = MappingProxyType({})) -> ConfigDict:
+def load(
+    specification: str, overrides: Mapping[str, object] = MappingProxyType({}), shapes_only: bool = False
+) -> ConfigDict:
     """The checked config of `FILE[:ARG]` with some values replaced: {"train.steps": 100}, or texts like "100".
 
     UserError for unknown keys and for what a key cannot have.
 
-    FILE: a Python file, or the bare name of one that comes with cmd_jax, like quickstart:sample.
+    FILE: a Python file, or the bare name of one that comes with cmd_jax, like quickstart:sample. shapes_only: no
+    pretrained weights will be read, so that pretrained.architecture does in place of a folder.
     """
     file, _, argument = specification.partition(":")
     config = _run(find(file), argument)
     for key, text in overrides.items():
         override(config, key, str(text))
-    return check(config.copy_and_resolve_references())
+    return check(config.copy_and_resolve_references(), shapes_only)
+
+
+def sibling(specification: str, stage: str) -> str:
+    """The specification of another stage: of the same file, with the same values."""
+    file, _, argument = specification.partition(":")
+    return f"{file}:{','.join([stage, *(word for word in argument.split(',') if '=' in word)])}"
+
+
+def load_sibling(specification: str, stage: str, overrides: Mapping[str, object]) -> ConfigDict:
+    """The config of another stage of the same file, for its shapes. Overrides of groups that all have hold for it."""
+    shared = {key: value for key, value in overrides.items() if key.startswith(("data.", "pretrained.", "mesh."))}
+    return load(sibling(specification, stage), shared, shapes_only=True)
 
 
 def shipped() -> Path:
@@ -169,17 +184,21 @@ def without(values: dict, retired, prefix: str = "") -> dict:
 LARGEST_CLIP = 2**34  # pixels
 
 
-def check(config: ConfigDict) -> ConfigDict:
-    """The checks that need no data: of each value, of sizes that patches must divide, and of what goes together."""
+def check(config: ConfigDict, shapes_only: bool = False) -> ConfigDict:
+    """The checks that need no data: of each value, of sizes that patches must divide, and of what goes together.
+
+    shapes_only: as of `load`.
+    """
     check_trained(config)
-    _check_pretrained(config)
+    stable_diffusion = config.pretrained.path or (shapes_only and config.pretrained.architecture)
+    _check_pretrained(config, stable_diffusion)
     if "train" in config and config.train.validate_every and not config.data.validation:
         problem, remedy = "no clips are held out for it", "set data.validation=0.02, or this to 0"
         raise UserError("train.validate_every", config.train.validate_every, problem, remedy)
     if config.get("init_skip") and not config.init:
         raise UserError("init_skip", config.init_skip, "there is nothing to leave it out of", "give init=PATH")
     if config.stage == "autoencoder":
-        _check_inputs(config)
+        _check_inputs(config, stable_diffusion)
     return config
 
 
@@ -227,10 +246,10 @@ def _check_buckets(config: ConfigDict):
         raise UserError(field, value, problem, "use model.position=sincos")
 
 
-def _check_pretrained(config: ConfigDict):
-    if config.pretrained.path:
+def _check_pretrained(config: ConfigDict, stable_diffusion: str):
+    if stable_diffusion:
         divisible("data.frames", config.data.frames, "pretrained.vae_frames", config.pretrained.vae_frames)
-    if "denoiser" in config and config.model.condition == "text" and not config.pretrained.path:
+    if "denoiser" in config and config.model.condition == "text" and not stable_diffusion:
         raise UserError("pretrained.path", "", "missing: this stage reads texts", SOURCE)
 
 
@@ -249,7 +268,7 @@ def _check_patch(size: tuple[int, int], patch: int):
         divisible(f"data.{side}", pixels, "model.patch", patch)
 
 
-def _check_inputs(config: ConfigDict):
+def _check_inputs(config: ConfigDict, stable_diffusion: str):
     """What an autoencoder is given must fit its mode and its loss."""
     model, loss = config.model, config.loss
     if loss.lpips_heads and not loss.vgg:
@@ -264,7 +283,7 @@ def _check_inputs(config: ConfigDict):
             problem, remedy = "not used by an autoencoder of pixels", "leave it out, or set model.mode=latent"
             raise UserError("pretrained.path", config.pretrained.path, problem, remedy)
     else:
-        if not config.pretrained.path:
+        if not stable_diffusion:
             raise UserError("pretrained.path", "", "missing: model.mode=latent needs its VAE", SOURCE)
         if loss.lpips:
             raise UserError("loss.lpips", loss.lpips, "compares pixels, not latents", "set loss.lpips=0.0")

@@ -10,6 +10,7 @@ from cmd_jax.diffusion.flow import Flow
 from cmd_jax.diffusion.gaussian import PREDICTIONS, Gaussian
 from cmd_jax.diffusion.schedules import BETAS
 from cmd_jax.errors import choose
+from cmd_jax.interop.sd_known import ARCHITECTURES
 from cmd_jax.models import autoencoder, dit
 from cmd_jax.models.layers import REMAT_POLICIES
 from cmd_jax.sharding import PRESETS
@@ -64,6 +65,7 @@ PROCESSES = dict(
 )
 PRETRAINED = dict(
     path=path("folder of a Stable Diffusion model; empty: frames are pixels, conditions are classes"),
+    architecture=choice("", "without a folder: whose shapes to bench and to show", ("", *ARCHITECTURES)),
     dtype=choice("float32", "of its VAE and text encoder", DTYPES),
     vae_frames=key(1, "frames of each clip that the VAE takes at once", at_least=1),
 )

@@ -12,6 +12,7 @@ from cmd_jax.interop.clip import load_text_encoder, text_fields, text_from_confi
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
 from cmd_jax.interop.diffusers import SOURCE, load_vae
 from cmd_jax.interop.folders import DIFFUSERS, TRANSFORMERS, check_folder, find_weights
+from cmd_jax.interop.sd_known import ARCHITECTURES
 from cmd_jax.interop.sd_weights import vae_rename
 from cmd_jax.interop.weights import digest_weights
 from cmd_jax.models.conditions import Classes, Texts
@@ -92,8 +93,14 @@ def read_config(folder: Path | str, name: str) -> dict:
     return read_json(path, "pretrained.path", SOURCE, "fetch the file again")
 
 
-def stated(folder: Path | str, kind: type[Part]) -> Part:
-    """A part of a folder by its configs alone, which is all that shapes depend on."""
+def stated(folder: Path | str, kind: type[Part], architecture: str = "") -> Part:
+    """A part of a folder by its configs alone, which is all that shapes depend on; without a folder, of a known
+    architecture."""
+    if architecture and not folder:
+        known = ARCHITECTURES[architecture]
+        if kind is ImageModelMetadata:
+            return ImageModelMetadata(known.unet, known.scheduler)
+        return VAEMetadata(known.vae, "") if kind is VAEMetadata else TextEncoderMetadata(known.text, "", {})
     if kind is ImageModelMetadata:
         unet = read_config(folder, "unet/config.json")
         return ImageModelMetadata(unet, read_config(folder, "scheduler/scheduler_config.json"))

@@ -48,6 +48,7 @@ def paper(config, sd: int):
     """The numbers of SPEC sections 2 to 4; where the paper gives none, the comment says so."""
     config.data.update(source="folder", layout="webvid", frames=16, height=512, width=WIDTHS[sd])
     config.ingest.update(codec="jpeg", frames=64)
+    config.pretrained.architecture = f"sd{sd}"
     if config.stage == "sample":
         config.sampling.update(num=1, batch_size=1, guidance=7.5, content_steps=50, motion_steps=100)
         return

@@ -31,7 +31,8 @@ from cmd_jax.files import local_path
 from cmd_jax.interop.clip import text_from_config
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
 from cmd_jax.interop.diffusers import Pipeline, save_pipeline
-from cmd_jax.interop.sd_config import CLASSES, unet_from_config, vae_from_config
+from cmd_jax.interop.sd_config import unet_from_config, vae_from_config
+from cmd_jax.interop.sd_known import ARCHITECTURES, SCHEDULER, TEXT, unet_config, vae_config
 from cmd_jax.interop.weights import flatten, unflatten
 from cmd_jax.keys import derive
 from cmd_jax.models.clip import CLIPText
@@ -40,61 +41,6 @@ from cmd_jax.models.vae import VAE, init_vae
 from cmd_jax.report.video import enlarge, image_grid, to_uint8, write_png
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures"
-SCHEDULER = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-}
-TEXT = {"model_type": "clip_text_model", "max_position_embeddings": 77, "layer_norm_eps": 1e-5}
-
-
-def unet_config(widths: tuple[int, ...], layers: int, sample_size: int, **fields) -> dict:
-    """unet/config.json of a UNet with attention in all levels but the last, as Stable Diffusion's."""
-    attended = len(widths) - 1
-    return {
-        "_class_name": CLASSES["unet"],
-        "act_fn": "silu",
-        "block_out_channels": list(widths),
-        "center_input_sample": False,
-        "down_block_types": ["CrossAttnDownBlock2D"] * attended + ["DownBlock2D"],
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "in_channels": 4,
-        "layers_per_block": layers,
-        "mid_block_scale_factor": 1,
-        "norm_eps": 1e-5,
-        "norm_num_groups": 32,
-        "out_channels": 4,
-        "sample_size": sample_size,
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * attended,
-        **fields,
-    }
-
-
-def vae_config(widths: tuple[int, ...], layers: int, groups: int, sample_size: int) -> dict:
-    """vae/config.json of an image VAE with 4 latent channels."""
-    return {
-        "_class_name": CLASSES["vae"],
-        "act_fn": "silu",
-        "block_out_channels": list(widths),
-        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
-        "in_channels": 3,
-        "latent_channels": 4,
-        "layers_per_block": layers,
-        "norm_num_groups": groups,
-        "out_channels": 3,
-        "sample_size": sample_size,
-        "scaling_factor": 0.18215,
-        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-    }
 
 
 class Size(NamedTuple):
@@ -110,48 +56,9 @@ class Size(NamedTuple):
     tokenizer: str
 
 
-SD_WIDTHS = (320, 640, 1280, 1280)
-SD_VAE = vae_config((128, 256, 512, 512), layers=2, groups=32, sample_size=512)
 SIZES = {
-    "sd15": Size(
-        unet_config(SD_WIDTHS, 2, 64, attention_head_dim=8, cross_attention_dim=768),
-        SD_VAE,
-        TEXT
-        | {
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "hidden_act": "quick_gelu",
-            "projection_dim": 768,
-            "vocab_size": 49408,
-        },
-        SCHEDULER | {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
-        "tiny-sd15",
-    ),
-    "sd21-base": Size(
-        unet_config(
-            SD_WIDTHS,
-            2,
-            64,
-            attention_head_dim=[5, 10, 20, 20],
-            cross_attention_dim=1024,
-            use_linear_projection=True,
-        ),
-        SD_VAE,
-        TEXT
-        | {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 23,
-            "num_attention_heads": 16,
-            "hidden_act": "gelu",
-            "projection_dim": 512,
-            "vocab_size": 49408,
-        },
-        SCHEDULER | {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
-        "tiny-sd21",
-    ),
+    "sd15": Size(*ARCHITECTURES["sd15"], "tiny-sd15"),
+    "sd21-base": Size(*ARCHITECTURES["sd21"], "tiny-sd21"),
     "small": Size(
         unet_config(
             (64, 128, 128),

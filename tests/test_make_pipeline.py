@@ -44,7 +44,7 @@ def test_full_sizes_have_as_many_parameters_as_those_published(name, unet, text)
     config = make_pipeline.text_config(size.text, tokenizer)
     tower = text_from_config(config)
     assert parameters(init_unet, unet_from_config(size.unet)) == unet
-    assert size.vae is make_pipeline.SD_VAE
+    assert size.vae == make_pipeline.SIZES["sd15"].vae
     assert parameters(make_pipeline.init_text, tower) == text
     check_tokenizer(tokenizer, tower)
     ids = tokenizer(["a small cat"])
@@ -55,7 +55,7 @@ def test_full_sizes_have_as_many_parameters_as_those_published(name, unet, text)
 
 
 def test_their_vae_has_as_many_parameters_as_the_published_one():
-    assert parameters(init_vae, vae_from_config(make_pipeline.SD_VAE)) == 83_653_863
+    assert parameters(init_vae, vae_from_config(make_pipeline.SIZES["sd15"].vae)) == 83_653_863
 
 
 @pytest.fixture

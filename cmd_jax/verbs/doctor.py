@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from cmd_jax.config import load
+from cmd_jax.config import load, load_sibling, sibling
 from cmd_jax.data.layouts import list_clips
 from cmd_jax.data.sources import open_source
 from cmd_jax.errors import UserError
@@ -47,7 +47,7 @@ def doctor(specification: str, overrides: dict[str, str], workdir: Path | None) 
     Raises UserError where the mesh, the rules, the batch, or the stages' shapes do not fit.
     """
     console = make_console(file_width=FILE_WIDTH)
-    config = load(specification, overrides)
+    config = load(specification, overrides, shapes_only=True)
     mesh = make_mesh(config.mesh)
     print_machine(console, config.mesh, mesh)
     companions = CompanionStages(specification, overrides, workdir, config, console)
@@ -151,6 +151,11 @@ def parameters_of(part: Pixels | VAELatents | Classes | Texts) -> dict:
     return {}
 
 
+def part_of(config, kind):
+    """A part of the Stable Diffusion of a config, by its configs alone."""
+    return stated(config.pretrained.path, kind, config.pretrained.architecture)
+
+
 def abstract_key():
     return jax.eval_shape(lambda: jax.random.key(0))
 
@@ -170,11 +175,8 @@ class CompanionStages:
         elif must_be:
             raise UserError("latents.autoencoder", path, f"holds no trained {name} stage", "train it there first")
         else:
-            file, _, argument = self.specification.partition(":")
-            values = [word for word in argument.split(",") if "=" in word]
-            data = {k: value for k, value in self.overrides.items() if k.startswith(("data.", "pretrained."))}
-            path, metadata = f"{file}:{','.join([name, *values])}", None
-            config = load(path, data)
+            path, metadata = sibling(self.specification, name), None
+            config = load_sibling(self.specification, name, self.overrides)
         self.console.print(f"{name}: as in {path}")
         for side in ("frames", "height", "width"):
             if self.config.data[side] != config.data[side]:
@@ -203,20 +205,19 @@ class CompanionStages:
         """Of an autoencoder's config, and its metadata where it is trained."""
         if config.model.mode != "latent":
             return Pixels()
-        return stated_space(metadata.vae if metadata else stated(config.pretrained.path, VAEMetadata))
+        return stated_space(metadata.vae if metadata else part_of(config, VAEMetadata))
 
     def conditions(self, config, metadata: Metadata | None = None) -> Classes | Texts:
         """Of a denoiser's config, and its metadata where it is trained."""
         if config.model.condition == "text":
-            path = config.pretrained.path
-            return stated_conditions(0, metadata.text_encoder if metadata else stated(path, TextEncoderMetadata))
+            return stated_conditions(0, metadata.text_encoder if metadata else part_of(config, TextEncoderMetadata))
         return Classes(len(metadata.class_names) if metadata else self.classes(config.data))
 
     def denoiser(self, config, autoencoder, conditions, metadata: Metadata | None = None) -> dict:
         """Boxed abstract parameters of a denoiser."""
         image_model = None
         if config.denoiser == "unet":
-            image_model = metadata.image_model if metadata else stated(config.pretrained.path, ImageModelMetadata)
+            image_model = metadata.image_model if metadata else part_of(config, ImageModelMetadata)
         return jax.eval_shape(diffusion_stage(config, autoencoder, conditions, None, image_model).init, abstract_key())
 
     def classes(self, data) -> int:
