@@ -12,7 +12,7 @@ pytest_plugins = "buckets"  # fixtures: gcs, s3, gcs_stub
 LONGEST = (
     "test_processes", "test_text_to_video", "test_train", "test_devices", "test_verify_resume", "test_eight_devices",
     "test_data_parallel", "test_unet", "test_diffusers_peer", "test_autoencoder", "test_clip", "test_dit", "test_vae",
-    "test_stages", "test_sd_runs", "test_flops",
+    "test_stages", "test_sd_runs", "test_costs",
 )  # fmt: skip
 
 programs = tempfile.TemporaryDirectory(prefix="cmd-jax-programs-")  # of the first pytest; workers have its environment

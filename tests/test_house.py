@@ -7,10 +7,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "cmd_jax"
 # From the ground up: a room imports only what stands before it, and itself.
 ROOMS = (
-    "errors", "keys", "stores", "buckets", "files", "cache", "diffusion", "models", "sharding", "state", "running",
-    "interop", "data", "evaluation", "ingest", "declare", "defaults", "builders", "config", "report", "pretrained",
-    "stages", "trained", "initial", "sampling", "loading", "prepare", "validation", "train", "planning", "verbs",
-    "main",
+    "errors", "keys", "stores", "buckets", "files", "cache", "diffusion", "models", "sharding", "state", "performance",
+    "running", "interop", "data", "evaluation", "ingest", "declare", "defaults", "builders", "config", "report",
+    "pretrained", "stages", "trained", "initial", "sampling", "loading", "prepare", "validation", "train", "planning",
+    "verbs", "main",
 )  # fmt: skip
 LONGEST = 400  # lines
 

@@ -23,7 +23,7 @@ from cmd_jax.keys import derive
 from cmd_jax.models.clip import mean_pool
 from cmd_jax.models.conditions import Text, drop
 from cmd_jax.models.frames import VAELatents, pixels
-from cmd_jax.planning.flops import count
+from cmd_jax.performance.flops import count
 from cmd_jax.prepare import prepare
 from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.running.runtime import StopRequest
