@@ -13,9 +13,8 @@ from cmd_jax.files import as_path
 from cmd_jax.models.conditions import Classes
 from cmd_jax.pretrained import check_same, load_texts, open_space, stated_conditions, stated_space
 from cmd_jax.sampling.sampler import Sampler
-from cmd_jax.sharding import make_mesh, replicated
+from cmd_jax.sharding import abstract, make_mesh, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
-from cmd_jax.state import abstract
 from cmd_jax.trained import Metadata, Trained, belongs, load_trained
 
 

@@ -41,8 +41,8 @@ from cmd_jax.pretrained import (
     stated_space,
 )
 from cmd_jax.running.distributed import agree, is_leader, leader_first
+from cmd_jax.sharding import abstract
 from cmd_jax.stages import AutoencoderStage, DiffusionStage, FrozenAutoencoder, diffusion_stage
-from cmd_jax.state import abstract
 from cmd_jax.trained import (
     AutoencoderMetadata,
     DataMetadata,

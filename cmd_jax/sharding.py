@@ -266,6 +266,19 @@ def shardings_of(boxed, mesh: Mesh, rules):
     )
 
 
+def abstract(init, mesh, rules):
+    """What init(key) would make, as ShapeDtypeStructs laid out on the mesh by the rules."""
+    boxed = jax.eval_shape(init, jax.random.key(0))
+
+    def one(x, sharding):
+        # nn.unbox would constrain it, which only arrays can be.
+        x = x.unbox(apply_constraint=False) if isinstance(x, nn.LogicallyPartitioned) else x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    is_boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(one, boxed, shardings_of(boxed, mesh, rules), is_leaf=is_boxed)
+
+
 def layout(boxed, mesh: Mesh, rules, name: str = "") -> list[Placed]:
     """What `shardings_of` makes of each array of the tree, and why; `name` goes before their paths."""
     return jax.tree.leaves(_place_all(boxed, mesh, rules, name), is_leaf=lambda x: isinstance(x, Placed))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from cmd_jax.keys import derive
-from cmd_jax.sharding import replicated, shardings_of
+from cmd_jax.sharding import abstract, replicated
 
 
 @flax.struct.dataclass
@@ -20,19 +20,6 @@ class TrainState:
     params: dict
     ema: dict
     opt_state: optax.OptState
-
-
-def abstract(init, mesh, rules):
-    """What init(key) would make, as ShapeDtypeStructs laid out on the mesh by the rules."""
-    boxed = jax.eval_shape(init, jax.random.key(0))
-
-    def one(x, sharding):
-        # nn.unbox would constrain it, which only arrays can be.
-        x = x.unbox(apply_constraint=False) if isinstance(x, nn.LogicallyPartitioned) else x
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    is_boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
-    return jax.tree.map(one, boxed, shardings_of(boxed, mesh, rules), is_leaf=is_boxed)
 
 
 def learning_rate(config, update):

@@ -32,6 +32,7 @@ from cmd_jax.running.runtime import StopRequest, peak_memory_gib
 from cmd_jax.running.watch import STOPPED_EARLY, watched
 from cmd_jax.sharding import (
     MESH_AXES,
+    abstract,
     check_batch,
     few_of_each,
     layout,
@@ -41,7 +42,7 @@ from cmd_jax.sharding import (
     replicated_report,
     rows_of_all,
 )
-from cmd_jax.state import TrainState, abstract, abstract_state, init_state, make_optimizer, make_step
+from cmd_jax.state import TrainState, abstract_state, init_state, make_optimizer, make_step
 from cmd_jax.trained import Trained, export
 from cmd_jax.validation import Validation
 

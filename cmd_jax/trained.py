@@ -27,7 +27,6 @@ from cmd_jax.interop.weights import (
     write_safetensors,
 )
 from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, VAEMetadata
-from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.running.hosts import check_tree, digest
 
 WRITTEN = "give the stage as training wrote it"
@@ -116,9 +115,16 @@ def load_trained(
                 return Trained(config, read(like), metadata)
         params = {name: array.astype(np.float32) for name, array in read_state_dict(path).items()}
         return Trained(config, unflatten(params), metadata)
-    with contextlib.closing(Checkpoints(path, read_only=True, items=("ema",))) as checkpoints:
+    with _checkpoints(path) as checkpoints:
         metadata = replace(metadata, digest=checkpoints.digest("ema"))
         return Trained(config, checkpoints.restore_item("ema", like), metadata)
+
+
+def _checkpoints(folder: Path):
+    """Those of a stage's folder, to read the EMA of."""
+    from cmd_jax.running.checkpoint import Checkpoints  # with Orbax, which files of weights need not wait for
+
+    return contextlib.closing(Checkpoints(folder, read_only=True, items=("ema",)))
 
 
 def belongs(metadata: Metadata, autoencoder: Trained) -> bool:
@@ -205,7 +211,7 @@ def open_params(path: Path) -> Iterator[tuple[dict, Callable[[dict], dict]]]:
     ShapeDtypeStructs with shardings; only what the devices here need is read.
     """
     if path.suffix != ".safetensors":
-        with contextlib.closing(Checkpoints(path, read_only=True, items=("ema",))) as checkpoints:
+        with _checkpoints(path) as checkpoints:
             yield checkpoints.shapes("ema"), partial(checkpoints.restore_item, "ema", part=True)
         return
     with open_weights(WeightFiles(path, (path,))) as weights:

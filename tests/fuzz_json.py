@@ -39,9 +39,8 @@ from cmd_jax.running.checkpoint import ITEMS, RUN, RUN_LIKE
 from cmd_jax.running.manifest import CutOff, Damaged, verify, write_manifest
 from cmd_jax.running.peers import Peers
 from cmd_jax.running.resume import check_continues
-from cmd_jax.sharding import make_mesh
+from cmd_jax.sharding import abstract, make_mesh
 from cmd_jax.stages import AutoencoderStage
-from cmd_jax.state import abstract
 from cmd_jax.trained import DataMetadata, Metadata, Trained, load_trained, read_run_metadata, read_stage
 from cmd_jax.verbs import convert
 from cmd_jax.verbs.convert_stages import release_weights

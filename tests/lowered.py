@@ -15,9 +15,9 @@ from cmd_jax.loading import assemble, denoiser_stage
 from cmd_jax.models.conditions import Classes, Texts
 from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, VAEMetadata, describe, stated_space
-from cmd_jax.sharding import batch_sharding, make_mesh, partitioning, replicated
+from cmd_jax.sharding import abstract, batch_sharding, make_mesh, partitioning, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
-from cmd_jax.state import TrainState, abstract, make_optimizer, train_step
+from cmd_jax.state import TrainState, make_optimizer, train_step
 from cmd_jax.trained import AutoencoderMetadata, Metadata, Trained
 from cmd_jax.verbs.requests import settings_of
 

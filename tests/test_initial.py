@@ -16,9 +16,9 @@ from cmd_jax.errors import UserError
 from cmd_jax.initial import LABEL_TABLE, given_params
 from cmd_jax.interop.weights import flatten, unflatten
 from cmd_jax.models.conditions import Classes
-from cmd_jax.sharding import make_mesh
+from cmd_jax.sharding import abstract, make_mesh
 from cmd_jax.stages import AutoencoderStage, ContentStage, FrozenAutoencoder
-from cmd_jax.state import abstract, init_state, make_optimizer
+from cmd_jax.state import init_state, make_optimizer
 from cmd_jax.train import train
 from cmd_jax.trained import AutoencoderMetadata, Trained, export, load_trained
 

@@ -28,8 +28,8 @@ from cmd_jax.prepare import prepare
 from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.running.runtime import StopRequest
 from cmd_jax.sampling.sampler import drawn as columns_of
-from cmd_jax.sharding import make_mesh, partitioning
-from cmd_jax.state import abstract, init_state, make_optimizer
+from cmd_jax.sharding import abstract, make_mesh, partitioning
+from cmd_jax.state import init_state, make_optimizer
 from cmd_jax.trained import load_trained
 from cmd_jax.verbs import sample as sampling
 from cmd_jax.verbs.requests import settings_of

@@ -226,8 +226,8 @@ def load_params(files: WeightFiles, init, tensor_of, dtype="float32", shardings=
     """The parameters that init(key) would make, from files of weights; numpy arrays, or laid out by `shardings`.
 
     tensor_of: (our path, shape) -> Tensor. shardings: init -> tree of ShapeDtypeStructs with shardings, for example
-    functools.partial(cmd_jax.state.abstract, mesh=mesh, rules=rules). rename: as of `open_weights`. blame: Mismatch ->
-    the field of a config that is likely wrong, or None. UserError for tensors that do not fit.
+    functools.partial(cmd_jax.sharding.abstract, mesh=mesh, rules=rules). rename: as of `open_weights`. blame:
+    Mismatch -> the field of a config that is likely wrong, or None. UserError for tensors that do not fit.
     """
     like = shardings(init) if shardings else jax.eval_shape(lambda key: nn.unbox(init(key)), jax.random.key(0))
     like = flatten(like)

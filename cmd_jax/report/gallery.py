@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
-import av
-
 from cmd_jax.buckets import BucketPath
 from cmd_jax.files import as_path, each, write_text
 
@@ -92,6 +90,8 @@ def pixels(folder: Path | BucketPath, name: str) -> tuple[int, int]:
 
     ValueError where a moved or copied gallery would lose it, and where it is damaged.
     """
+    import av
+
     path = PurePosixPath(name)
     missing = ValueError(f"gallery file {name!r} must exist inside {folder}, named relative to it")
     if path.is_absolute() or ".." in path.parts:

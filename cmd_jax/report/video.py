@@ -2,9 +2,7 @@
 
 from fractions import Fraction
 
-import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image
 
 from cmd_jax.files import atomic_path
@@ -39,6 +37,9 @@ def write_mp4(path, video: np.ndarray, fps: float = 8, scale: int | None = None)
     scale: whole factor of enlargement (`enlarge`). An odd height or width, which 4:2:0 cannot hold, gets its last row
     or column twice.
     """
+    import av  # when there is a video: who draws one need not wait for FFmpeg's libraries before
+    from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+
     video = enlarge(check(video, 4), scale)
     video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
     rate = Fraction(fps).limit_denominator(1001)

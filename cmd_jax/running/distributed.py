@@ -18,7 +18,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from cmd_jax.errors import Unavailable, UserError, choose, exit_code, of_file, with_remedy
@@ -175,6 +174,8 @@ def deadline(who: str, seconds: float, end_process: Callable):
 
 def barrier(name: str):
     """Until all processes are here. Unlike in a collective one may wait in any thread, and for long."""
+    import orbax.checkpoint as ocp  # which takes a while, and one process has no use for it
+
     sync = ocp.multihost.get_barrier_sync_fn()
     sync(key=f"cmd_jax-{name}", timeout_ms=1000 * BARRIER_SECONDS)
 

@@ -1,4 +1,7 @@
-"""What the user asks to be drawn: classes or prompts, images, clips; as batches for the sampler."""
+"""What the user asks to be drawn: classes or prompts, images, clips; as batches for the sampler.
+
+What reads files of clips and images is imported where it is asked for: most samples are drawn without.
+"""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -6,13 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from cmd_jax.data.pipeline import video_reader
 from cmd_jax.data.prompts import check_prompt, read_prompts
 from cmd_jax.data.requests import Request, class_request, label_request, prompt_request
-from cmd_jax.data.sources import open_source
-from cmd_jax.data.video import fit
 from cmd_jax.errors import UserError
 from cmd_jax.files import as_path
 from cmd_jax.running.distributed import leader_first
@@ -104,6 +104,10 @@ def labels_of(clips: Clips, class_names: tuple[str, ...], where: str) -> np.ndar
 
 def read_image(path: str, height: int, width: int) -> np.ndarray:
     """An image file, centre-cropped and resized -> float32 [H, W, 3] in [-1, 1]."""
+    from PIL import Image, ImageOps
+
+    from cmd_jax.data.video import fit
+
     try:
         with as_path(path).open("rb") as file, Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
@@ -117,6 +121,8 @@ def read_image(path: str, height: int, width: int) -> np.ndarray:
 
 def open_clips(config, workdir: Path, count: int) -> Clips:
     """`count` clips from all over the data, or all there are."""
+    from cmd_jax.data.sources import open_source
+
     source = leader_first(lambda: open_source(config.data, cache=workdir / "probe.jsonl"))
     picks = [int(i) for i in np.linspace(0, len(source), min(count, len(source)), endpoint=False)]
     texts = [source.texts(i)[0] for i in picks] if source.has_texts else None

@@ -18,8 +18,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.interop import clip, folders
 from cmd_jax.interop.clip_tokenizer import Tokenizer
 from cmd_jax.interop.weights import flatten
-from cmd_jax.sharding import make_mesh, partitioning
-from cmd_jax.state import abstract
+from cmd_jax.sharding import abstract, make_mesh, partitioning
 
 SD = ["tiny-sd15", "tiny-sd21"]
 

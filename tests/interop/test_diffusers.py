@@ -74,8 +74,7 @@ def test_nothing_is_written_over_and_nothing_stays_of_what_failed(tmp_path):
 
 def check_eight_devices():
     from cmd_jax import defaults
-    from cmd_jax.sharding import make_mesh, partitioning
-    from cmd_jax.state import abstract
+    from cmd_jax.sharding import abstract, make_mesh, partitioning
 
     config = defaults.stage("autoencoder")
     config.mesh.update(data=2, fsdp=2, tensor=2)
