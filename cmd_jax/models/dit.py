@@ -93,6 +93,8 @@ class DiT(nn.Module):
     label_init: standard deviation of the label table at first. DiT's 0.02 hardly sets the classes apart, which a short
     training then has to do first; 1.0 gives each class a direction of its own from the first step on.
     frequency_shift, mlp_epsilon: of the timestep features, and of the LayerNorms before MLPs; diffusers has others.
+    keep=True gives (prediction, kept [B, N, D]): what the blocks added to the grid's N own tokens. reuse: such an array
+    of another timestep, taken in place of running the blocks, and of looking at the content frame.
     """
 
     out_channels: int
@@ -130,10 +132,10 @@ class DiT(nn.Module):
         return self._tokens(content, self.content_patch, self.embed_content, "content_positions")
 
     @nn.compact
-    def __call__(self, x, timesteps, label=None, content=None):
+    def __call__(self, x, timesteps, label=None, content=None, *, keep=False, reuse=None):
         rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
-        tokens = self._tokens(x, self.patch, self.embed, "positions")
-        if self.content_patch:
+        own = tokens = self._tokens(x, self.patch, self.embed, "positions")
+        if self.content_patch and reuse is None:
             extra = content if content.ndim == 3 else self.content_tokens(content)
             tokens = jnp.concatenate([tokens, extra], axis=1)
 
@@ -159,10 +161,14 @@ class DiT(nn.Module):
             condition = condition + table(label)
         condition = jax.nn.silu(condition)
 
-        blocks = scanned(DiTBlock, self.depth, self.remat, broadcast=1)
-        tokens, _ = blocks(self.heads, self.dtype, self.mlp_epsilon, name="blocks")(tokens, condition)
+        if reuse is None:
+            blocks = scanned(DiTBlock, self.depth, self.remat, broadcast=1)
+            tokens, _ = blocks(self.heads, self.dtype, self.mlp_epsilon, name="blocks")(tokens, condition)
+            tokens = tokens[:, : rows * columns]
+        else:
+            tokens = own + reuse
+        kept = nn.with_logical_constraint(tokens - own, ("act_batch", "act_token", "act_embed")) if keep else None
 
-        tokens = tokens[:, : rows * columns]
         modulation = dense(
             2 * self.width,
             ("embed", "modulation"),
@@ -174,8 +180,9 @@ class DiT(nn.Module):
         tokens = modulate(layer_norm(NORM_EPSILON, affine=False, dtype=jnp.float32)(tokens), shift, scale)
         size = self.patch * self.patch * self.out_channels
         tokens = dense(size, ("embed", "patch"), init=nn.initializers.zeros, dtype=jnp.float32, name="final")(tokens)
-        return rearrange(
+        out = rearrange(
             tokens,
             "b (r s) (p q c) -> b (r p) (s q) c",
             r=rows, s=columns, p=self.patch, q=self.patch,
         )  # fmt: skip
+        return (out, kept) if keep else out

@@ -9,7 +9,7 @@ from einops import rearrange
 
 from cmd_jax.errors import UserError
 from cmd_jax.models.autoencoder import GEGLU
-from cmd_jax.models.image_blocks import Attention, ResidualBlock, conv, enlarge
+from cmd_jax.models.image_blocks import CELLS, Attention, ResidualBlock, conv, enlarge
 from cmd_jax.models.layers import REMAT_POLICIES, dense, group_norm, layer_norm
 
 TRANSFORMER_NORM_EPSILON = 1e-6  # of the GroupNorm before a transformer
@@ -68,6 +68,8 @@ class UNet(nn.Module):
     layers: residual blocks of a level on the way down; there is one more on the way up. down_attention, up_attention:
     whether the blocks of a level are followed by transformers of `transformer_depth` blocks, in the order in which the
     levels are met; the middle always has one. heads: number of attention heads of each level, the middle as the last.
+    keep=True gives (prediction, kept [B,H,W,C'']): the deep features, which the last level on the way up takes beside its
+    skips. reuse: those of another timestep; only the first level on the way down and the last one up are run then.
     """
 
     in_channels: int
@@ -91,7 +93,7 @@ class UNet(nn.Module):
         return 2 ** (len(self.widths) - 1)
 
     @nn.compact
-    def __call__(self, sample, timesteps, text):
+    def __call__(self, sample, timesteps, text, *, keep=False, reuse=None):
         rows, columns, channels = sample.shape[1:]
         if rows % self.factor or columns % self.factor:
             problem = f"H and W must be multiples of {self.factor}, because the UNet has {len(self.widths)} levels"
@@ -120,20 +122,26 @@ class UNet(nn.Module):
         time = jax.nn.silu(time)  # all residual blocks begin with it
 
         levels = range(len(self.widths))
+        run = levels if reuse is None else levels[:1]
         x = conv(self.widths[0], dtype=self.dtype, name="conv_in")(sample)
         skips = [x]
-        for i in levels:
+        for i in run:
             for j in range(self.layers):
                 x = layer(x, f"down_{i}_{{}}_{j}", i, self.down_attention[i])
                 skips.append(x)
-            if i < levels[-1]:
+            if i < run[-1]:
                 x = conv(self.widths[i], stride=2, dtype=self.dtype, name=f"down_{i}_downsample")(x)
                 skips.append(x)
 
-        x = layer(x, "mid_{}_0", -1, attention=True)
-        x = layer(x, "mid_{}_1", -1, attention=False)
+        if reuse is None:
+            x = layer(x, "mid_{}_0", -1, attention=True)
+            x = layer(x, "mid_{}_1", -1, attention=False)
+        else:
+            x = reuse
 
-        for i, level in enumerate(reversed(levels)):
+        for level in reversed(run):
+            i = levels[-1] - level
+            kept = x
             for j in range(self.layers + 1):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
                 x = layer(x, f"up_{i}_{{}}_{j}", level, self.up_attention[i])
@@ -141,7 +149,8 @@ class UNet(nn.Module):
                 x = conv(self.widths[level], dtype=self.dtype, name=f"up_{i}_upsample")(enlarge(x))
 
         x = jax.nn.silu(group_norm(self.groups, self.norm_epsilon, dtype=jnp.float32, name="norm_out")(x))
-        return conv(self.out_channels, dtype=jnp.float32, name="conv_out")(x)
+        out = conv(self.out_channels, dtype=jnp.float32, name="conv_out")(x)
+        return (out, nn.with_logical_constraint(kept, CELLS)) if keep else out
 
 
 def init_unet(unet: UNet, key):

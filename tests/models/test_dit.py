@@ -47,7 +47,7 @@ def awake_params(kind, position="sincos"):
 
 @functools.cache
 def compiled(kind, **changes):
-    return jax.jit(DiT(**MODELS[kind] | changes).apply)
+    return jax.jit(DiT(**MODELS[kind] | changes).apply, static_argnames="keep")
 
 
 def run(kind, params=None, model=(), **changes):
@@ -187,3 +187,18 @@ def test_the_named_sizes_have_the_published_numbers_of_parameters(size, millions
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
     shapes = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), x, one, one))
     assert round(sum(math.prod(a.shape) for a in jax.tree.leaves(shapes)) / 1e6) == millions
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_blocks_added_stands_in_for_them(kind):
+    """At the same timestep it is the whole model; then neither the blocks nor the content frame are asked."""
+    whole = run(kind)
+    out, kept = run(kind, keep=True)
+    assert np.array_equal(out, whole) and kept.shape == (2, math.prod(SHAPES[kind][:2]) // 4, TRUNK["width"])
+    again = run(kind, reuse=kept)
+    np.testing.assert_allclose(again, whole, atol=1e-5 * np.abs(whole).max())
+    without = {name: values for name, values in awake_params(kind).items() if name != "blocks"}
+    assert np.array_equal(run(kind, without, reuse=kept, content=None), again)
+    assert np.abs(run(kind, reuse=kept, x=X[kind] + 1) - again).max() > 1e-3
+    assert np.abs(run(kind, reuse=kept, timesteps=TIMES + 50) - again).max() > 1e-3
+    assert np.array_equal(run(kind, reuse=kept, keep=True)[0], again)

@@ -151,3 +151,16 @@ def test_the_heads_of_a_level_are_a_list_or_one_number():
     config = json.loads((FIXTURES / "tiny-sd15" / "unet" / "config.json").read_text())
     assert unet_from_config(config).heads == (4, 4, 4)
     assert unet_from_config(config | {"attention_head_dim": [1, 2, 8]}).heads == (1, 2, 8)
+
+
+def test_deep_features_stand_in_for_all_but_the_outer_level():
+    module, params, (sample, times, text), _ = small()
+    apply = jax.jit(module.apply, static_argnames="keep")
+    out, kept = apply({"params": params}, sample, times, text, keep=True)
+    assert kept.shape == (*sample.shape[:-1], module.widths[1])
+    outer = ("conv_", "time_", "norm_out", "down_0_resnet", "down_0_attention", "up_1_")
+    outer = {name: values for name, values in params.items() if name.startswith(outer)}
+    assert len(outer) < len(params)
+    again = apply({"params": outer}, sample, times, text, reuse=kept)
+    np.testing.assert_allclose(again, out, atol=1e-5 * np.abs(out).max(), rtol=0)
+    assert np.abs(apply({"params": outer}, sample + 1, times, text, reuse=kept) - out).max() > 1e-3
