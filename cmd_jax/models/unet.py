@@ -68,8 +68,8 @@ class UNet(nn.Module):
     layers: residual blocks of a level on the way down; there is one more on the way up. down_attention, up_attention:
     whether the blocks of a level are followed by transformers of `transformer_depth` blocks, in the order in which the
     levels are met; the middle always has one. heads: number of attention heads of each level, the middle as the last.
-    keep=True gives (prediction, kept [B,H,W,C'']): the deep features, which the last level on the way up takes beside its
-    skips. reuse: those of another timestep; only the first level on the way down and the last one up are run then.
+    keep=True gives (prediction, kept [B,H,W,C'']): the deep features, which the last level on the way up takes beside
+    its skips. reuse: those of another timestep; only the first level on the way down and the last one up are run then.
     """
 
     in_channels: int
