@@ -4,7 +4,6 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from cmd_jax.data.sizes import Size
 
@@ -16,8 +15,8 @@ def video_name(codec: str, buckets: str) -> str:
     return "video/value" if codec == "raw" and buckets else "video"
 
 
-def encoded(frame: Image.Image, codec: str, quality: int) -> bytes:
-    """A fitted frame; quality: of jpeg, 1 to 100."""
+def encoded(frame, codec: str, quality: int) -> bytes:
+    """A fitted frame, a PIL.Image.Image; quality: of jpeg, 1 to 100."""
     if codec == "raw":
         return frame.tobytes()
     file = io.BytesIO()
@@ -36,6 +35,8 @@ def decoded(video: Sequence, codec: str, length: int, size: Size, wanted: Sequen
         return np.take(np.frombuffer(video[0], np.uint8).reshape(length, *size, 3), wanted, axis=0)
     if len(video) != length:
         raise ValueError(f"{len(video)} images where {length} should be")
+    from PIL import Image  # here: what decodes no records, like sampling, needs no Pillow
+
     out = np.empty((len(wanted), *size, 3), np.uint8)
     for frame, place in zip(out, wanted, strict=True):
         with Image.open(io.BytesIO(video[place]), formats=(codec,)) as picture:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from cmd_jax.errors import UserError, choose
 from cmd_jax.files import as_path, read_json
@@ -27,6 +26,7 @@ TEXT = TOWER | {
     "max_position_embeddings": 77,
     "eos_token_id": 49407,
 }
+BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as preprocessor_config.json has it
 VISION = TOWER | {
     "model_type": "clip_vision_model",
     "image_size": 224,
@@ -178,6 +178,8 @@ def preprocess(frames: np.ndarray, size: int = 224) -> np.ndarray:
     short = min(height, width)
     height, width = int(size * height / short), int(size * width / short)
     top, left = round((height - size) / 2), round((width - size) / 2)
+    from PIL import Image  # here: the text tower alone needs none
+
     crops = np.empty((len(frames), size, size, 3), np.float32)
     for crop, frame in zip(crops, frames, strict=True):
         resized = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
@@ -251,7 +253,7 @@ def _check_preprocessor(folder: Path):
     if not path.is_file():
         return
     config = read_json(path)
-    for key, only in (("image_mean", MEAN), ("image_std", STD), ("resample", int(Image.Resampling.BICUBIC))):
+    for key, only in (("image_mean", MEAN), ("image_std", STD), ("resample", BICUBIC)):
         if key in config and not np.array_equal(config[key], only):
             raise UserError(
                 f"{path}: {key}", config[key], f"only CLIP's own, {only}, is known here", "give such a CLIP"
