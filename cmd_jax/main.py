@@ -39,13 +39,18 @@ def run(flags, overrides: dict[str, str]) -> int:
     from cmd_jax.config import load, to_json
     from cmd_jax.running import distributed
 
-    name, more = verb, {}
+    name, more, shapes_only = verb, {}, False
     if verb == "ingest":
         from cmd_jax.verbs.ingest import encode_overrides
 
         name, more, overrides = "encode", {"listed": bool(flags.source)}, encode_overrides(flags, overrides)
-    config = load(flags.config, overrides)
-    check_stage(verb, config.stage)
+    elif verb == "bench":
+        from cmd_jax.bench.options import Options
+
+        more = {"specification": flags.config, "overrides": overrides, "options": Options.of(flags)}
+        shapes_only = True
+    config = load(flags.config, overrides, shapes_only)
+    check_stage(flags.measured if verb == "bench" else verb, config.stage)
     cluster = flags.distributed, flags.coordinator, flags.num_processes, flags.process_id
     distributed.start(*cluster, config.processes, end_process)
     from cmd_jax.files import versions
@@ -53,8 +58,8 @@ def run(flags, overrides: dict[str, str]) -> int:
     remedy = "start every process with the same command and the same installation"
     distributed.agree({f"versions.{name}": version for name, version in versions().items()}, remedy)
     distributed.agree({"verb": verb, "workdir": str(workdir), **flat(to_json(config))}, remedy)
-    getattr(import_module(f"cmd_jax.verbs.{name}"), name)(config, workdir, end_process, **more)
-    return 0
+    done = getattr(import_module(f"cmd_jax.verbs.{name}"), name)(config, workdir, end_process, **more)
+    return done if verb == "bench" else 0
 
 
 def flat(text: str) -> dict[str, str]:
@@ -73,7 +78,7 @@ def device_counts(text: str | None) -> tuple[int, ...]:
 
 
 def check_stage(verb: str, stage: str):
-    training = verb in ("train", "ingest")
+    training = verb in ("train", "ingest", "data")
     if training == (stage == "sample"):
         wanted = "autoencoder, content or motion" if training else "sample"
         raise UserError("config", stage, f"`{verb}` takes another stage", f"use FILE:{wanted}")

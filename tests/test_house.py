@@ -10,7 +10,7 @@ ROOMS = (
     "errors", "keys", "stores", "buckets", "files", "cache", "diffusion", "models", "sharding", "state", "performance",
     "running", "interop", "data", "evaluation", "ingest", "declare", "defaults", "builders", "config", "report",
     "pretrained", "stages", "trained", "initial", "sampling", "loading", "prepare", "validation", "train", "planning",
-    "verbs", "main",
+    "bench", "verbs", "main",
 )  # fmt: skip
 LONGEST = 400  # lines
 

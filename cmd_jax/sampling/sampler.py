@@ -165,6 +165,12 @@ class Sampler:
         with partitioning(self.mesh, self.rules):
             return jax.device_get(self._from_latents(self.params["autoencoder"], latents))
 
+    def first_call(self, request: Request, settings: SamplingSettings = DEFAULTS) -> tuple:
+        """-> (resolved settings, and with what `generate` calls its program for the first batch of a request)."""
+        settings, *arguments = self._arguments(settings)
+        _, batch = next(self._batches(drawn(request), len(request), settings.batch_size))
+        return settings, (self.params, batch, *arguments)
+
     def _arguments(self, settings) -> tuple:
         """-> (resolved settings, and the arguments of the programs that draw: key, guidance, ids of the null text)."""
         return self.resolve(settings), jax.random.key(settings.seed), *self._guidance(settings)

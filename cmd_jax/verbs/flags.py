@@ -11,7 +11,10 @@ OVERRIDE = "--config.KEY=VALUE sets any value of the config, like --config.seed=
 
 
 class Flag(NamedTuple):
-    """--name=metavar, or without metavar --name alone, of type bool. keys: those of the config that it sets."""
+    """--name=metavar, or without metavar --name alone, of type bool. keys: those of the config that it sets.
+
+    value: the name of its value, where that is not its own.
+    """
 
     name: str
     metavar: str
@@ -20,6 +23,11 @@ class Flag(NamedTuple):
     type: type = str
     default: object = None
     keys: tuple[str, ...] = ()
+    value: str = ""
+
+    @property
+    def dest(self) -> str:
+        return self.value or self.name.replace("-", "_")
 
 
 class Verb(NamedTuple):
@@ -105,6 +113,36 @@ VERBS = {
             ),
         ),
     ),
+    "bench": Verb(
+        "measure sampling, training steps or reading, component by component",
+        f"{QUICKSTART}:sample,size=long --batch=1,8\n"
+        "         cmd-jax bench --config=webvid:sample --config.sampling.dtype=bfloat16 --out=bench.jsonl\n"
+        "         cmd-jax bench --config=webvid:motion --verb=train --batch=8 --gate=bench.jsonl",
+        (
+            CONFIG,
+            Flag("workdir", "DIR", "where trained stages are looked for; without them weights are random"),
+            Flag(
+                "verb",
+                "sample|train|data",
+                default="sample",
+                value="measured",
+                help="sample takes a sample config, the others a stage's",
+            ),
+            Flag("batch", "N,N,...", "clips of a call; default: as the config says"),
+            Flag("rounds", "N", "calls that are timed, at least 3 where they take long", type=int, default=10),
+            Flag("peers", "", "beside PyTorch's networks of equal shapes, where torch is installed", type=bool),
+            Flag("gate", "FILE", "earlier results; a component that became slower is exit code 1"),
+            Flag(
+                "bound",
+                "X",
+                "of --gate: times the median of the last five, and times the first",
+                type=float,
+                default=1.25,
+            ),
+            Flag("out", "FILE", "results are appended to it; default: WORKDIR/bench.jsonl, else they are printed"),
+            *CLUSTER,
+        ),
+    ),
     "verify-resume": Verb(
         "kill and resume a training, and compare it with one that was left alone",
         f"{QUICKSTART}:autoencoder --workdir=runs/verify --kills=3 --config.train.steps=40"
@@ -135,6 +173,7 @@ PATHS = (
     "heads",
     "pretrained",
     "unet",
+    "gate",
 )
 POSITIONAL = ("input", "output")
 
@@ -164,7 +203,7 @@ def build_parser() -> Parser:
             told = f"{flag.help} (config.{', config.'.join(flag.keys)})" if flag.keys else flag.help
             kind = {"metavar": flag.metavar, "type": flag.type, "default": flag.default}
             kind = kind if flag.metavar else {"action": "store_true"}
-            sub.add_argument(f"--{flag.name}", help=told, **kind)
+            sub.add_argument(f"--{flag.name}", help=told, dest=flag.dest, **kind)
         if name == "convert":
             add_convert_flags(sub)
     return parser
@@ -186,7 +225,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
             raise UserError("flag", word, f"not a flag of {known.verb}", f"did you mean {nearest(word, choices)[0]}")
         overrides[name.removeprefix("--config.")] = value
     for flag in flags:
-        value = getattr(known, flag.name.replace("-", "_"))
+        value = getattr(known, flag.dest)
         if flag.keys and value is not None:
             if twice := overrides.keys() & set(flag.keys):
                 raise UserError(f"--{flag.name}", value, f"--config.{min(twice)} is given too", "give one of the two")
@@ -197,7 +236,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         if name == "config" and scheme_of(value):
             raise UserError(shown, value, "a config is code, and read from this machine alone", "copy it here")
     for flag in flags:
-        if flag.needed and not getattr(known, flag.name):
+        if flag.needed and not getattr(known, flag.dest):
             raise UserError(f"--{flag.name}", "", "missing", f"see cmd-jax {known.verb} --help")
     return known, overrides
 

@@ -1,0 +1,129 @@
+"""The stages of a config, those of the paper's three that are trained or random ones of the same shapes."""
+
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from cmd_jax.bench.weights import draw
+from cmd_jax.config import STAGES, load_sibling
+from cmd_jax.data.shapes import CLASS_NAMES
+from cmd_jax.errors import UserError
+from cmd_jax.interop.clip import text_from_config
+from cmd_jax.interop.sd_config import vae_from_config
+from cmd_jax.loading import open_sampler
+from cmd_jax.models.clip import CLIPText
+from cmd_jax.models.conditions import Classes, Texts
+from cmd_jax.models.frames import Pixels, VAELatents
+from cmd_jax.models.vae import init_vae
+from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, VAEMetadata, stated
+from cmd_jax.sampling.sampler import Sampler
+from cmd_jax.sharding import make_mesh, replicated
+from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
+
+CLASSES = {"shapes": CLASS_NAMES, "": tuple(map(str, range(101)))}  # by data.source; of files as many as UCF-101 has
+CAPTION = 12  # tokens of a made-up text; a caption of WebVid has about as many
+
+
+class FixedTokens:
+    """In place of a tokenizer, where there are no files of one: all texts have the same ids, of a caption's length."""
+
+    def __init__(self, module: CLIPText):
+        self.end = module.vocabulary - 1 if module.end_token is None else module.end_token
+        start = max(self.end - 1, 0)
+        self.ids = np.full(module.length, self.end, np.int32)
+        self.ids[: min(CAPTION, module.length - 2) + 1] = [start, *range(min(CAPTION, module.length - 2))]
+
+    def __call__(self, texts) -> np.ndarray:
+        return np.tile(self.ids, (len(texts), 1))
+
+
+class Weights(NamedTuple):
+    """A sampler, and where its weights are from: "random", or the name of their folder."""
+
+    sampler: Sampler
+    origin: str
+
+
+class Random:
+    """Random stages for a config: its own, and those of the same file that it needs beside it."""
+
+    def __init__(self, specification: str, overrides: dict, config, dtype: str = "float32"):
+        self.specification, self.overrides, self.config, self.mesh = specification, overrides, config, None
+        self.mesh, self.dtype = make_mesh(config.mesh), dtype
+        self.draw = partial(draw, mesh=self.mesh, rules=config.rules, seed=config.seed, dtype=dtype)
+
+    def stage_config(self, name: str):
+        """Of a stage; UserError where its clips are not of the size of the config's."""
+        if name == self.config.stage:
+            return self.config
+        config = load_sibling(self.specification, name, self.overrides)
+        for side in ("frames", "height", "width"):
+            if config.data[side] != self.config.data[side]:
+                problem = f"the {name} stage of the file is for {config.data[side]}"
+                raise UserError(f"data.{side}", self.config.data[side], problem, "use that")
+        return config
+
+    def _stated(self, kind):
+        return stated(self.config.pretrained.path, kind, self.config.pretrained.architecture)
+
+    @cached_property
+    def space(self) -> Pixels | VAELatents:
+        if self.stage_config("autoencoder").model.mode != "latent":
+            return Pixels()
+        module = vae_from_config(self._stated(VAEMetadata).config, self.config.pretrained.dtype)
+        return VAELatents(module, self.draw(partial(init_vae, module)), self.config.pretrained.vae_frames)
+
+    @cached_property
+    def autoencoder(self) -> FrozenAutoencoder:
+        config = self.stage_config("autoencoder")
+        return FrozenAutoencoder(config, self.draw(AutoencoderStage(config, None, self.space).init), self.space)
+
+    @cached_property
+    def tokenizer(self) -> FixedTokens | None:
+        return FixedTokens(self.conditions.module) if isinstance(self.conditions, Texts) else None
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        if isinstance(self.conditions, Texts):
+            return ()
+        return CLASSES.get(self.config.data.source, CLASSES[""])
+
+    @cached_property
+    def conditions(self) -> Classes | Texts:
+        if self.stage_config("motion").model.condition != "text":
+            return Classes(len(CLASSES.get(self.config.data.source, CLASSES[""])))
+        module = text_from_config(self._stated(TextEncoderMetadata).config, self.config.pretrained.dtype)
+        ids = np.zeros((1, 1), np.int32)
+        params = self.draw(lambda key: module.init(key, ids)["params"])
+        tokens = FixedTokens(module)
+        return Texts(module, params, tokens([""])[0], tokens.end)
+
+    def denoiser(self, name: str):
+        """The content or motion stage, without its parameters."""
+        config = self.stage_config(name)
+        image_model = self._stated(ImageModelMetadata) if config.denoiser == "unet" else None
+        return diffusion_stage(config, self.autoencoder, self.conditions, None, image_model)
+
+    def sampler(self) -> Sampler:
+        """Of all three stages."""
+        size = self.config.data.height, self.config.data.width
+        denoisers = {name: self.denoiser(name) for name in ("content", "motion")}
+        params = {"autoencoder": self.autoencoder.params, "conditions": self.conditions.params}
+        params |= {name: self.draw(stage.init) for name, stage in denoisers.items()}
+        whole = replicated(self.mesh)
+        statistics = {name: jax.device_put(s.frozen["statistics"], whole) for name, s in denoisers.items()}
+        return Sampler(
+            self.autoencoder.resized(*size), denoisers, statistics, params, self.conditions, self.class_names,
+            self.tokenizer, self.mesh, self.config.rules,
+        )  # fmt: skip
+
+
+def sampler_of(specification: str, overrides: dict, config, workdir) -> Weights:
+    """The sampler of a sample config: of its weights, of the stages in the workdir, or where there are none random."""
+    trained = workdir and all((workdir / name / "config.json").is_file() for name in STAGES)
+    if config.weights or trained:
+        return Weights(open_sampler(config, workdir), str(config.weights or workdir))
+    dtype = config.sampling.dtype or "float32"
+    return Weights(Random(specification, overrides, config, dtype).sampler(), "random")

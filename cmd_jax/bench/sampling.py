@@ -1,0 +1,122 @@
+"""The components of sampling: the whole program, and each network of it at the run's shapes and guidance."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import jax
+import jax.numpy as jnp
+
+from cmd_jax.bench.measure import Component
+from cmd_jax.models.autoencoder import Latents
+from cmd_jax.models.conditions import Texts
+from cmd_jax.models.frames import Pixels
+from cmd_jax.performance.flops import count
+from cmd_jax.sampling.programs import computing_in
+from cmd_jax.sampling.sampler import Sampler
+from cmd_jax.sampling.settings import SamplingSettings
+from cmd_jax.sharding import batch_sharding
+from cmd_jax.stages import DiffusionStage, normalize
+
+PROMPT = "a sailing boat in the evening sun"
+
+
+def settings_of(sampler: Sampler, config, batch: int) -> SamplingSettings:
+    """The resolved settings of a sample config for batches of that size."""
+    names = SamplingSettings.__dataclass_fields__.keys() & {*config.sampling}
+    given = {name: config.sampling[name] for name in names} | {"batch_size": batch, "seed": config.seed}
+    return sampler.resolve(SamplingSettings(**given))
+
+
+def request_of(sampler: Sampler, count: int):
+    """`count` samples: of all classes in turn, or of one prompt."""
+    return sampler.request(count=count) if sampler.tokenizer is None else sampler.request(prompts=PROMPT, count=count)
+
+
+def components(sampler: Sampler, settings: SamplingSettings) -> Iterator[Component]:
+    """The whole program, then its parts; each with inputs on the devices. Within `partitioning`."""
+    size, rows = settings.batch_size, {"out_shardings": batch_sharding(sampler.mesh)}
+    settings, arguments = sampler.first_call(request_of(sampler, size), settings)
+    params, batch, _, guidance, null_ids = arguments
+    denoisers = {name: computing_in(settings.dtype, stage) for name, stage in sampler.denoisers.items()}
+    autoencoder = computing_in(settings.dtype, sampler.autoencoder)
+    guided = {"guidance": settings.guidance if guidance is not None else None}
+
+    told = guided | {name: value for name, value in asdict(settings.static).items() if name not in IN_ALL}
+    evaluations = {f"{name}_evaluations": evaluated(stage, settings, guidance) for name, stage in denoisers.items()}
+    whole = sampler.program("generate", settings)
+    yield Component("whole", whole, arguments, size, dtype_of(denoisers["content"]), told | evaluations)
+
+    conditions = sampler.conditions
+
+    def encode(params, batch):
+        condition = conditions.of(params, batch)
+        return condition, None if guidance is None else conditions.null(params, size, null_ids)
+
+    condition, null = jax.jit(encode, **rows)(params["conditions"], batch)
+    if isinstance(conditions, Texts):
+        name = "text_encoder"
+        yield Component(name, encode, (params["conditions"], batch), size, str(conditions.module.dtype), {}, rows)
+
+    def noise(shape):
+        return jax.jit(lambda key: jax.random.normal(key, (size, *shape)), **rows)(jax.random.key(settings.seed))
+
+    content = noise(autoencoder.content_shape)
+    for name, stage in denoisers.items():
+        given = None if name == "content" else normalize(content, sampler.statistics[name]["content"])
+        features = jax.jit(stage.content_features, **rows)(params[name], given)
+
+        def denoise(params, x, timesteps, condition, features, null, guidance, stage=stage):
+            return stage.guided_denoiser(params, condition, features, guidance, null)(x, timesteps)
+
+        arguments = params[name], noise(stage.shape), jnp.full(size, 500.0), condition, features, null, guidance
+        yield Component(f"{name}_denoiser", denoise, arguments, size, dtype_of(stage), guided, rows)
+
+    def decode(params, content, motion):
+        return autoencoder.module.apply({"params": params["autoencoder"]}, Latents(content, motion), method="decode")
+
+    arguments = params["autoencoder"], content, noise(autoencoder.motion_shape)
+    yield Component("cmd_decoder", decode, arguments, size, dtype_of(autoencoder), {}, rows)
+
+    if not isinstance(autoencoder.space, Pixels):
+
+        def pictures(params, frames):
+            return autoencoder.space.decode(params["vae"], frames)
+
+        arguments = params["autoencoder"], noise(autoencoder.video_shape)
+        yield Component("vae_decoder", pictures, arguments, size, str(autoencoder.space.module.dtype), {}, rows)
+
+
+IN_ALL = ("batch_size", "seed", "guidance", "negative", "dtype")  # or told otherwise
+
+
+def dtype_of(part) -> str:
+    return jnp.dtype(part.module.dtype).name
+
+
+def evaluated(stage: DiffusionStage, settings: SamplingSettings, guidance) -> float:
+    """Evaluations of a stage's network for one clip in the whole run, two for each that is guided.
+
+    Counted: in place of the network stands one multiply-add a row.
+    """
+    stand_in = copy.copy(stage)
+    channels = stage.shape[-1] * (2 if stage.process.learned_range else 1)
+
+    def apply(params, x, timesteps, condition, content):
+        first = x.reshape(len(x), -1)[:, :1] @ params
+        return jnp.broadcast_to(first.reshape(len(x), *[1] * (x.ndim - 1)), (*x.shape[:-1], channels))
+
+    stand_in.apply, stand_in.content_features = apply, lambda params, content: content
+
+    def draw(params, statistics, keys, condition, content, null):
+        name = stage.name
+        return stand_in.sample(
+            params, statistics, condition, content, keys, guidance=guidance, null=null,
+            steps=getattr(settings, f"{name}_steps"), solver=getattr(settings, f"{name}_solver"),
+            **({"eta": settings.eta} if settings.eta else {}),
+        )  # fmt: skip
+
+    one = jnp.zeros(1)
+    content = None if stage.name == "content" else jnp.zeros((1, *stage.autoencoder.content_shape))
+    keys = jax.random.split(jax.random.key(0), 1)
+    return count(draw, jnp.ones((1, 1)), stage.frozen["statistics"], keys, one, content, one).total // 2
