@@ -1,3 +1,5 @@
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from cmd_jax.models.attention import attend, rotary_table, rotate
 from cmd_jax.models.autoencoder import Autoencoder
 from cmd_jax.models.discriminator import PatchDiscriminator
 from cmd_jax.models.dit import DiT
-from cmd_jax.models.layers import Unpatchify, group_norm, layer_norm, patchify
+from cmd_jax.models.layers import REMAT_POLICIES, Unpatchify, dense, group_norm, layer_norm, multiply, patchify
 from cmd_jax.models.unet import UNet
 from cmd_jax.models.vae import VAE
 from cmd_jax.models.vgg import LPIPS
@@ -154,3 +156,24 @@ def test_every_parameter_names_its_axes(module, shapes, stacked):
         assert len(set(leaf.names)) == len(leaf.names), (name, leaf.names)  # one mesh axis can't split two dimensions
         assert (leaf.names[0] == "layers") == ("blocks/" in name) and leaf.value.dtype == jnp.float32
     assert any("blocks/" in jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves) == stacked
+
+
+def test_gradients_of_dense_are_those_of_a_product_without_transposes():
+    x, kernel, dy = (RNG.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 5), (5, 4), (2, 3, 4)))
+    layer = dense(4, ("embed", "mlp"), use_bias=False)
+
+    def gradients(x, kernel):
+        return jax.vjp(lambda x, kernel: layer.apply({"params": {"kernel": kernel}}, x), x, kernel)[1](dy)
+
+    expected = jax.vjp(jnp.matmul, x, kernel)[1](dy)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), gradients(x, kernel), expected)
+    assert "transpose[" not in str(jax.make_jaxpr(gradients)(x, kernel))  # the order at which a CPU is slow
+
+
+@pytest.mark.parametrize(("remat", "products"), [("none", 6), ("dots", 6), ("full", 8)])
+def test_remat_sees_the_products_of_dense_layers(remat, products):
+    """Two forward, four backward; "full" repeats the forward ones."""
+    block = lambda x, kernel: jnp.sin(multiply(jnp.sin(multiply(x, kernel)), kernel)).sum()  # noqa: E731
+    block = block if remat == "none" else jax.checkpoint(block, policy=REMAT_POLICIES[remat])
+    gradient = jax.make_jaxpr(jax.grad(block, argnums=(0, 1)))(jnp.ones((2, 5)), jnp.ones((5, 5)))
+    assert str(gradient).count("dot_general[") == products
