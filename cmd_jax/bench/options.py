@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from cmd_jax.errors import UserError, choose
 
 VERBS = ("sample", "train", "data")
+PEERS_SIZES = ("paper", "tiny")
 
 
 @dataclass(frozen=True)
 class Options:
-    """verb: what is measured. batches: clips of a call; () for that of the config. peers: PyTorch's too.
+    """verb: what is measured. batches: clips of a call; () for that of the config. peers: names of networks that are
+    measured beside PyTorch's in place of the config's parts. peers_size: how large those are.
 
     gate: file of earlier results, or "". bound: how many times as long as those a component may take. out: file that
     results are appended to, or "". rounds: calls that are timed; fewer, but at least three, where they take more than
@@ -18,7 +20,8 @@ class Options:
 
     verb: str = "sample"
     batches: tuple[int, ...] = ()
-    peers: bool = False
+    peers: tuple[str, ...] = ()
+    peers_size: str = "paper"
     gate: str = ""
     bound: float = 1.25
     out: str = ""
@@ -33,9 +36,12 @@ class Options:
             raise UserError("--rounds", flags.rounds, "must be positive", "give 10")
         if not 1 <= flags.bound < float("inf"):
             raise UserError("--bound", flags.bound, "not a factor from 1", "give 1.25, for a quarter more")
+        if flags.peers and flags.measured == "data":
+            raise UserError("--peers", flags.peers, "reading has no peer", "use --verb=sample or --verb=train")
+        peers, size = tuple(flags.peers.split(",")) if flags.peers else (), flags.peers_size
         return cls(
-            flags.measured, sizes_of(flags.batch), flags.peers, flags.gate or "", flags.bound, flags.out or "",
-            flags.rounds,
+            flags.measured, sizes_of(flags.batch), peers, choose("--peers-size", size, PEERS_SIZES), flags.gate or "",
+            flags.bound, flags.out or "", flags.rounds,
         )  # fmt: skip
 
 

@@ -55,14 +55,11 @@ class Theirs(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """as_ours: the peer's output -> ours, a host array; None where it computes something else.
-
-    note: the shapes, and how the functions differ.
-    """
+    """as_ours: the peer's output in our layout, on the host. note: the shapes, and how the functions differ."""
 
     ours: Ours
     theirs: Theirs
-    as_ours: Callable | None
+    as_ours: Callable
     note: str
 
 

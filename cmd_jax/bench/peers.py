@@ -1,162 +1,184 @@
 """PyTorch beside us: the same function at the same shapes, in one process, turn and turn about.
 
-Where the peer computes what ours does, it hands its weights over (or takes ours), and the largest difference of the
-outputs, relative to the largest output, is told with the times. Nothing but `run` needs torch and diffusers, which the
-extra `peers` installs.
+Where the peer computes what ours does, both have the same weights, and the largest difference of their outputs, as a
+part of the largest output, is told with the times. torch and diffusers, of the extra `peers`, are imported by `run`.
 """
 
 import gc
 import importlib
 import importlib.util
 import os
-import resource
-import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.table import Table
 
+from cmd_jax.bench.measure import GIB, program_bytes
+from cmd_jax.bench.table import number
 from cmd_jax.errors import UserError, choose
+from cmd_jax.performance.memory import process_peak
+from cmd_jax.performance.timing import LEAST_ROUNDS, in_turns, ratio
 
-PASSES = ("forward", "training")
-BATCHES = {  # of each pass; the VAE is frozen
+BATCHES = {  # of a forward pass and of a training step at full size; the VAE is frozen
     "autoencoder": {"forward": 1, "training": 1},
     "dit-content": {"forward": 2, "training": 2},
     "dit-motion": {"forward": 4, "training": 4},
     "unet": {"forward": 2, "training": 1},
     "unet-32": {"forward": 2, "training": 2},
     "vae": {"forward": 1},
+    "modelscope": {"forward": 1},
 }
-COMPONENTS = (*BATCHES, "modelscope")
 STEPS = 50  # of both models, in the comparison with ModelScope
 FRAMES = 16
 
 
-def run(
-    components: Iterable[str] = (),
-    passes: Sequence[str] = PASSES,
-    rounds: int = 3,
-    small: bool = False,
-    dtype: str = "float32",
-    emit: Callable[[dict], None] = print,
-):
-    """Emits a record for each component and pass as soon as it is measured; without components: of all.
+def run(components: Iterable[str], which: str, options, dtype: str, emit: Callable[[dict], None]):
+    """Emits a record for each component as soon as it is measured.
 
-    A record: component, pass, seconds and peer_seconds (medians of `rounds` turns after one that warms up), ratio =
-    peer_seconds / seconds (above 1: ours is faster), the turns, a note on shapes and on how the functions differ, the
-    difference of outputs, compile_seconds and bytes of ours, peak bytes of the peer on a GPU, dtype, device, cores and
-    versions. A training step is the gradient of the sum of the output's squares for all parameters; no optimizer.
-    small: tiny models, to try the path. dtype: of parameters and arithmetic of both.
+    components: of BATCHES, or "all". which: "forward", or "training": the gradient of the sum of the output's squares
+    for all parameters, without an optimizer; where a component has no such pass it is left out. dtype: of parameters
+    and arithmetic of both. options: peers_size "tiny" takes tiny networks, to try the path; rounds and budget.
+
+    A record: component, batch, settings with the pass, p50_seconds and peer_seconds (medians), ratio = the median over
+    turns of the peer's seconds to ours (above 1: ours is faster), all turns, a note on shapes and on how the functions
+    differ, difference of the outputs, compile_seconds and program_gib of ours, peer_gib at most held by torch on a GPU,
+    process_gib by both.
     UserError without torch and diffusers, and for unknown names.
     """
-    components = [choose("peers", name, COMPONENTS) for name in components] or COMPONENTS
-    passes = [choose("pass", name, PASSES) for name in passes]
+    components = list(BATCHES) if list(components) == ["all"] else components
+    components = [choose("--peers", name, BATCHES) for name in components]
     torch = import_torch()
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as JAX takes
     torch.backends.cuda.matmul.allow_tf32 = True  # as JAX computes float32 on a GPU
+    tiny = options.peers_size == "tiny"
     for name in components:
-        for which in passes:
-            gc.collect()
-            if (name, which) == ("modelscope", "forward"):
-                emit(_clip(rounds, small, dtype))
-            elif which in BATCHES.get(name, {}):
-                emit(_measure(name, which, 1 if small else BATCHES[name][which], rounds, small, dtype))
+        if which in BATCHES[name]:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            batch = 1 if tiny else BATCHES[name][which]
+            measured = _clip(options, dtype) if name == "modelscope" else _pair(name, which, batch, options, dtype)
+            measured["settings"] = {"pass": which, "beside": measured["peer"], "size": options.peers_size}
+            emit({"component": name, "clip": [], "batch": batch} | measured | conditions(torch, dtype))
+        gc.collect()
+
+
+def table(records: list[dict]) -> Table:
+    """Records as a table for people."""
+    shown = Table(box=None, pad_edge=False)
+    columns = ("component", "pass", "batch", "ours s", "PyTorch s", "ratio", "difference", "compile s", "program GiB")
+    for name in columns:
+        shown.add_column(name, justify="left" if name in ("component", "pass") else "right", no_wrap=True)
+    for r in records:
+        seconds = [number(r[name]) for name in ("p50_seconds", "peer_seconds", "ratio")]
+        difference = "" if r.get("difference") is None else f"{r['difference']:.0e}"
+        more = difference, number(r["compile_seconds"]), number(r["program_gib"])
+        shown.add_row(r["component"], r["settings"]["pass"], str(r["batch"]), *seconds, *more)
+    return shown
 
 
 def import_torch():
     """torch; UserError where it or diffusers is missing."""
     missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
     if missing:
-        problem = f"{' and '.join(missing)} are not installed"
-        raise UserError("peers", "torch", problem, "pip install 'cmd-jax[peers]', or leave --peers out")
+        problem = f"not installed: {' and '.join(missing)}"
+        raise UserError("--peers", "torch", problem, "pip install 'cmd-jax[peers]', or leave --peers out")
     return importlib.import_module("torch")
 
 
-def _measure(name: str, which: str, batch: int, rounds: int, small: bool, dtype: str) -> dict:
+def _pair(name: str, which: str, batch: int, options, dtype: str) -> dict:
     from cmd_jax.bench.peer_pairs import PAIRS
 
-    pair = PAIRS[name](batch, small, dtype)
-    with _Memory() as memory:
-        ours, compiled = our_call(pair.ours, which)
-        theirs = their_call(pair.theirs, which)
-        first, second = ours(), theirs()
-        difference = None
-        if which == "forward" and pair.as_ours:
-            difference = _difference(np.asarray(first, np.float32), pair.as_ours(second))
-        del first, second
-        turns = in_turns({"ours": ours, "theirs": theirs}, rounds)
-    seconds = {who: statistics.median(times) for who, times in turns.items()}
+    pair = PAIRS[name](batch, options.peers_size == "tiny", dtype)
+    ours, compiled = our_call(pair.ours, which)
+    calls = {"ours": ours, "theirs": their_call(pair.theirs, which)}
+    first, rounds = warm(calls, options)
+    difference = None
+    if which == "forward":
+        expected = pair.as_ours(first["theirs"])
+        difference = float(np.abs(np.asarray(first["ours"], np.float32) - expected).max() / np.abs(expected).max())
+    del first
+    times = in_turns(calls, rounds, warmup=0)
     return {
-        "component": name,
-        "pass": which,
-        "seconds": seconds["ours"],
+        "parameters": size_of(pair.ours),
+        "p50_seconds": times["ours"].p50,
         "peer": pair.theirs.name,
-        "peer_seconds": seconds["theirs"],
-        "ratio": seconds["theirs"] / seconds["ours"],
-        "turns": turns["ours"],
-        "peer_turns": turns["theirs"],
-        "note": pair.note,
+        "peer_seconds": times["theirs"].p50,
+        "ratio": ratio(times["ours"], times["theirs"]),
         "difference": difference,
+        "turns": times["ours"].seconds,
+        "peer_turns": times["theirs"].seconds,
+        "note": pair.note,
         **compiled,
-        **memory.record,
-        **conditions(dtype),
     }
 
 
-def _clip(rounds: int, small: bool, dtype: str) -> dict:
-    """A clip of 16x256x256 against ModelScope's UNet3D, STEPS steps of each model, all of them guided.
+def _clip(options, dtype: str) -> dict:
+    """A clip of 16x256x256 against ModelScope's UNet3D, STEPS steps of each denoiser, all of them guided.
 
     In: denoisers, and the CMD decoder once. Out: text encoders, which are the same, and the VAE, which decodes the same
     latents for both; it is timed on one frame, and with it there is a ratio of its own.
     """
     from cmd_jax.bench.peer_pairs import clip_256, vae
 
-    ours, theirs = clip_256(small, dtype)
-    with _Memory() as memory:
-        calls, held = {}, 0
-        for part, what in ours.items():
-            calls[part], compiled = our_call(what, "forward")
-            held += compiled["bytes"] or 0
+    tiny, compiled = options.peers_size == "tiny", {"compile_seconds": 0, "program_gib": 0}
+
+    def measured(ours: dict, theirs) -> dict:
+        calls = {}
+        for part, one in ours.items():
+            calls[part], told = our_call(one, "forward")
+            for name, value in told.items():
+                compiled[name] += value
         calls["theirs"] = their_call(theirs, "forward")
-        for call in calls.values():
-            call()
-        turns = in_turns(calls, rounds)
-        name = theirs.name
-        del ours, theirs, calls, call, what
-        gc.collect()
-        pair = vae(1, small, dtype, side=32)
-        frame = {"vae": our_call(pair.ours, "forward")[0], "peer_vae": their_call(pair.theirs, "forward")}
-        for call in frame.values():
-            call()
-        turns |= in_turns(frame, rounds)
-    parts = {part: statistics.median(times) for part, times in turns.items()}
-    seconds = STEPS * (parts["content"] + parts["motion"]) + parts["decoder"]
-    peer_seconds = STEPS * parts["theirs"]
-    with_vae = seconds + FRAMES * parts["vae"], peer_seconds + FRAMES * parts["peer_vae"]
+        rounds = warm(calls, options)[1]
+        return in_turns(calls, rounds, warmup=0)
+
+    ours, theirs = clip_256(tiny, dtype)
+    times, peer = measured(ours, theirs), theirs.name
+    parameters = sum(map(size_of, ours.values()))
+    del ours, theirs
+    gc.collect()
+    pair = vae(1, tiny, dtype, side=32)
+    frame = measured({"vae": pair.ours}, pair.theirs)
+    times |= {"vae": frame["vae"], "peer_vae": frame["theirs"]}
+    part = {name: each.p50 for name, each in times.items()}
+    seconds = STEPS * (part["content"] + part["motion"]) + part["decoder"]
+    peer_seconds = STEPS * part["theirs"]
+    with_vae = seconds + FRAMES * part["vae"], peer_seconds + FRAMES * part["peer_vae"]
     return {
-        "component": "modelscope",
-        "pass": "forward",
-        "seconds": seconds,
-        "peer": name,
+        "parameters": parameters,
+        "p50_seconds": seconds,
+        "peer": peer,
         "peer_seconds": peer_seconds,
         "ratio": peer_seconds / seconds,
         "seconds_with_vae": with_vae[0],
         "peer_seconds_with_vae": with_vae[1],
         "ratio_with_vae": with_vae[1] / with_vae[0],
-        "parts": parts,
-        "turns": turns,
+        "parts": part,
+        "turns": {name: each.seconds for name, each in times.items()},
         "note": f"one clip of {FRAMES}x256x256, {STEPS} guided steps of each denoiser; parts: seconds of a guided step "
         "of ours and theirs, of the CMD decoder, and of the VAE for one frame; text encoders are left out",
-        "bytes": held,
-        **memory.record,
-        **conditions(dtype),
+        **compiled,
     }
 
 
+def size_of(ours) -> int:
+    return sum(x.size for x in jax.tree.leaves(ours.params))
+
+
+def warm(calls: dict[str, Callable], options) -> tuple[dict, int]:
+    """Each call once -> what they gave, and how many rounds the budget has room for, of those that are asked for."""
+    begun = time.perf_counter()
+    first = {name: call() for name, call in calls.items()}
+    room = int(options.budget / (time.perf_counter() - begun))
+    return first, min(options.rounds, max(LEAST_ROUNDS, room))
+
+
 def our_call(ours, which: str) -> tuple[Callable, dict]:
-    """-> (a call that waits for its result, {compile_seconds, bytes: that the program needs at once})."""
+    """-> (a call that waits for its result, {compile_seconds, program_gib})."""
 
     def loss(params, *inputs):
         return jnp.sum(jnp.square(ours.apply(params, *inputs).astype(jnp.float32)))
@@ -164,9 +186,7 @@ def our_call(ours, which: str) -> tuple[Callable, dict]:
     inputs = jax.tree.map(jnp.asarray, ours.inputs)
     begun = time.perf_counter()
     program = jax.jit(ours.apply if which == "forward" else jax.grad(loss)).lower(ours.params, *inputs).compile()
-    seconds, memory = time.perf_counter() - begun, program.memory_analysis()
-    sizes = [getattr(memory, f"{kind}_size_in_bytes", 0) for kind in ("argument", "output", "temp")]
-    told = {"compile_seconds": seconds, "bytes": sum(sizes) or None}
+    told = {"compile_seconds": time.perf_counter() - begun, "program_gib": program_bytes(program) / GIB}
     return lambda: jax.block_until_ready(program(ours.params, *inputs)), told
 
 
@@ -190,51 +210,14 @@ def their_call(theirs, which: str) -> Callable:
     return forward if which == "forward" else training
 
 
-def in_turns(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round; all of a round run one after the other."""
-    seconds = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            begun = time.perf_counter()
-            out = call()
-            seconds[name].append(time.perf_counter() - begun)
-            del out
-    return seconds
-
-
-class _Memory:
-    """Peak of the process on the host, and of torch on a GPU."""
-
-    def __enter__(self):
-        import torch
-
-        self.torch, self.record = torch, {}
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        return self
-
-    def __exit__(self, *_):
-        self.record["process_peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        on_gpu = self.torch.cuda.is_available()
-        self.record["peer_bytes"] = self.torch.cuda.max_memory_allocated() if on_gpu else None
-
-
-def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
-def conditions(dtype: str) -> dict:
-    """What a time depends on besides the function."""
-    import diffusers
-    import torch
-
-    device = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0))
+def conditions(torch, dtype: str) -> dict:
+    """What a time depends on besides the function, and what was held."""
+    on_gpu = torch.cuda.is_available()
     return {
         "dtype": dtype,
-        "device": device.device_kind,
-        "cores": cores,
+        "peer_device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "peer_threads": torch.get_num_threads(),
-        "versions": {"jax": jax.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "peer_versions": {name: importlib.import_module(name).__version__ for name in ("torch", "diffusers")},
+        "peer_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
+        "process_gib": process_peak() / GIB,
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from cmd_jax.bench import gate, records, sampling
+from cmd_jax.bench import gate, peers, records, sampling
 from cmd_jax.bench.measure import Component, measure
 from cmd_jax.bench.options import Options
 from cmd_jax.bench.parts import Random, sampler_of
@@ -52,8 +52,9 @@ def bench(config, workdir: Path | None, end_process=None, *, specification: str,
     console = make_console(quiet=not is_leader(), file_width=FILE_WIDTH)
     out = options.out or (workdir / "bench.jsonl" if workdir else None)
     run = {"sample": bench_sampling, "train": bench_training, "data": bench_data}[options.verb]
+    run = bench_peers if options.peers else run
     results = run(config, workdir, specification, overrides, options, console, out)
-    console.print(table(results.all), soft_wrap=False)
+    console.print((peers.table if options.peers else table)(results.all), soft_wrap=False)
     if out:
         console.print(f"appended to {out}")
     verdict = gate.judge(results.all, earlier, options.bound) if options.gate else gate.Verdict([], [])
@@ -70,10 +71,6 @@ def bench_sampling(config, workdir, specification, overrides, options, console, 
             settings = sampling.settings_of(sampler, config, size)
             for component in sampling.components(sampler, settings):
                 results.measured(component, options)
-    if options.peers:
-        from cmd_jax.bench import peers
-
-        peers.run(config, sampler, options, results.emit)
     return results
 
 
@@ -85,10 +82,15 @@ def bench_training(config, workdir, specification, overrides, options, console, 
     with partitioning(parts.mesh, config.rules):
         for component in training.components(parts, options.batches or (config.train.batch_size,)):
             results.measured(component, options)
-    if options.peers:
-        from cmd_jax.bench import peers
+    return results
 
-        peers.run(config, parts, options, results.emit)
+
+def bench_peers(config, workdir, specification, overrides, options, console, out) -> Results:
+    """Networks of the paper's shapes, whatever the config's; of the config come dtype and what records say."""
+    results = Results(records.common(options, specification, config, make_mesh(config.mesh), "equal"), out, console)
+    sampling = options.verb == "sample"
+    dtype = (config.sampling.dtype if sampling else config.model.dtype) or "float32"
+    peers.run(options.peers, "forward" if sampling else "training", options, dtype, results.emit)
     return results
 
 

@@ -13,7 +13,7 @@ OVERRIDE = "--config.KEY=VALUE sets any value of the config, like --config.seed=
 class Flag(NamedTuple):
     """--name=metavar, or without metavar --name alone, of type bool. keys: those of the config that it sets.
 
-    value: the name of its value, where that is not its own.
+    value: the name of its value, where that is not its own. alone: its value where it is given without one.
     """
 
     name: str
@@ -24,6 +24,7 @@ class Flag(NamedTuple):
     default: object = None
     keys: tuple[str, ...] = ()
     value: str = ""
+    alone: str | None = None
 
     @property
     def dest(self) -> str:
@@ -130,7 +131,13 @@ VERBS = {
             ),
             Flag("batch", "N,N,...", "clips of a call; default: as the config says"),
             Flag("rounds", "N", "calls that are timed, at least 3 where they take long", type=int, default=10),
-            Flag("peers", "", "beside PyTorch's networks of equal shapes, where torch is installed", type=bool),
+            Flag(
+                "peers",
+                "NAME,NAME,...",
+                "in place of the config's parts: networks of the paper's shapes beside PyTorch's, in turns; alone: all",
+                alone="all",
+            ),
+            Flag("peers-size", "paper|tiny", "tiny: to try it", default="paper"),
             Flag("gate", "FILE", "earlier results; a component that became slower is exit code 1"),
             Flag(
                 "bound",
@@ -202,6 +209,7 @@ def build_parser() -> Parser:
         for flag in verb.flags:
             told = f"{flag.help} (config.{', config.'.join(flag.keys)})" if flag.keys else flag.help
             kind = {"metavar": flag.metavar, "type": flag.type, "default": flag.default}
+            kind |= {"nargs": "?", "const": flag.alone} if flag.alone else {}
             kind = kind if flag.metavar else {"action": "store_true"}
             sub.add_argument(f"--{flag.name}", help=told, dest=flag.dest, **kind)
         if name == "convert":
