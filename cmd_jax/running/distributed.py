@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cmd_jax.errors import Unavailable, UserError, choose, exit_code, of_file, with_remedy
+from cmd_jax.running.compilation import keep_compiled
 from cmd_jax.running.runtime import check_devices, has_terminal
 
 log = logging.getLogger(__name__)
@@ -84,10 +85,7 @@ def start(
                         "--distributed", mode, str(e), "name the numbers with --distributed=explicit"
                     ) from e
     check_devices()
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        # XLA:CPU forgets the order of the collectives of a program that it reads back from the cache: the devices meet
-        # them in different orders, and wait for each other until they abort.
-        jax.config.update("jax_enable_compilation_cache", False)
+    keep_compiled()
     if options.expected and options.expected != jax.process_count():
         raise UserError(
             "processes.expected", options.expected, f"{jax.process_count()} processes were started",
