@@ -161,9 +161,9 @@ def test_a_command_is_one_that_cmd_jax_takes(arguments):
     """Verb, flags, config file with its stage and sizes, and the names and types of its overrides."""
     flags, overrides = parse(list(arguments))
     if flags.verb != "convert":
-        config = load(flags.config, overrides)
-        if flags.verb in ("train", "sample", "evaluate"):
-            check_stage(flags.verb, config.stage)
+        config = load(flags.config, overrides, shapes_only=flags.verb in ("bench", "doctor"))
+        if flags.verb in ("train", "sample", "evaluate", "bench"):
+            check_stage(flags.measured if flags.verb == "bench" else flags.verb, config.stage)
 
 
 # Running what the pages say at tiny settings, in the order in which they say it.
@@ -187,6 +187,7 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     "cmd-jax ingest --config=ucf101:autoencoder --source=UCF": "needs a bucket",
     "cmd-jax sample --config=ucf101:sample --workdir=runs/ucf101": "takes what a pod trained",
     "XLA_FLAGS=": "starts JAX anew, with more devices; tests/verbs/test_doctor.py",
+    "cmd-jax bench": "measures for minutes; tests/bench/test_bench.py",
     "cmd-jax verify-resume": "kills trainings for minutes; tests/verbs/test_verify_resume.py",
     "cmd-jax sample --config=quickstart:sample,size=long --workdir=gs://": "tests/verbs/test_bucket_sample.py",
     "python -m cmd_jax.report.collect": "goes with it",

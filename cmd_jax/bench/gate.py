@@ -19,14 +19,12 @@ def judge(records: list[dict], earlier: list[dict], bound: float) -> Verdict:
     """Each result against the earlier ones of the same component, batch, device, shapes and settings.
 
     It may take `bound` times the median of the last five, and no more than `bound` times the first one: medians follow
-    a slow drift, the first result does not. Records without seconds, as of peers, are passed over.
+    a slow drift, the first result does not.
     """
     known, verdict = {}, Verdict([], [])
     for record in earlier:
         known.setdefault(key_of(record), []).append(record["p50_seconds"])
     for record in records:
-        if "p50_seconds" not in record:
-            continue
         name = f"{record['verb']} {record['component']}, batch {record['batch']}"
         before = known.get(key_of(record))
         if before is None:

@@ -39,7 +39,10 @@ class Component:
     forward: Callable | None = None
 
     def jitted(self):
-        return self.function if hasattr(self.function, "lower") else jax.jit(self.function, **self.options)
+        """The program; not compiled yet, unless the function is itself one that was called before."""
+        if hasattr(self.function, "lower"):
+            return self.function
+        return jax.jit(lambda *arguments: self.function(*arguments), **self.options)
 
     def flops(self) -> tuple[int, int]:
         """-> (multiply-adds of its layers in a forward pass, operations in all)."""
@@ -100,22 +103,24 @@ def _use_cache(values: dict):
     compilation_cache.reset_cache()
 
 
-def measure(component: Component, rounds: int, budget: float) -> dict:
-    """What a record says of a component; see docs/benchmark.md."""
+def measure(component: Component, rounds: int, budget: float) -> tuple[dict, object]:
+    """-> (what a record says of a component, see docs/benchmark.md; what its last call gave)."""
     layers, operations = component.flops()
     executable, record = compiled(component)
-    state = [component.arguments]
+    arguments, out = component.arguments, None
 
     def call():
-        out = executable(*state[0])
+        nonlocal arguments, out
+        out = None  # whose memory the next one may need
+        out = executable(*arguments)
         if component.again:
-            state[0] = component.again(out, state[0])
+            arguments = component.again(out, arguments)
         return out
 
     times = repeated(call, rounds, budget)
     each = operations / times.p50 / jax.device_count()
     peak = matmul_peak(component.dtype)
-    return record | {
+    record |= {
         "rounds": len(times.seconds),
         "p50_seconds": times.p50,
         "p95_seconds": times.p95,
@@ -130,6 +135,7 @@ def measure(component: Component, rounds: int, budget: float) -> dict:
         "peak_gib": device_memory()["peak_bytes"] / GIB,
         "peak_of": device_memory()["of"],
     }
+    return record, out
 
 
 def program_bytes(executable) -> int:

@@ -68,17 +68,24 @@ class Random:
     def _stated(self, kind):
         return stated(self.config.pretrained.path, kind, self.config.pretrained.architecture)
 
+    @property
+    def stored(self) -> bool:
+        """Whether a training reads latents that were kept, so that what encodes clips needs no parameters."""
+        return self.config.stage != "sample" and self.config.latents.starts > 0
+
     @cached_property
     def space(self) -> Pixels | VAELatents:
         if self.stage_config("autoencoder").model.mode != "latent":
             return Pixels()
         module = vae_from_config(self._stated(VAEMetadata).config, self.config.pretrained.dtype)
-        return VAELatents(module, self.draw(partial(init_vae, module)), self.config.pretrained.vae_frames)
+        params = None if self.stored else self.draw(partial(init_vae, module))
+        return VAELatents(module, params, self.config.pretrained.vae_frames)
 
     @cached_property
     def autoencoder(self) -> FrozenAutoencoder:
         config = self.stage_config("autoencoder")
-        return FrozenAutoencoder(config, self.draw(AutoencoderStage(config, None, self.space).init), self.space)
+        params = None if self.stored else self.draw(AutoencoderStage(config, None, self.space).init)
+        return FrozenAutoencoder(config, params, self.space)
 
     @cached_property
     def tokenizer(self) -> FixedTokens | None:
@@ -122,6 +129,9 @@ class Random:
 
 def sampler_of(specification: str, overrides: dict, config, workdir) -> Weights:
     """The sampler of a sample config: of its weights, of the stages in the workdir, or where there are none random."""
+    if config.sampling.mode != "generate":
+        problem = "bench measures new videos"
+        raise UserError("sampling.mode", config.sampling.mode, problem, "leave it at generate")
     trained = workdir and all((workdir / name / "config.json").is_file() for name in STAGES)
     if config.weights or trained:
         return Weights(open_sampler(config, workdir), str(config.weights or workdir))

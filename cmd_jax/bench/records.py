@@ -5,11 +5,13 @@ import json
 import os
 import platform
 import time
+from pathlib import Path
 
 import jax
 
 from cmd_jax.errors import UserError
 from cmd_jax.files import as_path, check_content, check_like, is_remote, parse_json, versions
+from cmd_jax.running.distributed import is_leader
 
 FORMAT = 1
 # By what results are the same measurement: of two with equal ones, seconds compare.
@@ -30,19 +32,38 @@ def machine() -> str:
     return f"{name}, {cores} cores"
 
 
-def common(options, specification: str, config, mesh, weights: str) -> dict:
-    """What all records of a run say."""
+class Results:
+    """The records of a run: kept, and each at once appended to a file (`out`) or printed.
+
+    common: what all of them say.
+    """
+
+    def __init__(self, out: Path | str | None, console):
+        self.out, self.console, self.common, self.all = out, console, {}, []
+
+    def emit(self, record: dict):
+        record = self.common | record
+        self.all.append(record)
+        if self.out and is_leader():
+            append(self.out, [record])
+        elif not self.out:
+            self.console.print(json.dumps(record))
+
+
+def common(verb: str, specification: str, config, mesh, weights: str) -> dict:
+    """What all records of a run say. weights: where they are from."""
     group = config.get("sampling", {})
     return {
         "format": FORMAT,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "verb": options.verb,
+        "verb": verb,
         "config": specification,
         "weights": weights,
         "clip": [config.data.frames, config.data.height, config.data.width],
         "preset": group.get("preset", ""),
         "attention": config.get("attention", ""),
-        "device": jax.devices()[0].device_kind,
+        # All CPUs are of one kind, "cpu", and as fast as the cores that are given.
+        "device": machine() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
@@ -82,8 +103,10 @@ def read(path, field: str) -> list[dict]:
             continue
         place = f"{path}:{number}"
         record = parse_json(line, field, place, remedy)
-        # Comparisons with peers, and clips read, have seconds of their own kind: what is compared is what has these.
-        if problem := check_like(record, LIKE):
+        problem = check_like(record, LIKE)
+        if not problem and record["p50_seconds"] <= 0:
+            problem = f"p50_seconds is {record['p50_seconds']}, not positive"
+        if problem:
             raise UserError(field, place, problem, remedy)
         records.append(record)
     if not records:

@@ -56,7 +56,7 @@ def components(sampler: Sampler, settings: SamplingSettings) -> Iterator[Compone
     condition, null = jax.jit(encode, **rows)(params["conditions"], batch)
     if isinstance(conditions, Texts):
         name = "text_encoder"
-        yield Component(name, encode, (params["conditions"], batch), size, str(conditions.module.dtype), {}, rows)
+        yield Component(name, encode, (params["conditions"], batch), size, dtype_of(conditions), {}, rows)
 
     def noise(shape):
         return jax.jit(lambda key: jax.random.normal(key, (size, *shape)), **rows)(jax.random.key(settings.seed))
@@ -73,18 +73,15 @@ def components(sampler: Sampler, settings: SamplingSettings) -> Iterator[Compone
         yield Component(f"{name}_denoiser", denoise, arguments, size, dtype_of(stage), guided, rows)
 
     def decode(params, content, motion):
-        return autoencoder.module.apply({"params": params["autoencoder"]}, Latents(content, motion), method="decode")
+        return autoencoder.module.apply({"params": params}, Latents(content, motion), method="decode")
 
-    arguments = params["autoencoder"], content, noise(autoencoder.motion_shape)
+    arguments = params["autoencoder"]["autoencoder"], content, noise(autoencoder.motion_shape)
     yield Component("cmd_decoder", decode, arguments, size, dtype_of(autoencoder), {}, rows)
 
     if not isinstance(autoencoder.space, Pixels):
-
-        def pictures(params, frames):
-            return autoencoder.space.decode(params["vae"], frames)
-
-        arguments = params["autoencoder"], noise(autoencoder.video_shape)
-        yield Component("vae_decoder", pictures, arguments, size, str(autoencoder.space.module.dtype), {}, rows)
+        arguments = params["autoencoder"]["vae"], noise(autoencoder.video_shape)
+        name, space = "vae_decoder", autoencoder.space
+        yield Component(name, space.decode, arguments, size, dtype_of(space), {}, rows)
 
 
 IN_ALL = ("batch_size", "seed", "guidance", "negative", "dtype")  # or told otherwise

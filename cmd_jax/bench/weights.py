@@ -7,6 +7,7 @@ from functools import cache
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cmd_jax.keys import derive
 from cmd_jax.sharding import shardings_of
@@ -28,8 +29,11 @@ def draw(init: Callable, mesh, rules, seed: int, dtype: str = "float32"):
     for number, ((path, leaf), place) in enumerate(zip(leaves, places, strict=True)):
         shape, names = (leaf.value.shape, leaf.names) if _is_boxed(leaf) else (leaf.shape, ())
         kind = jax.tree_util.keystr(path[-1:], simple=True)
-        program = _program(shape, *_moments(kind, shape, names), dtype, place)
-        drawn.append(program(derive(key, "parameters", number)))
+        mean, std = _moments(kind, shape, names)
+        if std == 0:
+            drawn.append(jax.device_put(np.full(shape, mean, dtype), place))
+        else:
+            drawn.append(_program(shape, std, dtype, place)(derive(key, "parameters", number)))
     return jax.tree.unflatten(jax.tree.structure(boxed, is_leaf=_is_boxed), drawn)
 
 
@@ -48,8 +52,8 @@ def _moments(kind: str, shape, names) -> tuple[float, float]:
 
 
 @cache  # a model has many parameters of few shapes
-def _program(shape, mean: float, std: float, dtype: str, place):
+def _program(shape, std: float, dtype: str, place):
     def values(key):
-        return (mean + std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+        return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
     return jax.jit(values, out_shardings=place)

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from cmd_jax.diffusion.gaussian import Gaussian
 from cmd_jax.diffusion.guidance import guide
 from cmd_jax.diffusion.schedules import Schedule, linear_betas, scaled_linear_betas
+from cmd_jax.interop.clip import text_from_config
+from cmd_jax.interop.sd_config import unet_from_config, vae_from_config
+from cmd_jax.interop.sd_known import ARCHITECTURES
 from cmd_jax.models.autoencoder import Autoencoder, Latents
-from cmd_jax.models.clip import CLIPText
 from cmd_jax.models.dit import SIZES, DiT
-from cmd_jax.models.unet import UNet, init_unet
-from cmd_jax.models.vae import VAE, init_vae
+from cmd_jax.models.unet import init_unet
+from cmd_jax.models.vae import init_vae
 from cmd_jax.performance.flops import Flops, count
 
 
@@ -31,18 +33,8 @@ class Row(NamedTuple):
 
 
 # The text-to-video models of the paper's cost figures: Stable Diffusion 2.1-base and the sizes of appendix B.
-UNET = UNet(
-    in_channels=4,
-    out_channels=4,
-    widths=(320, 640, 1280, 1280),
-    layers=2,
-    down_attention=(True, True, True, False),
-    up_attention=(False, True, True, True),
-    heads=(5, 10, 20, 20),
-    text_width=1024,
-)
-IMAGE_VAE = VAE(channels=3, latent_channels=4, widths=(128, 256, 512, 512), layers=2)
-TEXT = CLIPText(vocabulary=49408, width=1024, depth=23, heads=16, mlp_width=4096, activation="gelu")
+KNOWN = ARCHITECTURES["sd21"]
+UNET, IMAGE_VAE, TEXT = unet_from_config(KNOWN.unet), vae_from_config(KNOWN.vae), text_from_config(KNOWN.text)
 AUTOENCODER = Autoencoder(channels=4, mode="latent")
 DEPTH, WIDTH, HEADS = SIZES["XL"]
 MOTION = DiT(out_channels=16, patch=2, width=WIDTH, depth=DEPTH, heads=HEADS, classes=None, content_patch=8)
