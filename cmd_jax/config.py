@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from cmd_jax import defaults
 from cmd_jax.builders import build_process
 from cmd_jax.data.sizes import check_sizes, sizes_of
-from cmd_jax.declare import check_values, walk
+from cmd_jax.declare import check_values, span_of, walk
 from cmd_jax.errors import UserError, choose, divisible, nearest
 from cmd_jax.files import check_like
 from cmd_jax.interop.diffusers import SOURCE
@@ -211,7 +211,9 @@ def check_trained(config: ConfigDict):
         _check_buckets(config)
     if "train" in config:
         divisible("train.batch_size", config.train.batch_size, "train.accumulate", config.train.accumulate)
-        warmup, steps = config.optimizer.warmup_steps, config.train.steps
+        warmup, steps, profile = config.optimizer.warmup_steps, config.train.steps, config.train.profile
+        if profile and span_of("train.profile", profile).start >= steps:
+            raise UserError("train.profile", profile, f"not below train.steps={steps}", f"start at most at {steps - 1}")
         if warmup >= steps:
             raise UserError(
                 "optimizer.warmup_steps", warmup, f"not below train.steps={steps}", f"use at most {steps - 1}"

@@ -20,7 +20,7 @@ class Key:
 
     at_least, at_most: bounds of a number; above, below: those that it must not reach. besides: a number out of them
     that says something else. choices: of a text; "" is one that no error line offers. path: of a file or folder.
-    follows: the key whose value this one is.
+    span: of whole numbers, as `span_of` reads it. follows: the key whose value this one is.
     """
 
     default: bool | int | float | str | tuple
@@ -32,6 +32,7 @@ class Key:
     besides: float | None = None
     choices: tuple[str, ...] = ()
     path: bool = False
+    span: bool = False
     follows: str = ""
 
     @property
@@ -41,6 +42,8 @@ class Key:
             return f"that of {self.follows}"
         if self.choices:
             return ", ".join(choice or "empty" for choice in self.choices)
+        if self.span:
+            return "START:STOP, or empty"
         words = ["a path, or empty" if self.path else KINDS[type(self.default)]]
         bounds = {"from": self.at_least, "above": self.above, "to": self.at_most, "below": self.below}
         words += [f"{word} {bound:.12g}" for word, bound in bounds.items() if math.isfinite(bound)]
@@ -52,6 +55,8 @@ class Key:
             choose(field, value, filter(None, self.choices))
         if self.path:
             check_url(field, value)
+        if self.span:
+            span_of(field, value)
         if type(self.default) not in (int, float) or self.follows:
             return
         if not abs(value) <= sys.float_info.max:  # true of integers that no float holds, and of nan
@@ -66,6 +71,18 @@ class Key:
         else:
             problem = "must not be negative" if self.at_least == 0 else "must be positive"
         raise UserError(field, value, problem, f"give {self.range}")
+
+
+def span_of(field: str, text: str) -> range | None:
+    """The whole numbers from START to before STOP, of "START:STOP"; None for "". UserError (field=text) for others."""
+    if not text:
+        return None
+    start, _, stop = text.partition(":")
+    if not (start.isdecimal() and stop.isdecimal() and len(text) < 40):
+        raise UserError(field, text, "not START:STOP", "give two whole numbers, like 10:13 for 10, 11 and 12")
+    if int(start) >= int(stop):
+        raise UserError(field, text, "it ends before it begins", "STOP is the first that does not belong to it")
+    return range(int(start), int(stop))
 
 
 key = Key

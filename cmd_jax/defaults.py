@@ -121,6 +121,7 @@ TRAIN = dict(
     preview_every=key(500, "updates between pictures; 0: none", at_least=0),
     validate_every=key(0, "updates between measurements of the loss on clips held out; 0: none", at_least=0),
     validation_clips=key(1024, "of these at most so many, up to whole batches", at_least=1),
+    profile=key("", "updates, counted from 0, of which a JAX trace is written", span=True),
 )
 START = dict(
     init=path("a trained stage whose weights to start from, folder or weights file; empty: random ones"),

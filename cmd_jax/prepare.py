@@ -55,7 +55,7 @@ from cmd_jax.trained import (
 
 # What may change between the runs of one stage folder, and what too where the learning rate does not depend on it.
 RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")
-RESUMABLE += ("train.validate_every", "train.validation_clips")
+RESUMABLE += ("train.validate_every", "train.validation_clips", "train.profile")
 RESUMABLE += ("data.prefetch", "data.cache_", "data.root", "data.probe_", "mesh.", "processes.", "rules")
 RESUMABLE += (
     "latents.store_shard",

@@ -13,14 +13,20 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cmd_jax.config import to_json
-from cmd_jax.data.pipeline import BatchPlan, BucketPlan, Waited, batches
+from cmd_jax.data.pipeline import BatchPlan, BucketPlan, batches
+from cmd_jax.declare import span_of
 from cmd_jax.errors import Stopped, UserError
 from cmd_jax.files import as_path, read_json, versions, write_json, write_text
 from cmd_jax.initial import given_params
 from cmd_jax.keys import derive
 from cmd_jax.models.frames import to_uint8
+from cmd_jax.performance.flops import operations
+from cmd_jax.performance.goodput import Clock, Devices, fed, goodput, in_words
+from cmd_jax.performance.memory import device_memory, process_peak
+from cmd_jax.performance.peak import matmul_peak
 from cmd_jax.prepare import Prepared, check_same_run, prepare
 from cmd_jax.report.console import make_console
+from cmd_jax.report.profile import Profile
 from cmd_jax.report.training import PREVIEW_CLIPS, Metrics, StepLog
 from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.running.distributed import broadcast_from_leader, is_leader, leader_alone
@@ -28,7 +34,7 @@ from cmd_jax.running.flight import FlightRecord, explain
 from cmd_jax.running.hosts import digest, to_host
 from cmd_jax.running.lock import locked_run
 from cmd_jax.running.resume import check_continues, position
-from cmd_jax.running.runtime import StopRequest, peak_memory_gib
+from cmd_jax.running.runtime import StopRequest
 from cmd_jax.running.watch import STOPPED_EARLY, watched
 from cmd_jax.sharding import (
     MESH_AXES,
@@ -46,6 +52,8 @@ from cmd_jax.state import TrainState, abstract_state, init_state, make_optimizer
 from cmd_jax.trained import Trained, export
 from cmd_jax.validation import Validation
 
+WORTH_A_PEAK = 1e12  # operations of a run; one of fewer is over before the peak of its device is measured
+
 
 def train(config, workdir: Path | str, end_process: Callable | None = None) -> dict:
     """Train the config's stage in WORKDIR/STAGE, resuming what is there; returns its summary.
@@ -58,7 +66,7 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
     in: at a second signal, at one before the loop, for a lost peer and a stall. Without it, as in a library, nothing
     ends the process: see StopRequest and `watched` for what is done instead.
     """
-    begun = time.perf_counter()
+    clock = Clock()
     workdir, console = as_path(workdir).absolute(), make_console(quiet=not is_leader())
     folder, mesh = workdir / config.stage, make_mesh(config.mesh)
     check_batch("train.batch_size", config.train.batch_size, mesh, config.train.accumulate)
@@ -75,7 +83,7 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
             leader_alone(lambda: check_same_run(folder, config))
         prepared = prepare(config, workdir, mesh, console, resuming)
         plan = make_plan(prepared, config)
-        program = Program(prepared.stage, make_optimizer(config.optimizer), config.train, mesh, config.seed)
+        program = Program(prepared.stage, make_optimizer(config.optimizer), config, mesh, clock)
         for line in replicated_report(layout(program.params, mesh, config.rules), config.mesh.report_above):
             console.print(line)
         where = partial(position, config, fingerprint=prepared.metadata.data.fingerprint)
@@ -83,7 +91,7 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
             folder, config.train.keep, before_commit=lambda: metrics.upload(), check=lease.check if lease else None
         )
         opened.enter_context(contextlib.closing(checkpoints))
-        state = first_state(program, config, prepared.metadata, checkpoints, where, console)
+        state = first_state(program, config, prepared.metadata, checkpoints, where, console, clock)
         start = int(state.step)
         if start >= config.train.steps and broadcast_from_leader(is_finished(folder, start)):
             console.print(f"{config.stage} is trained already")
@@ -91,7 +99,9 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
         if is_leader():
             write_text(folder / "config.json", to_json(config) + "\n")
         metrics = opened.enter_context(contextlib.closing(Metrics(folder, start, writes=is_leader())))
-        log = StepLog(config.stage, config.train, start, prepared.name_of, metrics, flight, console)
+        log = StepLog(
+            config.stage, config.train, start, prepared.name_of, metrics, flight, console, clock, program.rates
+        )
         data = batches(
             prepared.read, plan, mesh, start=start, stop=config.train.steps,
             threads=config.data.threads, prefetch=config.data.prefetch, shelf=prepared.shelf,
@@ -101,12 +111,16 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
             data = prepared.filler.filled(plan, range(start, config.train.steps), data, asked, peers.busy)
         opened.enter_context(contextlib.closing(data))
         validation = Validation(program, prepared, config) if config.train.validate_every else None
-        loop = Loop(program, plan, Saves(checkpoints, where, start), log, stop, peers, validation)
+        profile = Profile(folder, span_of("train.profile", config.train.profile) if is_leader() else None, console)
+        opened.callback(profile.close)
+        devices = opened.enter_context(contextlib.closing(Devices()))
+        saves = Saves(checkpoints, where, start, clock)
+        loop = Loop(program, plan, saves, log, stop, peers, devices, profile, validation)
         state = loop.run(state, data)
         if int(state.step) >= config.train.steps:
             with peers.busy():
                 trained = replace(prepared.metadata, digest=checkpoints.digest("ema"))
-                return finish(config, folder, state, trained, mesh, loop.timings(begun), console)
+                return finish(config, folder, state, trained, mesh, loop.timings, console)
     who = f"signal {stop.signal}" if stop.signal else "a signal to another process"
     stopped = f"stopped by {who} after step {int(state.step)}; saved; run the same command to resume"
     console.print(stopped)
@@ -120,7 +134,7 @@ def make_plan(prepared: Prepared, config) -> BatchPlan:
     return BatchPlan(indices, batch_size, seed) if buckets is None else BucketPlan(indices, buckets, batch_size, seed)
 
 
-def first_state(program: "Program", config, metadata, checkpoints: Checkpoints, where, console) -> TrainState:
+def first_state(program: "Program", config, metadata, checkpoints: Checkpoints, where, console, clock) -> TrainState:
     """That of the newest checkpoint, which must be of this run; else a fresh one, whose parameters are those of
     config.init, pretrained where the stage says so, or random.
 
@@ -130,7 +144,8 @@ def first_state(program: "Program", config, metadata, checkpoints: Checkpoints, 
     if checkpoints.latest() is None:
         given = given_params(config, stage, metadata, partial(abstract, mesh=mesh, rules=rules), console)
         return init_state(stage, optimizer, config.seed, mesh, rules, given)
-    state, earlier = checkpoints.restore(abstract_state(stage, optimizer, mesh, rules))
+    with clock.spent("restore"):
+        state, earlier = checkpoints.restore(abstract_state(stage, optimizer, mesh, rules))
     check_continues(earlier, where(int(state.step)), console)
     console.print(f"resuming {config.stage} at step {int(state.step)} of {config.train.steps}")
     return state
@@ -148,13 +163,13 @@ def preview(params, frozen, batch, key, *, stage, mesh) -> dict:
 class Program:
     """What the devices compute for the loop: steps, previews, and where a refused step was not finite.
 
-    options: the config's `train` group. params: their shapes with logical axes. compile_seconds is known afterwards.
+    params: their shapes with logical axes. operations: of all devices, in the steps that were started so far.
     """
 
-    def __init__(self, stage, optimizer, options, mesh, seed: int):
-        self.stage, self.optimizer, self.options, self.mesh = stage, optimizer, options, mesh
-        self.key, self.params = jax.random.key(seed), jax.eval_shape(stage.init, jax.random.key(0))
-        self.compile_seconds = 0.0
+    def __init__(self, stage, optimizer, config, mesh, clock: Clock):
+        self.stage, self.optimizer, self.options, self.mesh = stage, optimizer, config.train, mesh
+        self.key, self.params = jax.random.key(config.seed), jax.eval_shape(stage.init, jax.random.key(0))
+        self.clock, self.dtype, self.operations, self.peak = clock, config.model.dtype, 0, None
         # Constants of every step, put where they are needed once; the autoencoder was read into its shards.
         whole = replicated(mesh)
         self.frozen = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, whole), stage.frozen)
@@ -169,16 +184,38 @@ class Program:
         )
 
     def step(self, state: TrainState, batch, number: int, asked: bool):
-        """state, donated -> (state, metrics), as `make_step` has them; it is compiled for each shape of batches."""
-        arguments = (state, self.frozen, batch, jnp.int32(number), self.key, self._asked[asked])
+        """state, donated -> (state, metrics), as `make_step` has them; compiled for batches of this shape."""
+        compiled, operations = self.compile(state, batch)
+        self.operations += operations
+        return compiled(*self._arguments(state, batch, number, asked))
+
+    def _arguments(self, state, batch, number=0, asked=False):
+        return state, self.frozen, batch, jnp.int32(number), self.key, self._asked[asked]
+
+    def compile(self, state: TrainState, batch) -> tuple[Callable, int]:
+        """-> (the step for batches of this shape, its operations)."""
         shapes = tuple((name, x.shape) for name, x in batch.items())
         if shapes not in self._steps:
-            jax.block_until_ready(batch)
-            begun = time.perf_counter()
-            step = make_step(self.stage, self.optimizer, self.options, self.mesh, state)
-            self._steps[shapes] = step.lower(*arguments).compile()
-            self.compile_seconds += time.perf_counter() - begun
-        return self._steps[shapes](*arguments)
+            jax.block_until_ready((state, batch))
+            with self.clock.spent("compile"):
+                step = make_step(self.stage, self.optimizer, self.options, self.mesh, state)
+                traced = step.trace(*self._arguments(state, batch))
+                cost = operations(traced.jaxpr)
+                self._steps[shapes] = traced.lower().compile(), cost
+            if not self.peak and is_leader() and cost * self.options.steps >= WORTH_A_PEAK:
+                with self.clock.spent("start_up"):
+                    # Devices made of one CPU share what it can do.
+                    shared = jax.local_device_count() if jax.default_backend() == "cpu" else 1
+                    self.peak = matmul_peak(self.dtype) / shared
+        return self._steps[shapes]
+
+    def rates(self, operations: int, seconds: float) -> dict[str, float]:
+        """What it means that the devices did so many operations, those that `remat` repeats included, in some time:
+        {"tflops_per_device", "mfu", and the most memory there was in use until now, in GiB}."""
+        each, memory = operations / seconds / self.mesh.size, device_memory()
+        share = {"mfu": each / self.peak} if self.peak else {}
+        name = {"devices": "device_memory_gib", "process": "process_memory_gib"}[memory["of"]]
+        return {"tflops_per_device": each / 1e12, **share, name: memory["peak_bytes"] / 2**30}
 
     def preview(self, state: TrainState, batch, done: int) -> dict:
         """Pictures by the EMA parameters after `done` steps, on the host."""
@@ -194,59 +231,79 @@ class Program:
 
 
 class Saves:
-    """Checkpoints of states with their positions; `step` has one. seconds: how long they kept the loop waiting."""
+    """Checkpoints of states with their positions; `step` has one."""
 
-    def __init__(self, checkpoints: Checkpoints, where: Callable[[int], dict], step: int):
-        self.checkpoints, self.where, self.step, self.seconds = checkpoints, where, step, 0.0
+    def __init__(self, checkpoints: Checkpoints, where: Callable[[int], dict], step: int, clock: Clock):
+        self.checkpoints, self.where, self.step, self.clock = checkpoints, where, step, clock
 
-    def save(self, state: TrainState):
-        begun, step = time.perf_counter(), int(state.step)
-        if step != self.step:
-            self.checkpoints.save(state, self.where(step))
-        self.step = step
-        self.seconds += time.perf_counter() - begun
+    def save(self, state: TrainState, wait: bool = False):
+        """wait: until it is all there, and those before."""
+        with self.clock.spent("save_wait"):
+            step = int(state.step)
+            if step != self.step:
+                self.checkpoints.save(state, self.where(step))
+            self.step = step
+            if wait:
+                self.checkpoints.wait()
 
 
 class Loop:
     """The steps from a state to train.steps, or to a request to stop."""
 
-    def __init__(self, program: Program, plan: BatchPlan, saves: Saves, log: StepLog, stop, peers, validation=None):
+    def __init__(
+        self, program: Program, plan: BatchPlan, saves: Saves, log: StepLog, stop, peers, devices: Devices,
+        profile: Profile, validation: Validation | None = None,
+    ):  # fmt: skip
         self.program, self.plan, self.saves, self.log, self.validation = program, plan, saves, log, validation
-        self.stop, self.peers, self.first_step = stop, peers, None
+        self.stop, self.peers, self.devices, self.profile = stop, peers, devices, profile
+        self.clock, self.first_step = program.clock, 0.0
 
     def run(self, state: TrainState, data: Iterator[dict]) -> TrainState:
         """state, donated -> the last one, saved. A step's metrics are looked at when the next one is under way."""
         options, pending, stopping = self.program.options, None, False
-        start, self.data = int(state.step), Waited(data)
+        start = int(state.step)
         self.stop.running = True
+        self.clock.turn("steps")
         with self.log.progress:
             # What a run that was ended at its step did not come to.
             if self._validates(start) and broadcast_from_leader(start not in self.log.metrics.validated):
                 self._validate(state, start)
-            for step, batch in zip(range(start, options.steps), self.data, strict=False):
-                state, values = self.program.step(state, batch, step, asked=self.stop.signal is not None)
+            for step, batch in zip(range(start, options.steps), fed(data, self.clock, self.devices), strict=False):
+                self.program.compile(state, batch)
+                if self.profile.begins(step):
+                    with self.peers.busy(), self.clock.spent("profile"):
+                        self.profile.start(step, state)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, values = self.program.step(state, batch, step, asked=self.stop.signal is not None)
+                self.devices.given(values["loss"])
                 jax.tree.map(lambda x: x.copy_to_host_async(), values)
                 if pending:
                     stopping = self._look(state, *pending)
-                pending, done = (step, values, batch), step + 1
-                looked = done % options.checkpoint_every == 0 or self._validates(done)
-                if looked or stopping or step == start:
+                pending, done = (step, values, batch, self.program.operations), step + 1
+                saved, validated = done % options.checkpoint_every == 0, self._validates(done)
+                shown = options.preview_every and (done % options.preview_every == 0 or done == options.steps)
+                if saved or validated or shown or stopping or step == start:
                     stopping |= self._look(state, *pending)
                     pending = None
-                if done % options.checkpoint_every == 0 and not stopping:
+                if self.profile.ends(step):
+                    with self.peers.busy(), self.clock.spent("profile"):
+                        self.profile.stop(state)
+                if saved and not stopping:
                     self.saves.save(state)
-                if self._validates(done) and (not stopping or done == options.steps):
+                    self.log.metrics.spent(done, self.clock.seconds())
+                if validated and (not stopping or done == options.steps):
                     self._validate(state, done)
-                if options.preview_every and (done % options.preview_every == 0 or done == options.steps):
-                    with self.peers.busy():
+                if shown:
+                    with self.peers.busy(), self.clock.spent("previews"):
                         self.log.metrics.preview(done, self.program.preview(state, batch, done))
                 if stopping:
                     break
             if pending:
                 self._look(state, *pending)
         with self.peers.busy():
-            self.saves.save(state)
-            self.saves.checkpoints.wait()
+            self.saves.save(state, wait=True)
+        self.log.metrics.spent(int(state.step), self.clock.seconds())
+        self.clock.turn("finish")
         return state
 
     def _validates(self, done: int) -> bool:
@@ -254,30 +311,35 @@ class Loop:
         return bool(self.validation and done) and (done % every == 0 or done == last)
 
     def _validate(self, state: TrainState, done: int):
-        with self.peers.busy():
+        with self.peers.busy(), self.clock.spent("validation"):
             self.log.validated(done, self.validation(state.ema))
 
-    def _look(self, state: TrainState, step: int, values: dict, batch) -> bool:
+    def _look(self, state: TrainState, step: int, values: dict, batch, operations: int) -> bool:
         """Log a finished step, or raise for a refused one -> whether any process was asked to stop."""
         values = jax.device_get(values) | {"ids": self.plan.ids(step)}
         self.peers.progress(step)
         self.first_step = self.first_step or time.perf_counter()
         try:
-            self.log(step, values, self.data.seconds)
+            self.log(step, values, operations)
         except UserError:
             with self.peers.busy():
                 self.log.flight.write("nan", **self.program.explain(state, batch))
             raise
         return bool(values["stop"])
 
-    def timings(self, begun: float) -> dict:
-        """What it took; first_step_seconds: from `begun`, the start of train, to the end of the first step."""
+    def timings(self) -> dict:
+        """What it took; first_step_seconds: from the start of train to the end of the first step."""
+        seconds, (runs, earlier) = self.clock.seconds(), self.log.metrics.earlier
+        all_seconds = {name: seconds.get(name, 0.0) + earlier.get(name, 0.0) for name in seconds | earlier}
         return {
             "wall_seconds": round(self.log.wall_seconds(), 1),
             "steps_per_second": self.log.steps_per_second(),
-            "compile_seconds": round(self.program.compile_seconds, 1),
-            "first_step_seconds": round(self.first_step - begun, 1) if self.first_step else 0.0,
-            "save_seconds": round(self.saves.seconds, 2),  # that the loop waited for
+            "compile_seconds": round(seconds.get("compile", 0.0), 1),
+            "first_step_seconds": round(max(0.0, self.first_step - self.clock.begun), 1),
+            "save_seconds": round(seconds.get("save_wait", 0.0), 2),  # that the loop waited for
+            "peak_tflops": self.program.peak and round(self.program.peak / 1e12, 4),  # measured, of a device
+            "goodput": goodput(seconds),
+            "goodput_of_all_runs": goodput(all_seconds) | {"runs": runs + 1},
         }
 
 
@@ -287,7 +349,7 @@ def is_finished(folder: Path, step: int) -> bool:
     return path.exists() and read_json(path)["step"] == step and (folder / "ema.safetensors").exists()
 
 
-def finish(config, folder: Path, state: TrainState, metadata, mesh, timings: dict, console) -> dict:
+def finish(config, folder: Path, state: TrainState, metadata, mesh, timings: Callable, console) -> dict:
     """Write summary.json, and the EMA weights under the digest that the last checkpoint has."""
     digests = {name: digest(getattr(state, name)) for name in ("params", "ema", "opt_state")}
     ema = to_host(state.ema)
@@ -296,8 +358,7 @@ def finish(config, folder: Path, state: TrainState, metadata, mesh, timings: dic
         "step": int(state.step),
         "examples": int(state.step) * config.train.batch_size,
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-        **timings,
-        "peak_memory_gib": peak_memory_gib(),
+        "peak_memory_gib": round(process_peak() / 2**30, 2),
         "digests": digests,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
@@ -308,6 +369,11 @@ def finish(config, folder: Path, state: TrainState, metadata, mesh, timings: dic
     }
     if is_leader():
         export(folder / "ema.safetensors", Trained(config, ema, metadata))
+    summary |= timings()
+    if is_leader():
         write_json(folder / "summary.json", summary)
     console.print(f"{config.stage}: step {summary['step']}, {summary['wall_seconds']} s; wrote {folder}/summary.json")
+    console.print(f"goodput {in_words(summary['goodput'])}")
+    if (runs := summary["goodput_of_all_runs"])["runs"] > 1:
+        console.print(f"goodput of all {runs['runs']} runs {in_words(runs)}")
     return summary

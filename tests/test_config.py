@@ -143,6 +143,8 @@ def test_groups_tables_and_the_stage_cannot_be_overridden():
         ("autoencoder", "train.ema_decay", "nan", "not a finite number"),
         ("sample", "sampling.guidance", "nan", "not a finite number"),
         ("autoencoder", "train.ema_decay", "1.5", "outside 0 to 1"),
+        ("autoencoder", "train.profile", "3:1", "it ends before it begins"),
+        ("content", "train.profile", "9000000:9000001", "not below train.steps="),
         ("autoencoder", "optimizer.b2", "-0.1", "outside 0 to 1"),
         ("autoencoder", "optimizer.b1", "1.0", "outside 0 to 1"),
         ("content", "guidance.label_dropout", "2.0", "outside 0 to 1"),
@@ -268,8 +270,8 @@ def test_every_key_has_a_meaning_and_a_range_that_holds_its_default(stage, denoi
     for name, key in declared.items():
         assert key.meaning and key.range and rows[name][1:] == [key.range, key.meaning]
         key.check(name, key.default)
-        # A text that may be empty is a path, a choice, or one of the words of a user.
-        free = key.default == "" and not key.path and not key.choices
+        # A text that may be empty is a path, a choice, a span, or one of the words of a user.
+        free = key.default == "" and not key.path and not key.choices and not key.span
         assert not free or name in TEXTS
 
 

@@ -7,6 +7,7 @@ import tiny
 from rich.table import Table
 
 import cmd_jax
+from cmd_jax.performance.goodput import Clock
 from cmd_jax.report.console import make_console
 from cmd_jax.report.training import Metrics, StepLog
 from cmd_jax.running.flight import FlightRecord
@@ -30,7 +31,8 @@ def test_cells_are_printed_as_they_are(capsys):
 
 def test_progress_shows_what_it_is_given(tmp_path):
     metrics, console = Metrics(tmp_path, 0, writes=False), make_console(quiet=True)
-    report = StepLog("content", tiny.config_of("content").train, 0, str, metrics, FlightRecord(tmp_path), console)
+    options, flight = tiny.config_of("content").train, FlightRecord(tmp_path)
+    report = StepLog("content", options, 0, str, metrics, flight, console, Clock(), dict)
     report.progress.update(report.task, description=TRICKY, shown=TRICKY)
     (task,) = report.progress.tasks
     shown = [str(column.render(task)) for column in report.progress.columns]

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import gzip
 import hashlib
 import json
 import logging
@@ -34,6 +35,7 @@ from cmd_jax.trained import load_trained
 
 pytestmark = pytest.mark.xdist_group("tiny")
 TIMINGS = ("steps_per_second", "clips_per_second", "data_wait", "wall_seconds")
+TIMINGS += ("tflops_per_device", "mfu", "process_memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,17 @@ def run():
 def metrics_of(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def steps_traced(folder: Path) -> list[list[int]]:
+    """Of each trace of a run, which holds the step's program by its name, in the order of their making."""
+    found = []
+    for path in sorted((folder / "profile").rglob("*.trace.json.gz")):
+        assert any(b"jit_step" in file.read_bytes() for file in path.parent.glob("*.xplane.pb"))
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        assert any(event.get("args", {}).get("hlo_module") == "jit_step" for event in events)
+        found.append([int(event["args"]["step_num"]) for event in events if event.get("name") == "train"])
+    return found
 
 
 def latest(folder: Path) -> int:
@@ -81,6 +94,23 @@ def test_files_of_a_finished_run(run, stage):
     assert summary["parameters"] == sum(x.size for x in jax.tree.leaves(params))
     assert summary["wall_seconds"] > 0 and summary["compile_seconds"] > 0 and summary["peak_memory_gib"] > 0
     assert len(read_json(folder / "facts.json")["class_names"]) == 48
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "content", "motion"])
+def test_where_the_time_went(run, stage):
+    folder = run / stage
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    # A run as short as this is over before the peak is measured, and its share of it known.
+    assert all(line["tflops_per_device"] > 0 and "mfu" not in line for line in lines[1:])
+    assert all(line["process_memory_gib"] > 0.1 for line in lines[1:])
+    summary = read_json(folder / "summary.json")
+    told, seconds = summary["goodput"], summary["goodput"]["seconds"]
+    assert sum(seconds.values()) == pytest.approx(told["wall_seconds"], abs=1e-6)
+    assert told["wall_seconds"] == pytest.approx(summary["wall_seconds"] + seconds["start_up"], abs=1.0)
+    assert told["share"] == round(seconds["steps"] / told["wall_seconds"], 4) and 0 < told["share"] < 1
+    assert {"steps", "start_up", "compile", "save_wait", "finish"} <= set(seconds) and min(seconds.values()) >= 0
+    assert ("previews" in seconds) == (stage != "content")
+    assert summary["goodput_of_all_runs"] == told | {"runs": 1}
 
 
 def test_previews_are_written(run):
@@ -142,8 +172,8 @@ def test_stopped_in_an_event_loop_and_resumed_in_a_thread_bit_for_bit(run, tmp_p
     tmp_path /= "exp[lr=1e-2] [bold]x :smile:"
     handlers = [signal.getsignal(number) for number in StopRequest.SIGNALS]
 
-    async def cell():
-        training.train(tiny.config_of("autoencoder"), str(tmp_path))
+    async def cell():  # the first trace is of two steps, the second of what is left when the run goes on
+        training.train(tiny.config_of("autoencoder", train__profile="1:3"), str(tmp_path))
 
     monkeypatch.setattr(training.Metrics, "scalars", interrupt)
     with pytest.raises(Stopped, match="after step 5; saved"):
@@ -160,7 +190,8 @@ def test_stopped_in_an_event_loop_and_resumed_in_a_thread_bit_for_bit(run, tmp_p
     monkeypatch.undo()
     monkeypatch.setattr(training, "init_state", None)  # of which a resumed run would have no use
     with ThreadPoolExecutor(1) as pool:
-        summary = pool.submit(training.train, tiny.config_of("autoencoder"), tmp_path).result()
+        config = tiny.config_of("autoencoder", train__profile="4:9")
+        summary = pool.submit(training.train, config, tmp_path).result()
     assert summary == read_json(folder / "summary.json")
     out = capsys.readouterr().out
     assert "resuming autoencoder at step 5 of 6" in out and f"; wrote {folder}/summary.json\n" in out
@@ -169,6 +200,10 @@ def test_stopped_in_an_event_loop_and_resumed_in_a_thread_bit_for_bit(run, tmp_p
     assert metrics_of(folder) == metrics_of(run / "autoencoder")
     walls = [json.loads(line)["wall_seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert walls == sorted(walls) and resumed["wall_seconds"] < 1e6  # adds up over the two runs
+    assert steps_traced(folder) == [[1, 2], [5]]
+    ours, all_runs = resumed["goodput"], resumed["goodput_of_all_runs"]
+    assert "restore" in ours["seconds"] and "profile" in ours["seconds"] and all_runs["runs"] == 2
+    assert all_runs["wall_seconds"] > ours["wall_seconds"] and not all_runs["seconds"].get("repeated")
 
 
 def test_a_signal_in_the_middle_of_a_preview_saves_and_ends(run, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from cmd_jax.data.splits import cut
 from cmd_jax.data.store import folder_of, open_store
 from cmd_jax.errors import Stopped, UserError
 from cmd_jax.keys import derive
+from cmd_jax.performance.goodput import Clock
 from cmd_jax.report.console import make_console
 from cmd_jax.running.peers import Peers
 from cmd_jax.sharding import make_mesh
@@ -75,6 +76,7 @@ def trained(run, workdir, **changes):
     summary = training.train(tiny.config_of("content", **path, **HELD, **changes), workdir)
     lines = [json.loads(line) for line in (workdir / "content" / "metrics.jsonl").read_text().splitlines()]
     timings = ("steps_per_second", "clips_per_second", "data_wait", "wall_seconds")
+    timings += ("tflops_per_device", "process_memory_gib")
     return [{key: value for key, value in line.items() if key not in timings} for line in lines], summary
 
 
@@ -155,7 +157,7 @@ def test_a_loss_that_was_lower_before_is_named(tmp_path, capsys):
     options, console = tiny.config_of("content", train__steps=100).train, make_console()
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "validation_loss": 0.5, "wall_seconds": 1.0}\n')
     with contextlib.closing(training.Metrics(tmp_path, 20)) as metrics:
-        log = training.StepLog("content", options, 20, str, metrics, None, console)
+        log = training.StepLog("content", options, 20, str, metrics, None, console, Clock(), dict)
         for step, loss in ((30, 0.625), (40, 0.25), (50, 0.75)):
             log.validated(step, {"loss": loss})
     shown = capsys.readouterr().out.splitlines()

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
+from cmd_jax.performance.apart import apart
 from cmd_jax.performance.known import CALLS, Known, inner_jaxprs
 
 # Where a value comes from; an elementwise result comes from the greatest of its operands.
@@ -70,7 +71,7 @@ def operations(jaxpr: ClosedJaxpr) -> int:
 
 
 def _count(jaxpr: ClosedJaxpr, origins: list[int]) -> Flops:
-    return _walk(Known(jaxpr, [lambda: None] * len(origins), runs=1), origins)[1]
+    return apart(_walk, Known(jaxpr, [lambda: None] * len(origins), runs=1), origins)[1]
 
 
 def _walk(known: Known, origins: list[int]) -> tuple[list[int], Flops]:

@@ -6,6 +6,8 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 
+from cmd_jax.performance.apart import apart
+
 # {platform: (rows of the square matrices, products in a chain)}: long enough that starting a chain costs nothing.
 SIZES = {"cpu": (1536, 2)}
 ACCELERATOR = (8192, 16)
@@ -13,13 +15,17 @@ ACCELERATOR = (8192, 16)
 
 @cache
 def matmul_peak(dtype: str = "float32", seconds: float = 0.3) -> float:
-    """Floating-point operations a second (two a multiply-add) of products in `dtype` on the first device of the default
-    backend, in JAX's default precision; the best of all chains of large products that end within `seconds`.
+    """Floating-point operations a second (two a multiply-add) of products in `dtype` on the first local device of the
+    default backend, in JAX's default precision; the best of all chains of large products that end within `seconds`.
 
     A CPU multiplies with all threads that one computation may use; devices made of one CPU share them. Measured
     once a process. Adds to `seconds` the time to compile a chain and to run it once.
     """
-    device = jax.devices()[0]
+    return apart(_measure, dtype, seconds)
+
+
+def _measure(dtype: str, seconds: float) -> float:
+    device = jax.local_devices()[0]
     size, products = SIZES.get(device.platform, ACCELERATOR)
 
     @jax.jit

@@ -20,10 +20,11 @@ from cmd_jax.buckets import BucketPath, write_if
 from cmd_jax.config import STAGES, to_json
 from cmd_jax.errors import UserError, of_file
 from cmd_jax.files import AT_A_TIME, as_path, each, is_remote, remove_tree, versions, write_json, write_text
+from cmd_jax.performance.memory import process_peak
 from cmd_jax.report.gallery import Item, Section, write_gallery
 from cmd_jax.report.video import film_strip, image_grid, to_uint8, video_grid, write_gif, write_mp4, write_png
 from cmd_jax.running.distributed import gather, is_leader, leader_alone, linger, several
-from cmd_jax.running.runtime import StopRequest, peak_memory_gib
+from cmd_jax.running.runtime import StopRequest
 from cmd_jax.running.watch import watched
 
 UNFINISHED = ".unfinished"
@@ -226,7 +227,7 @@ def write_summary(output: OutputFolder, config, started: float, **values):
         write_text(output.path / "config.json", to_json(config) + "\n")
         summary = {
             "wall_seconds": round(time.perf_counter() - started, 1),
-            "peak_memory_gib": peak_memory_gib(),
+            "peak_memory_gib": round(process_peak() / 2**30, 2),
             "devices": jax.device_count(),
             "processes": jax.process_count(),
             "platform": jax.default_backend(),

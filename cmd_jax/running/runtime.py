@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import os
-import resource
 import signal
 import stat
 import subprocess
@@ -66,11 +65,6 @@ def has_terminal() -> bool:
         return True
     except OSError:
         return False
-
-
-def peak_memory_gib() -> float:
-    """The most memory this process has held so far, GiB of the host."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
 def is_heard(number: int) -> bool:

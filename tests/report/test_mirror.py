@@ -40,7 +40,7 @@ def test_a_run_goes_on_where_its_files_in_the_bucket_end(bucket, tmp_path):
         there, here = (train(folder, steps, start) for folder in reversed(folders))
         assert here.wall_seconds == there.wall_seconds == max(0.0, start - 1.0)
         assert not list((tmp_path / "cache" / "tmp").iterdir())
-    for name in ("metrics.jsonl", "ledger.jsonl"):
+    for name in ("metrics.jsonl", "ledger.jsonl", "goodput.jsonl"):
         assert bucket.get(f"run/{name}") == (local / name).read_bytes()
     assert [line["step"] for line in lines(bucket, "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
     assert [line.get("step", "start") for line in lines(bucket, "ledger.jsonl")] == ["start", 0, 1, 2, 3, 4] + [
@@ -52,7 +52,7 @@ def test_a_run_goes_on_where_its_files_in_the_bucket_end(bucket, tmp_path):
     assert all(b"loss" in bucket.get(name) for name in events)
     previews = {str(path.relative_to(local)) for path in local.glob("previews/*")}
     assert {name.removeprefix("run/") for name in names} - set(previews) == {
-        "metrics.jsonl", "ledger.jsonl", *(Path(name).name for name in events),
+        "metrics.jsonl", "ledger.jsonl", "goodput.jsonl", *(Path(name).name for name in events),
     } and len(previews) == 2  # fmt: skip
 
 
