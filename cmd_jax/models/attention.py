@@ -6,18 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cmd_jax.models.layout import splits, with_own_queries
+
 WHOLE_TOKENS = 1024  # up to so many queries, or keys, all scores exist at once
 QUERY_BLOCK = 256
 
 
-def attend(query, key, value):
+def attend(query, key, value, axes=("act_batch", "act_token")):
     """Softmax attention over the token axis: query [..., N, heads, head_dim], key and value [..., M, heads, head_dim]
     -> [..., N, heads, head_dim].
 
     Logits and softmax are float32 whatever the inputs' dtype. Where both N and M exceed WHOLE_TOKENS the queries are
     taken in blocks, forward and backward, so that memory grows with N + M and not with N * M: 8,192 tokens of 5 heads
-    have 1.3 GB of scores.
+    have 1.3 GB of scores. axes: logical ones of the queries' dimensions up to N; where the mesh splits more than the
+    batch, each device takes its own queries, and all keys and values of theirs.
     """
+    if splits("act_token", "act_time"):
+        return with_own_queries(_blocked, query, key, value, axes)
+    return _blocked(query, key, value)
+
+
+def _blocked(query, key, value):
     if min(query.shape[-3], key.shape[-3]) <= WHOLE_TOKENS:
         return _attend(query, key, value)
     *outer, tokens, heads, width = query.shape

@@ -11,6 +11,7 @@ from einops import rearrange
 
 from cmd_jax.models.attention import attend, rotary_table, rotate
 from cmd_jax.models.layers import Unpatchify, dense, layer_norm, patchify, scanned
+from cmd_jax.models.layout import constrain, relaid
 
 NORM_EPSILON = 1e-5  # of the original PyTorch layers
 POSITIONS = ("rotary", "none")
@@ -50,7 +51,8 @@ class AxialAttention(nn.Module):
         )
         if table is not None:
             query, key = rotate(query, table), rotate(key, table)
-        x = jnp.swapaxes(attend(query, key, value), self.axis, 2)
+        axes = ("act_batch", "act_token", None) if self.axis == 1 else ("act_batch", "act_time", "act_token")
+        x = jnp.swapaxes(attend(query, key, value, axes), self.axis, 2)
         return dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(rearrange(x, "b t n h d -> b t n (h d)"))
 
 
@@ -79,8 +81,11 @@ class FactorizedBlock(nn.Module):
     def __call__(self, x, time_table, space_table):
         norm = partial(layer_norm, NORM_EPSILON, affine=True, dtype=self.dtype)
         attention = partial(AxialAttention, self.heads, self.head_dim, dtype=self.dtype)
-        x = nn.with_logical_constraint(x, ("act_batch", "act_time", "act_token", "act_embed"))
-        x = x + attention(axis=1, name="time")(norm(name="time_norm")(x), time_table)
+        frames = ("act_batch", "act_time", "act_token", "act_embed")
+        x = constrain(x, frames)
+        # Where devices have frames of their own, each takes cells of all frames for this, and gives them back.
+        y = relaid(norm(name="time_norm")(x), ("act_batch", None, "act_token", "act_embed"))
+        x = x + relaid(attention(axis=1, name="time")(y, time_table), frames)
         x = x + attention(axis=2, name="space")(norm(name="space_norm")(x), space_table)
         x = x + GEGLU(self.dtype, name="mlp")(norm(name="mlp_norm")(x))
         return x, None

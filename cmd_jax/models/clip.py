@@ -9,6 +9,7 @@ from einops import rearrange
 
 from cmd_jax.errors import UserError
 from cmd_jax.models.layers import dense, layer_norm, scanned
+from cmd_jax.models.layout import constrain
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -32,7 +33,7 @@ class CLIPBlock(nn.Module):
         width = x.shape[-1]
         norm = partial(layer_norm, self.epsilon, affine=True, dtype=self.dtype)
         project = partial(dense, width, ("embed", "heads"), dtype=self.dtype)
-        x = nn.with_logical_constraint(x, ("act_batch", "act_token", "act_embed"))
+        x = constrain(x, ("act_batch", "act_token", "act_embed"))
 
         y = norm(name="attention_norm")(x)
         query, key, value = (

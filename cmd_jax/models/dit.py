@@ -10,6 +10,7 @@ from einops import rearrange
 
 from cmd_jax.models.attention import attend
 from cmd_jax.models.layers import dense, layer_norm, patchify, scanned
+from cmd_jax.models.layout import constrain, relaid
 
 NORM_EPSILON = 1e-6
 TIMESTEP_FEATURES = 256
@@ -64,7 +65,7 @@ class DiTBlock(nn.Module):
             6 * width, ("embed", "modulation"), init=nn.initializers.zeros, dtype=self.dtype, name="modulation"
         )(condition)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-        x = nn.with_logical_constraint(x, ("act_batch", "act_token", "act_embed"))
+        x = constrain(x, ("act_batch", "act_token", "act_embed"))
 
         y = modulate(norm(NORM_EPSILON)(x), shift_a, scale_a)
         query, key, value = (
@@ -138,6 +139,8 @@ class DiT(nn.Module):
         if self.content_patch and reuse is None:
             extra = content if content.ndim == 3 else self.content_tokens(content)
             tokens = jnp.concatenate([tokens, extra], axis=1)
+        # Joined on each device, which then takes its own: what is joined over devices is sent.
+        tokens = relaid(tokens, ("act_batch", None, "act_embed"))
 
         small = nn.initializers.normal(0.02)
         condition = timestep_features(timesteps, shift=self.frequency_shift)

@@ -1,9 +1,12 @@
 """The space in which CMD sees frames: pixels, or the latents of a pretrained image VAE (paper section 3.2)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from cmd_jax.models.layout import constrain, rows_are, ways
 from cmd_jax.models.vae import VAE
 
 
@@ -43,7 +46,8 @@ class VAELatents:
     """Frames as scaled latents [h, w, C] of an image VAE, H/h = W/w = factor; the mode of each, without noise.
 
     params: of the VAE, or None where only shapes are needed. at_once: frames of each clip that the VAE takes at once;
-    it must divide T. What the VAE needs of memory grows with it and the batch, not with T.
+    it must divide T. What the VAE needs of memory grows with it and the batch, not with T. Devices that do not split
+    the batch share the frames of each clip, whatever else of it they split, and each takes its own one after the other.
     """
 
     def __init__(self, module: VAE, params=None, at_once: int = 1):
@@ -67,11 +71,18 @@ class VAELatents:
         return self.module.apply({"params": params}, latents, method="decode")
 
     def _by_chunks(self, one, video):
-        """`one`, a function of images, over [B, T, ...], chunk after chunk of the frames."""
-        clips = len(video)
+        """`one`, a function of images, over [B, T, ...], chunk after chunk of the frames of each device."""
+        clips, frames, *picture = video.shape
+        shared = ways(frames, "act_picture", beside="act_batch")
+        at_once = math.gcd(self.at_once, frames // shared)
 
         def chunk(frames):
-            return rearrange(one(rearrange(frames, "b c ... -> (b c) ...")), "(b c) ... -> b c ...", b=clips)
+            return rearrange(one(rearrange(frames, "b c ... -> (b c) ...")), "(b c) ... -> b c ...", c=at_once)
 
-        chunks = rearrange(video, "b (n c) ... -> n b c ...", c=self.at_once)
-        return rearrange(jax.lax.map(chunk, chunks), "n b c ... -> b (n c) ...")
+        with rows_are("act_picture"):
+            parts = video.reshape(clips * shared, frames // shared, *picture)
+            if shared > 1:
+                parts = constrain(parts, ("act_batch", None, *(None for _ in picture)))
+            chunks = rearrange(parts, "b (n c) ... -> n b c ...", c=at_once)
+            parts = rearrange(jax.lax.map(chunk, chunks), "n b c ... -> b (n c) ...")
+        return parts.reshape(clips, frames, *parts.shape[2:])

@@ -9,8 +9,7 @@ from einops import rearrange, repeat
 
 from cmd_jax.models.attention import attend
 from cmd_jax.models.layers import dense, group_norm
-
-CELLS = ("act_batch", None, None, "act_embed")  # logical axes of [B,H,W,C]; rows and columns of cells stay whole
+from cmd_jax.models.layout import CELLS, constrain
 
 
 def conv(features: int, *, stride: int = 1, padding=1, dtype, name: str) -> nn.Conv:
@@ -41,7 +40,7 @@ class ResidualBlock(nn.Module):
     def __call__(self, x, time=None):
         norm = partial(group_norm, self.groups, self.epsilon, dtype=self.dtype)
         convolve = partial(conv, self.channels, dtype=self.dtype)
-        x = nn.with_logical_constraint(x, CELLS)
+        x = constrain(x, CELLS)
         y = convolve(name="conv1")(jax.nn.silu(norm(name="norm1")(x)))
         if time is not None:
             y = y + dense(self.channels, ("embed", "conv_out"), dtype=self.dtype, name="time")(time)[:, None, None]

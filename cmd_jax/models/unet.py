@@ -11,6 +11,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.models.autoencoder import GEGLU
 from cmd_jax.models.image_blocks import CELLS, Attention, ResidualBlock, conv, enlarge
 from cmd_jax.models.layers import REMAT_POLICIES, dense, group_norm, layer_norm
+from cmd_jax.models.layout import constrain
 
 TRANSFORMER_NORM_EPSILON = 1e-6  # of the GroupNorm before a transformer
 LAYER_NORM_EPSILON = 1e-5
@@ -26,7 +27,7 @@ class TransformerBlock(nn.Module):
     def __call__(self, x, text):
         norm = partial(layer_norm, LAYER_NORM_EPSILON, affine=True, dtype=self.dtype)
         attention = partial(Attention, self.heads, bias=False, dtype=self.dtype)
-        x = nn.with_logical_constraint(x, ("act_batch", "act_token", "act_embed"))
+        x = constrain(x, ("act_batch", "act_token", "act_embed"))
         y = norm(name="norm1")(x)
         x = x + attention(name="self")(y, y)
         x = x + attention(name="cross")(norm(name="norm2")(x), text)
