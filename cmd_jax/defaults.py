@@ -57,6 +57,9 @@ MESH = dict(
     slices=key(1, "TPU slices, or hosts with a fast network each; the data axis spans them", at_least=1),
     report_above=key(1_000_000, "name parameters of more values that no axis splits", at_least=0),
 )
+SAMPLING_MESH = changed(MESH) | dict(
+    guidance=key(1, "2: one device draws a clip as it is asked, another without the condition", at_least=1, at_most=2)
+)
 PROCESSES = dict(
     expected=key(0, "so many must have started; 0: any number", at_least=0),
     start_timeout=key(300.0, "seconds for all of them to connect", above=0),
@@ -301,6 +304,7 @@ DECLARED = {  # stage -> {denoiser, of those that have one: declarations}
     "sample": {  # section 3.3, appendix B
         "": _stage(
             "sample",
+            mesh=SAMPLING_MESH,
             data=changed(DATA, split="test", clips=256),
             weights=path("folder of autoencoder/content/motion.safetensors; empty: the workdir's stages"),
             sampling=SAMPLING,

@@ -15,10 +15,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cmd_jax.errors import UserError, choose
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor")  # of training
+SAMPLING_AXES = ("data", "fsdp", "guidance", "tensor")
 BATCH_AXES = ("data", "fsdp")
 PRESETS = {"dp": "data", "fsdp": "fsdp", "tp": "tensor", "fsdp_tp": "fsdp"}  # the axis that each lets fill the devices
-UNSET = {"data": -1, "fsdp": 1, "tensor": 1}  # sizes that a config has as long as nobody sets them
+UNSET = {"data": -1, "fsdp": 1, "guidance": 1, "tensor": 1}  # sizes that a config has as long as nobody sets them
 SHAPES_IN_ERROR = 12
 LOGICAL_AXES = {  # what each name stands for
     "act_batch": "clips of a batch",
@@ -47,9 +48,9 @@ LOGICAL_AXES = {  # what each name stands for
 
 
 def make_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh of the axes data, fsdp and tensor over `devices`, by default all there are.
+    """Mesh of the axes data, fsdp and tensor, and of sampling guidance, over `devices`, by default all there are.
 
-    config: the `mesh` group {preset, data, fsdp, tensor, slices}. One size may be -1 to fill the devices. The data axis
+    config: the `mesh` group {preset, data, fsdp, guidance where it has one, tensor, slices}. One size may be -1 to fill the devices. The data axis
     is outermost, so that the devices of a host hold neighbouring rows of a batch, except where a TPU's network has
     another order. With `slices` above 1 the data axis spans them: TPU slices, or hosts where there is no such thing.
 
@@ -58,10 +59,10 @@ def make_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """
     devices = list(jax.devices() if devices is None else devices)
     slices = _check_slices(config.slices, devices)
-    sizes = mesh_sizes(config, len(devices))
+    axes, sizes = axes_of(config), mesh_sizes(config, len(devices))
     if slices > 1:
         grid = mesh_utils.create_hybrid_device_mesh(
-            (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices,
+            (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:])), devices,
             process_is_granule=len(_slices_of(devices)) == 1, allow_split_physical_axes=True,
         )  # fmt: skip
     elif devices[0].platform == "tpu":
@@ -69,7 +70,21 @@ def make_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:  # jax.make_mesh takes each host of GPUs for a slice, and refuses several
         grid = np.asarray(devices).reshape(sizes)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return mesh_over(grid, axes)
+
+
+def mesh_over(grid: np.ndarray, axes: tuple[str, ...]) -> Mesh:
+    return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def axes_of(config) -> tuple[str, ...]:
+    """Of the mesh of a `mesh` group: guidance splits the batch of sampling only."""
+    return tuple(axis for axis in SAMPLING_AXES if axis in config)
+
+
+def is_unset(config) -> bool:
+    """Whether nobody has said how a `mesh` group's devices are used."""
+    return not config.preset and config.slices == 1 and all(config[axis] == UNSET[axis] for axis in axes_of(config))
 
 
 def _slices_of(devices) -> Counter:
@@ -93,17 +108,18 @@ def _check_slices(slices: int, devices) -> int:
     return slices
 
 
-def mesh_sizes(config, count: int) -> tuple[int, int, int]:
-    """The sizes (data, fsdp, tensor) of a config's `mesh` group on `count` devices; errors as of `make_mesh`."""
-    sizes, slices = {axis: config[axis] for axis in MESH_AXES}, config.slices
+def mesh_sizes(config, count: int) -> tuple[int, ...]:
+    """The sizes of the axes of a config's `mesh` group on `count` devices; errors as of `make_mesh`."""
+    axes, slices = axes_of(config), config.slices
+    sizes = {axis: config[axis] for axis in axes}
     shown = "x".join(str(size) for size in sizes.values())
     if any(s == 0 or s < -1 for s in sizes.values()) or list(sizes.values()).count(-1) > 1 + bool(config.preset):
         raise UserError("mesh", shown, "sizes must be positive, at most one of them -1", "set mesh.data=-1")
     if config.preset:
         choose("mesh.preset", config.preset, PRESETS)
-        wanted = _preset_sizes(config.preset, count, slices, sizes["tensor"])
+        wanted = _preset_sizes(axes, config.preset, count, slices, sizes)
         shown = f"{config.preset} {'x'.join(map(str, wanted))}"
-        for axis, size in zip(MESH_AXES, wanted, strict=True):
+        for axis, size in zip(axes, wanted, strict=True):
             fills = -1 if axis == PRESETS[config.preset] else size
             if sizes[axis] not in (size, fills, UNSET[axis]):
                 problem = f"mesh.preset={config.preset} makes it {size}"
@@ -114,30 +130,37 @@ def mesh_sizes(config, count: int) -> tuple[int, int, int]:
         filled = tuple(count // known if s == -1 else s for s in sizes.values())
     if math.prod(filled) != count:
         problem = f"does not make the {count} devices here"
-        raise UserError("mesh", shown, problem, _valid_shapes(filled, count, slices))
+        raise UserError("mesh", shown, problem, _valid_shapes(axes, filled, count, slices))
     if filled[0] % slices:
         problem = f"the data axis is {filled[0]}, which the mesh.slices={slices} that it spans do not divide"
-        raise UserError("mesh", shown, problem, _valid_shapes(filled, count, slices))
+        raise UserError("mesh", shown, problem, _valid_shapes(axes, filled, count, slices))
     return filled
 
 
-def _preset_sizes(preset: str, count: int, slices: int, tensor: int = 1) -> tuple[int, int, int]:
-    """The sizes of a preset; all but dp use the data axis for nothing but the slices."""
-    inside = count // slices
+def _preset_sizes(axes, preset: str, count: int, slices: int, given: dict) -> tuple[int, ...]:
+    """The sizes of a preset; all but dp use the data axis for nothing but the slices. given: those of the config, of
+    which guidance stays, and a tensor above 1 of fsdp_tp."""
+    guidance, tensor = max(given.get("guidance", 1), 1), given.get("tensor", 1)
+    inside = count // slices // guidance
     tensor = tensor if tensor > 1 else min(2, inside)  # a single device has nothing to split
-    return {
-        "dp": (count, 1, 1),
+    data, fsdp, tensor = {
+        "dp": (slices * inside, 1, 1),
         "fsdp": (slices, inside, 1),
         "tp": (slices, 1, inside),
         "fsdp_tp": (slices, inside // tensor, tensor),
     }[preset]
+    return tuple({"data": data, "fsdp": fsdp, "guidance": guidance, "tensor": tensor}[axis] for axis in axes)
 
 
-def _valid_shapes(sizes, count: int, slices: int) -> str:
+def _valid_shapes(axes, sizes, count: int, slices: int) -> str:
     """All shapes that make `count` devices, or of many the presets' and those nearest to `sizes`."""
     divisors = [d for d in range(1, count + 1) if count % d == 0]
-    shapes = [(d, f, count // d // f) for d in divisors for f in divisors if count % (d * f) == 0 and d % slices == 0]
-    names = {_preset_sizes(preset, count, slices): preset for preset in reversed(PRESETS)}
+    shapes = [
+        (d, f, *g, count // math.prod((d, f, *g)))
+        for d in divisors for f in divisors for g in ([(1,), (2,)] if "guidance" in axes else [()])
+        if d % slices == 0 and count % math.prod((d, f, *g)) == 0
+    ]  # fmt: skip
+    names = {_preset_sizes(axes, preset, count, slices, {}): preset for preset in reversed(PRESETS)}
     shown = shapes
     if len(shapes) > SHAPES_IN_ERROR:
         # A size of 0 stands for one that had no devices left to fill.
@@ -146,13 +169,14 @@ def _valid_shapes(sizes, count: int, slices: int) -> str:
         shown = sorted(chosen)
     texts = ["x".join(map(str, shape)) + (f" ({names[shape]})" if shape in names else "") for shape in shown]
     more = f" and {len(shapes) - len(shown)} more" if len(shown) < len(shapes) else ""
-    return f"use for example {', '.join(texts)}{more} (data x fsdp x tensor)"
+    return f"use for example {', '.join(texts)}{more} ({' x '.join(axes)})"
 
 
 def check_rules(rules) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """The config's rules table as flax wants it: one rule for each of LOGICAL_AXES, to known mesh axes.
 
-    Axes of activations may meet in one array, so no two of them may share a mesh axis, whatever its size.
+    Axes of activations may meet in one array, so no two of them may share a mesh axis, whatever its size; but where
+    frames and tokens do, frames take it.
     """
     checked, activations = {}, {}
     for name, axes in rules:
@@ -161,10 +185,11 @@ def check_rules(rules) -> tuple[tuple[str, tuple[str, ...]], ...]:
         if name in checked:
             raise UserError("rules", name, "has two rules", "leave one")
         for axis in axes:
-            choose(f"rules.{name}", axis, MESH_AXES)
+            choose(f"rules.{name}", axis, SAMPLING_AXES if name.startswith("act_") else MESH_AXES)
             if axes.count(axis) > 1:
                 raise UserError(f"rules.{name}", axis, "stands there twice", "leave one")
-            if name.startswith("act_") and activations.setdefault(axis, name) != name:
+            shared = "act_token" if name == "act_time" else name
+            if name.startswith("act_") and activations.setdefault(axis, shared) != shared:
                 problem = f"{activations[axis]} is split over it already"
                 raise UserError(f"rules.{name}", axis, problem, "map one of the two to another axis or to ()")
         checked[name] = axes
@@ -176,8 +201,16 @@ def check_rules(rules) -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 @contextlib.contextmanager
 def partitioning(mesh: Mesh, rules):
-    """Within it, logical constraints of the models are laid out on `mesh` by `rules`."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(check_rules(rules)):
+    """Within it, logical constraints of the models are laid out on `mesh` by `rules`.
+
+    Two more rules follow from that of a batch's rows: those of guidance, two a clip, are also split over the guidance
+    axis, and the frames of clips, as pictures of the image VAE, over all axes.
+    """
+    rules = check_rules(rules)
+    batch = dict(rules)["act_batch"]
+    more = {"act_guided": ("guidance",), "act_picture": SAMPLING_AXES}
+    rows = tuple((name, (*batch, *(a for a in axes if a not in batch))) for name, axes in more.items())
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules + rows):
         yield
 
 

@@ -19,18 +19,22 @@ def mesh_axes(axis: str | None) -> tuple[str, ...]:
     return tuple(a for a in dict(nn.get_logical_axis_rules()).get(axis) or () if a in sizes)
 
 
-def spec_of(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Of an array with these logical axes. A mesh axis splits the first dimension that asks for it and that it
-    divides; the last ones of a dimension are tried first."""
-    sizes, taken, spec = jax.sharding.get_abstract_mesh().shape, set(), []
+def splitting(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> list[tuple[str, ...]]:
+    """The axes of the mesh over which each dimension of an array with these logical axes is split. A mesh axis splits
+    the first dimension that asks for it and that it divides; the last ones of a dimension are tried first."""
+    sizes, taken, found = jax.sharding.get_abstract_mesh().shape, set(), []
     for size, axis in zip(shape, axes, strict=True):
-        split = []
+        split = ()
         for name in reversed(mesh_axes(axis)):
-            if name not in taken and size % (sizes[name] * math.prod(sizes[a] for a in split)) == 0:
-                split.insert(0, name)
+            if name not in taken and size % math.prod(sizes[a] for a in (name, *split)) == 0:
+                split = (name, *split)
         taken.update(split)
-        spec.append(tuple(split) or None)
-    return PartitionSpec(*spec)
+        found.append(split)
+    return found
+
+
+def spec_of(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
+    return PartitionSpec(*(split or None for split in splitting(shape, axes)))
 
 
 def constrain(x, axes: tuple[str | None, ...]):
@@ -44,8 +48,7 @@ def ways(size: int, axis: str, beside: str | None = None) -> int:
     """Into how many parts the mesh splits a dimension of that size and logical axis, by axes that do not split
     another dimension, `beside`, already."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    spec = spec_of((0, size), (beside, axis))
-    return math.prod(sizes[name] for name in spec[1] or ())
+    return math.prod(sizes[name] for name in splitting((0, size), (beside, axis))[1])
 
 
 def splits(*axes: str) -> bool:
@@ -62,8 +65,10 @@ def relaid(x, axes: tuple[str | None, ...]):
 @contextlib.contextmanager
 def rows_are(axis: str):
     """Within it the rows of a batch lie as the logical axis `axis` does, and nothing else over the same mesh axes."""
-    rules = {name: mesh_axes(name) for name, _ in nn.get_logical_axis_rules()}
-    rows = rules.get(axis, ())
+    rules, sizes = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh().shape
+    batch = rules.get("act_batch", ())
+    # Not by axes of one device: programs, and their names in caches, are then those without this.
+    rows = tuple(a for a in mesh_axes(axis) if sizes[a] > 1 or a in batch)
     others = {n: tuple(a for a in axes if a not in rows) if n.startswith("act_") else axes for n, axes in rules.items()}
     with nn.logical_axis_rules(tuple((others | {"act_batch": rows}).items()) if rules else ()):
         yield
