@@ -50,9 +50,10 @@ LOGICAL_AXES = {  # what each name stands for
 def make_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh of the axes data, fsdp and tensor, and of sampling guidance, over `devices`, by default all there are.
 
-    config: the `mesh` group {preset, data, fsdp, guidance where it has one, tensor, slices}. One size may be -1 to fill the devices. The data axis
-    is outermost, so that the devices of a host hold neighbouring rows of a batch, except where a TPU's network has
-    another order. With `slices` above 1 the data axis spans them: TPU slices, or hosts where there is no such thing.
+    config: the `mesh` group {preset, data, fsdp, tensor, slices}, of a sample config also guidance. One size may be -1
+    to fill the devices. The data axis is outermost, so that the devices of a host hold neighbouring rows of a batch,
+    except where a TPU's network has another order. With `slices` above 1 the data axis spans them: TPU slices, or hosts
+    where there is no such thing.
 
     Raises UserError for sizes that do not make the devices (it lists those that do), for sizes that contradict the
     preset, and for `slices` that the devices do not have.

@@ -43,7 +43,7 @@ from cmd_jax.models.discriminator import (
     hinge_generator_loss,
 )
 from cmd_jax.models.frames import Pixels, VAELatents
-from cmd_jax.models.layout import relaid, rows_are
+from cmd_jax.models.layout import gathered, rows_are
 from cmd_jax.models.unet import init_unet
 from cmd_jax.models.vgg import LPIPS
 from cmd_jax.pretrained import ImageModelMetadata
@@ -256,7 +256,7 @@ class DiffusionStage:
         def denoise(x, timesteps):
             with rows_are("act_guided"):
                 out = self.apply(params, interleave(x, x), interleave(timesteps, timesteps), conditions, contents)
-            return guide(*separate(out), guidance, self.process.learned_range)
+            return guide(*separate(gathered(out)), guidance, self.process.learned_range)
 
         return denoise
 

@@ -51,15 +51,22 @@ def ways(size: int, axis: str, beside: str | None = None) -> int:
     return math.prod(sizes[name] for name in splitting((0, size), (beside, axis))[1])
 
 
-def splits(*axes: str) -> bool:
-    """Whether one of these logical axes lies on more than one device."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return any(sizes[name] > 1 for axis in axes for name in mesh_axes(axis))
+def splits(*axes: str, beside: str | None = None) -> bool:
+    """Whether one of these logical axes lies on more than one device, by mesh axes that do not split another."""
+    sizes, others = jax.sharding.get_abstract_mesh().shape, mesh_axes(beside)
+    return any(sizes[name] > 1 for axis in axes for name in mesh_axes(axis) if name not in others)
 
 
 def relaid(x, axes: tuple[str | None, ...]):
-    """`constrain` where tokens or frames are split, else x: where no rule splits them its layout goes without saying."""
+    """`constrain` where tokens or frames are split; else x, whose layout goes without saying."""
     return constrain(x, axes) if splits("act_token", "act_time") else x
+
+
+def gathered(x):
+    """Rows [B, ...], each whole on every device that has a part of it, or of what guidance made of it."""
+    if not splits("act_token", "act_time", "act_guided", beside="act_batch"):
+        return x
+    return constrain(x, ("act_batch", *(None for _ in x.shape[1:])))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 from cmd_jax.config import to_json
 from cmd_jax.data.shapes import CLASS_NAMES
 from cmd_jax.errors import UserError
-from cmd_jax.sharding import MESH_AXES, mesh_sizes
+from cmd_jax.sharding import axes_of, mesh_sizes
 from cmd_jax.trained import Trained, export
 from cmd_jax.verbs import doctor as doctoring
 from cmd_jax.verbs.doctor import doctor
@@ -26,7 +26,7 @@ def examine(monkeypatch, capsys):
 
     def run(argument, overrides=(), workdir=None, devices=8):
         def make_mesh(config):
-            return AbstractMesh(mesh_sizes(config, devices), MESH_AXES)
+            return AbstractMesh(mesh_sizes(config, devices), axes_of(config))
 
         monkeypatch.setattr(doctoring, "make_mesh", make_mesh)
         try:
