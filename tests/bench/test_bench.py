@@ -213,6 +213,18 @@ def test_a_component_that_takes_its_arguments_is_given_new_ones():
     assert out[0] == 4 and record["rounds"] == 3 and record["operations"] == 0
 
 
+@pytest.mark.slow
+def test_full_size_weights_without_a_folder(tmp_path):
+    """Stable Diffusion 2.1's parts by their shapes alone, at small clips and one step each."""
+    out, steps = tmp_path / "o", ["--config.sampling.content_steps=1", "--config.sampling.motion_steps=1"]
+    arguments = ["--config=webvid:sample,size=small", "--batch=1", "--rounds=1", f"--out={out}", *steps]
+    assert main(["bench", *arguments]) == 0
+    sizes = {record["component"]: record["parameters"] for record in read(out, "out")}
+    assert sizes["content_denoiser"] == 865_910_724 and sizes["text_encoder"] == 340_387_840
+    assert sizes["vae_decoder"] == 83_653_863
+    assert sizes["whole"] == sum(size for name, size in sizes.items() if name != "whole")
+
+
 def test_nearness_to_the_full_run():
     config = load(f"{TOY}:sample", {"sampling.dtype": "bfloat16"})
     assert quality.references(config, "bfloat16") == {"float32": {"sampling.dtype": "float32"}}
