@@ -224,7 +224,7 @@ def test_a_component_that_takes_its_arguments_is_given_new_ones():
 
 @pytest.mark.parametrize("argument", ["motion", "content,sd=15", "autoencoder,sd=15"])
 def test_the_programs_of_training_steps(small, undrawn, argument):
-    """What is counted and run of each kind of stage: forward and backward, in made-up batches of what training reads."""
+    """Of each kind of stage: forward and backward counted, made-up batches of what training reads, the state kept."""
     config = load(f"{TOY}:{argument}", shapes_only=True)
     random = parts.Random(f"{TOY}:{argument}", {}, config)
     with partitioning(random.mesh, config.rules):
