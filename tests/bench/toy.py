@@ -22,9 +22,10 @@ def get_config(argument: str = ""):
         if text:
             config.model.update(mode="latent", channels=4, patch=2)
         config.loss.update(lpips=0.0)
-    elif not (text and stage == "content"):
+        return config
+    config.latents.starts = 1
+    if not (text and stage == "content"):
         config.model.update(patch=4 if stage == "content" else 2, width=16, depth=1, heads=2)
         config.model.condition = "text" if text else "class"
         config.diffusion.update(kind="flow", learned_range=False)
-        config.latents.starts = 1
     return config
