@@ -180,6 +180,8 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     "kubectl": "needs a Kubernetes cluster; tests/test_launch_cloud.py reads the file",
     "./launch/quickstart.sh": "trains for minutes; its stages and scores are run here on their own",
     "./launch/test.sh": "runs this very test",
+    "./launch/device_check.sh": "takes minutes; tests/test_device_check.py",
+    "pip download": "fetches from PyPI",
     "python launch/local.py": "starts processes; tests/test_launch.py",
     "python launch/make_pipeline.py": "trains a VAE for minutes, or writes 3 GB; tests/test_make_pipeline.py",
     "python launch/random_stages.py": "writes 3 GB",

@@ -4,6 +4,14 @@ from dataclasses import dataclass
 
 from cmd_jax.errors import UserError, choose
 
+COMPONENTS = (
+    "whole",
+    "text_encoder",
+    "content_denoiser",
+    "motion_denoiser",
+    "cmd_decoder",
+    "vae_decoder",
+)  # of sampling
 VERBS = ("sample", "train", "data")
 PEERS_SIZES = ("paper", "tiny")
 
@@ -11,7 +19,8 @@ PEERS_SIZES = ("paper", "tiny")
 @dataclass(frozen=True)
 class Options:
     """verb: what is measured. batches: clips of a call; () for that of the config. peers: names of networks that are
-    measured beside PyTorch's in place of the config's parts. peers_size: how large those are.
+    measured beside PyTorch's in place of the config's parts. peers_size: how large those are. only: components of
+    sampling that are measured; () for all.
 
     gate: file of earlier results, or "". bound: how many times as long as those a component may take. out: file that
     results are appended to, or "". rounds: calls that are timed; fewer, but at least three, where they take more than
@@ -27,6 +36,7 @@ class Options:
     out: str = ""
     rounds: int = 10
     budget: float = 30.0
+    only: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, flags) -> "Options":
@@ -41,8 +51,14 @@ class Options:
         peers, size = tuple(flags.peers.split(",")) if flags.peers else (), flags.peers_size
         return cls(
             flags.measured, sizes_of(flags.batch), peers, choose("--peers-size", size, PEERS_SIZES), flags.gate or "",
-            flags.bound, flags.out or "", flags.rounds,
+            flags.bound, flags.out or "", flags.rounds, only=only_of(flags),
         )  # fmt: skip
+
+
+def only_of(flags) -> tuple[str, ...]:
+    if flags.only and (flags.measured != "sample" or flags.peers):
+        raise UserError("--only", flags.only, "names components of sampling", "leave it out")
+    return tuple(choose("--only", name, COMPONENTS) for name in (flags.only or "").split(",") if name)
 
 
 def sizes_of(text: str | None) -> tuple[int, ...]:

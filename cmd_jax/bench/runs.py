@@ -50,7 +50,9 @@ def sample(run: Run, results: records.Results):
     with partitioning(sampler.mesh, sampler.rules):
         for size in sizes:
             for component in sampling.components(sampler, sampling.settings_of(sampler, config, size)):
-                compared = component.name == "whole" and size == sizes[0]
+                if options.only and component.name not in options.only:
+                    continue
+                compared = component.name == "whole" and size == sizes[0] and origin != "random"
                 results.emit(measured(component, options, partial(near, run, component) if compared else no_more))
 
 

@@ -137,6 +137,7 @@ VERBS = {
                 "in place of the config's parts: networks of the paper's shapes beside PyTorch's, in turns; alone: all",
                 alone="all",
             ),
+            Flag("only", "NAME,NAME,...", "of sampling: these components, like whole,vae_decoder"),
             Flag("peers-size", "paper|tiny", "tiny: to try it", default="paper"),
             Flag("gate", "FILE", "earlier results; a component that became slower is exit code 1"),
             Flag(
