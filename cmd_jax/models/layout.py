@@ -83,7 +83,7 @@ def rows_are(axis: str):
 
 def with_own_queries(attend, query, key, value, axes: tuple[str | None, ...]):
     """attend(query, key, value) by each device of its own queries [..., N, heads, head_dim], to all keys and values
-    [..., M, heads, head_dim] of the same leading dimensions; axes: logical ones of the queries' up to N."""
-    spec = spec_of(query.shape, (*axes, None, None))
-    whole = PartitionSpec(*spec[:-3], None, None, None)
+    [..., M, heads, head_dim] of the same leading dimensions and heads; axes: logical ones of the queries' up to N."""
+    spec = spec_of(query.shape, (*axes, "heads", None))
+    whole = PartitionSpec(*spec[:-3], None, *spec[-2:])
     return jax.shard_map(attend, in_specs=(spec, whole, whole), out_specs=spec, check_vma=False)(query, key, value)
