@@ -16,7 +16,7 @@ TABLE = 0.02  # standard deviation of what is neither a kernel nor of a norm
 
 
 def draw(init: Callable, mesh, rules, seed: int, dtype: str = "float32"):
-    """Parameters of the shapes that init(key) would make, laid out on the mesh by the rules, in `dtype`.
+    """Parameters of the shapes that init(key) would make, laid out on the mesh by the rules; matrices in `dtype`.
 
     Not drawn by the initialisers themselves: those of a full UNet are one program, which takes XLA many minutes to
     compile, and what they leave zero would make a device run cooler, and so faster, than trained weights do. Kernels
@@ -31,7 +31,7 @@ def draw(init: Callable, mesh, rules, seed: int, dtype: str = "float32"):
         kind = jax.tree_util.keystr(path[-1:], simple=True)
         mean, std = _moments(kind, shape, names)
         if std == 0:
-            drawn.append(jax.device_put(np.full(shape, mean, dtype), place))
+            drawn.append(jax.device_put(np.full(shape, mean, np.float32), place))
         else:
             drawn.append(_program(shape, std, dtype, place)(derive(key, "parameters", number)))
     return jax.tree.unflatten(jax.tree.structure(boxed, is_leaf=_is_boxed), drawn)

@@ -167,9 +167,11 @@ def test_random_weights_are_of_the_stage_and_dtype():
     params = {dtype: draw(init, mesh, RULES, 3, dtype) for dtype in ("float32", "bfloat16")}
     like = abstract(init, mesh, RULES)
     assert jax.tree.map(np.shape, params["float32"]) == jax.tree.map(np.shape, like)
-    for full, half in zip(*(jax.tree.leaves(params[d]) for d in params), strict=True):
-        assert (full.dtype, half.dtype) == ("float32", "bfloat16")
-        assert np.array_equal(full.astype("bfloat16"), half)
+    named = jax.tree_util.tree_leaves_with_path(params["float32"])
+    for (path, full), half in zip(named, jax.tree.leaves(params["bfloat16"]), strict=True):
+        vector = path[-1].key in ("bias", "scale")
+        assert (full.dtype, half.dtype) == ("float32", "float32" if vector else "bfloat16")
+        assert np.array_equal(full.astype(half.dtype), half)
     kernel = params["float32"]["autoencoder"]
     deviations = [x.std() * np.sqrt(np.prod(x.shape[-2])) for p, x in jax.tree_util.tree_leaves_with_path(kernel)
                   if p[-1].key == "kernel" and x.ndim == 2 and x.size > 200]  # fmt: skip
