@@ -47,12 +47,15 @@ class Weights(NamedTuple):
 
 
 class Random:
-    """Random stages for a config: its own, and those of the same file that it needs beside it."""
+    """Random stages for a config: its own, and those of the same file that it needs beside it.
 
-    def __init__(self, specification: str, overrides: dict, config, dtype: str = "float32"):
-        self.specification, self.overrides, self.config, self.mesh = specification, overrides, config, None
-        self.mesh, self.dtype = make_mesh(config.mesh), dtype
-        self.draw = partial(draw, mesh=self.mesh, rules=config.rules, seed=config.seed, dtype=dtype)
+    dtype: of all weights and, of VAE and text encoder, of the products; "": float32, and as `pretrained` says.
+    """
+
+    def __init__(self, specification: str, overrides: dict, config, dtype: str = ""):
+        self.specification, self.overrides, self.config, self.dtype = specification, overrides, config, dtype
+        self.mesh, self.pretrained_dtype = make_mesh(config.mesh), dtype or config.pretrained.dtype
+        self.draw = partial(draw, mesh=self.mesh, rules=config.rules, seed=config.seed, dtype=dtype or "float32")
 
     def stage_config(self, name: str):
         """Of a stage; UserError where its clips are not of the size of the config's."""
@@ -77,7 +80,7 @@ class Random:
     def space(self) -> Pixels | VAELatents:
         if self.stage_config("autoencoder").model.mode != "latent":
             return Pixels()
-        module = vae_from_config(self._stated(VAEMetadata).config, self.config.pretrained.dtype)
+        module = vae_from_config(self._stated(VAEMetadata).config, self.pretrained_dtype)
         params = None if self.stored else self.draw(partial(init_vae, module))
         return VAELatents(module, params, self.config.pretrained.vae_frames)
 
@@ -101,7 +104,7 @@ class Random:
     def conditions(self) -> Classes | Texts:
         if self.stage_config("motion").model.condition != "text":
             return Classes(len(CLASSES.get(self.config.data.source, CLASSES[""])))
-        module = text_from_config(self._stated(TextEncoderMetadata).config, self.config.pretrained.dtype)
+        module = text_from_config(self._stated(TextEncoderMetadata).config, self.pretrained_dtype)
         ids = np.zeros((1, 1), np.int32)
         params = self.draw(lambda key: module.init(key, ids)["params"])
         tokens = FixedTokens(module)
@@ -135,5 +138,4 @@ def sampler_of(specification: str, overrides: dict, config, workdir) -> Weights:
     trained = workdir and all((workdir / name / "config.json").is_file() for name in STAGES)
     if config.weights or trained:
         return Weights(open_sampler(config, workdir), str(config.weights or workdir))
-    dtype = config.sampling.dtype or "float32"
-    return Weights(Random(specification, overrides, config, dtype).sampler(), "random")
+    return Weights(Random(specification, overrides, config, config.sampling.dtype).sampler(), "random")
