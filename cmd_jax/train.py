@@ -102,6 +102,7 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
         log = StepLog(
             config.stage, config.train, start, prepared.name_of, metrics, flight, console, clock, program.rates
         )
+        opened.callback(lambda: metrics.spent(log.done, clock.seconds()))  # whatever ends it
         data = batches(
             prepared.read, plan, mesh, start=start, stop=config.train.steps,
             threads=config.data.threads, prefetch=config.data.prefetch, shelf=prepared.shelf,
@@ -302,7 +303,6 @@ class Loop:
                 self._look(state, *pending)
         with self.peers.busy():
             self.saves.save(state, wait=True)
-        self.log.metrics.spent(int(state.step), self.clock.seconds())
         self.clock.turn("finish")
         return state
 

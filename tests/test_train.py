@@ -256,6 +256,8 @@ def test_loss_not_finite_stops_before_the_update_and_resumes_bit_for_bit(run, tm
     resumed, whole = (read_json(workdir / "content" / "summary.json") for workdir in (tmp_path, run))
     assert resumed["digests"] == whole["digests"]
     assert metrics_of(tmp_path / "content") == metrics_of(run / "content")
+    assert resumed["goodput_of_all_runs"]["runs"] == 2 and "repeated" not in resumed["goodput"]["seconds"]
+    assert resumed["goodput_of_all_runs"]["seconds"]["repeated"] > 0  # the third step, which no checkpoint had
 
 
 class BrokenWriter:

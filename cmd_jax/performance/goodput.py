@@ -110,8 +110,11 @@ def earlier_seconds(records: Iterable[dict], start: int) -> tuple[int, dict[str,
     total, kept = Counter(), start
     for begun, told in reversed(runs):
         if told:
-            seconds = Counter(told[-1][1])
-            useful = max((of.get("steps", 0.0) for step, of in told if step <= kept), default=0.0)
+            seconds, counts = Counter(told[-1][1]), {}
+            for step, of in told:
+                if begun < step <= kept:
+                    counts.setdefault(step, of.get("steps", 0.0))  # when it was first told of, no later step had begun
+            useful = max(counts.values(), default=0.0)
             seconds["repeated"] += seconds["steps"] - useful
             seconds["steps"] = useful
             total.update(seconds)

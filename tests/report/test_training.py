@@ -81,6 +81,10 @@ def test_steps_that_were_done_again_are_not_useful():
     assert goodput.earlier_seconds([*first, {"start": 4}, told(6, 20.0)], 2)[1] == {
         "steps": 20, "repeated": 50 + 20, "compile": 5.0,
     }  # fmt: skip
+    # What a step that came to nothing took is no part of the one before, nor of none.
+    assert goodput.earlier_seconds([*first[:3], told(4, 45.0), {"start": 4}, told(4, 5.0)], 4)[1] == {
+        "steps": 40, "repeated": 5 + 5,
+    }  # fmt: skip
     assert goodput.earlier_seconds([], 0) == (0, {})
 
 
