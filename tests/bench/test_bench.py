@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from cmd_jax.bench.parts import sampler_of
 from cmd_jax.bench.records import read
 from cmd_jax.bench.weights import draw
 from cmd_jax.config import load
+from cmd_jax.data.shapes import ShapesSource
 from cmd_jax.defaults import RULES
 from cmd_jax.interop import sd_known
 from cmd_jax.main import main
@@ -213,11 +215,16 @@ def test_what_cannot_be_is_one_line(flags, field, capsys):
     assert error.startswith(f"{field}=") and error.count("\n") == 1 and "; " in error
 
 
-def test_reading_is_measured(tmp_path):
+def test_reading_is_measured(tmp_path, monkeypatch):
+    """Of a reader whose two threads give at most 200 clips a second."""
+    drawn = ShapesSource.clip
+    monkeypatch.setattr(ShapesSource, "clip", lambda *arguments: time.sleep(0.01) or drawn(*arguments))
+    monkeypatch.setattr("cmd_jax.bench.reading.SECONDS", 0.3)
     assert bench("motion", "--verb=data", "--batch=4", "--rounds=4", f"--out={tmp_path / 'o'}") == 0
     (record,) = read(tmp_path / "o", "out")
     assert (record["component"], record["read"], record["batch"]) == ("motion_data", "clips", 4)
-    assert record["clips_per_second"] > 0 and all(0 <= share <= 1 for share in record["wait_shares"].values())
+    assert 10 < record["clips_per_second"] < 240 and record["rounds"] >= 4  # the first batches were read ahead
+    assert record["wait_shares"].keys() == {"0.5", "0.9"} and all(0 < x < 1 for x in record["wait_shares"].values())
 
 
 def test_a_component_that_takes_its_arguments_is_given_new_ones():
