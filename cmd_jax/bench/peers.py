@@ -178,7 +178,7 @@ def warm(calls: dict[str, Callable], options) -> tuple[dict, int]:
 
 
 def our_call(ours, which: str) -> tuple[Callable, dict]:
-    """-> (a call that waits for its result, {compile_seconds, program_gib})."""
+    """-> (a call that waits for its result, which in training it drops, {compile_seconds, program_gib})."""
 
     def loss(params, *inputs):
         return jnp.sum(jnp.square(ours.apply(params, *inputs).astype(jnp.float32)))
@@ -187,7 +187,12 @@ def our_call(ours, which: str) -> tuple[Callable, dict]:
     begun = time.perf_counter()
     program = jax.jit(ours.apply if which == "forward" else jax.grad(loss)).lower(ours.params, *inputs).compile()
     told = {"compile_seconds": time.perf_counter() - begun, "program_gib": program_bytes(program) / GIB}
-    return lambda: jax.block_until_ready(program(ours.params, *inputs)), told
+
+    def call():
+        out = jax.block_until_ready(program(ours.params, *inputs))
+        return out if which == "forward" else None  # gradients would be held while the peer's are computed
+
+    return call, told
 
 
 def their_call(theirs, which: str) -> Callable:
@@ -203,9 +208,9 @@ def their_call(theirs, which: str) -> Callable:
         return out
 
     def training():
-        theirs.model.zero_grad(set_to_none=True)
         theirs.call(theirs.model, *theirs.inputs).float().square().sum().backward()
         wait()
+        theirs.model.zero_grad(set_to_none=True)
 
     return forward if which == "forward" else training
 
