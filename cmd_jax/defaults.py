@@ -12,6 +12,7 @@ from cmd_jax.diffusion.schedules import BETAS
 from cmd_jax.errors import choose
 from cmd_jax.interop.sd_known import ARCHITECTURES
 from cmd_jax.models import autoencoder, dit
+from cmd_jax.models.attention import KERNELS
 from cmd_jax.models.layers import REMAT_POLICIES
 from cmd_jax.sharding import PRESETS
 
@@ -244,6 +245,7 @@ def _stage(name: str, **groups: Key | dict[str, Key]) -> dict:
         stage=choice(name, "what is trained, or sample; the config file sets it", (name,)),
         seed=key(0, "of all that is random", at_least=0, at_most=SEEDS - 1),
         rules=key(RULES, "logical axes of parameters and activations -> mesh axes"),
+        attention=choice("auto", "its kernel; auto: by device, tokens, dtype and width of heads", KERNELS),
     )
     groups = dict(data=DATA | HELD_OUT, ingest=INGEST, mesh=MESH, processes=PROCESSES, pretrained=PRETRAINED) | groups
     return common | groups

@@ -24,6 +24,7 @@ def load_sampler(
     *,
     mesh=None,
     rules=defaults.RULES,
+    attention: str = "auto",
     stages=STAGES,
     size: Size | None = None,
 ) -> Sampler:
@@ -31,8 +32,8 @@ def load_sampler(
     or of the shipped weights of that name ("quickstart").
 
     pretrained: the folder of the Stable Diffusion whose VAE and text encoder they were trained with. mesh: by default
-    all devices, which share a batch. stages: ("autoencoder",) to reconstruct only. size: height and width of videos,
-    one of those that were trained; the first without it.
+    all devices, which share a batch. attention: one of models.attention.KERNELS. stages: ("autoencoder",) to
+    reconstruct only. size: height and width of videos, one of those that were trained; the first without it.
     UserError where a stage is missing or damaged, and where they are not of one run.
     """
     config = defaults.stage("sample")
@@ -41,7 +42,7 @@ def load_sampler(
     folder = named if named.is_dir() and not folder.exists() else folder
     suffix = ".safetensors" if (folder / "autoencoder.safetensors").exists() else ""
     paths = {name: folder / f"{name}{suffix}" for name in stages}
-    return _load(paths, config.pretrained, make_mesh(config.mesh) if mesh is None else mesh, rules, size)
+    return _load(paths, config.pretrained, make_mesh(config.mesh) if mesh is None else mesh, rules, size, attention)
 
 
 def open_sampler(config, workdir: Path) -> Sampler:
@@ -50,7 +51,7 @@ def open_sampler(config, workdir: Path) -> Sampler:
     stages = ("autoencoder",) if config.sampling.mode == "reconstruct" else STAGES
     paths = {name: root / f"{name}{suffix}" for name in stages}
     size = config.data.height, config.data.width
-    sampler = _load(paths, config.pretrained, make_mesh(config.mesh), config.rules, size)
+    sampler = _load(paths, config.pretrained, make_mesh(config.mesh), config.rules, size, config.attention)
     if config.data.frames != (frames := sampler.autoencoder.clip_shape[0]):
         raise UserError("data.frames", config.data.frames, f"the weights are for {frames}", "use that")
     return sampler
@@ -64,7 +65,7 @@ def _check_size(size: Size, trained: Trained):
         raise UserError(f"data.{('height', 'width')[side]}", size[side], f"the weights are for {known}", "use that")
 
 
-def _load(paths: dict[str, Path], pretrained, mesh, rules, size: Size | None) -> Sampler:
+def _load(paths: dict[str, Path], pretrained, mesh, rules, size: Size | None, attention: str) -> Sampler:
     """Read the stages, autoencoder first, straight into their shards."""
     stages = {}
 
@@ -79,10 +80,12 @@ def _load(paths: dict[str, Path], pretrained, mesh, rules, size: Size | None) ->
         stages[name] = load_trained(path, name, shardings)
     if size:
         _check_size(size, stages["autoencoder"])
-    return assemble(stages, pretrained, mesh, rules, size)
+    return assemble(stages, pretrained, mesh, rules, size, attention)
 
 
-def assemble(stages: dict[str, Trained], pretrained, mesh, rules, size: Size | None = None) -> Sampler:
+def assemble(
+    stages: dict[str, Trained], pretrained, mesh, rules, size: Size | None = None, attention: str = "auto"
+) -> Sampler:
     """The sampler of trained stages that lie on the mesh, and of the parts of a config's `pretrained` group."""
     shardings, trained = partial(abstract, mesh=mesh, rules=rules), stages["autoencoder"]
     space = open_space(pretrained, trained.metadata.vae, shardings)
@@ -107,7 +110,9 @@ def assemble(stages: dict[str, Trained], pretrained, mesh, rules, size: Size | N
         class_names = stages["content"].metadata.class_names
         conditions, tokenizer = _open_conditions(stages["content"].metadata, pretrained, shardings)
         params["conditions"] = conditions.params
-    return Sampler(autoencoder, denoisers, statistics, params, conditions, class_names, tokenizer, mesh, rules)
+    return Sampler(
+        autoencoder, denoisers, statistics, params, conditions, class_names, tokenizer, mesh, rules, attention
+    )
 
 
 def _open_conditions(metadata: Metadata, pretrained, shardings) -> tuple:

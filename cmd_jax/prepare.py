@@ -56,7 +56,7 @@ from cmd_jax.trained import (
 # What may change between the runs of one stage folder, and what too where the learning rate does not depend on it.
 RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")
 RESUMABLE += ("train.validate_every", "train.validation_clips", "train.profile")
-RESUMABLE += ("data.prefetch", "data.cache_", "data.root", "data.probe_", "mesh.", "processes.", "rules")
+RESUMABLE += ("data.prefetch", "data.cache_", "data.root", "data.probe_", "mesh.", "processes.", "rules", "attention")
 RESUMABLE += (
     "latents.store_shard",
     "pretrained.path",
@@ -314,7 +314,7 @@ class Encoding(NamedTuple):
             return self.read(clip_of(number), Draws((config.latents.store_seed, 2, number)))
 
         return Encoder(
-            window, self.encode, self.params, mesh, config.rules,
+            window, self.encode, self.params, mesh, config.rules, config.attention,
             batch_size=config.train.batch_size // config.train.accumulate,
             threads=config.data.threads, prefetch=config.data.prefetch, shelf=self.shelf and self.shelf.by(clip_of),
         )  # fmt: skip

@@ -14,6 +14,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cmd_jax.errors import UserError, choose
+from cmd_jax.models.attention import asked
 
 MESH_AXES = ("data", "fsdp", "tensor")  # of training
 SAMPLING_AXES = ("data", "fsdp", "guidance", "tensor")
@@ -201,8 +202,9 @@ def check_rules(rules) -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 
 @contextlib.contextmanager
-def partitioning(mesh: Mesh, rules):
-    """Within it, logical constraints of the models are laid out on `mesh` by `rules`.
+def partitioning(mesh: Mesh, rules, attention: str = "auto"):
+    """Within it, logical constraints of the models are laid out on `mesh` by `rules`, and `attention` is the kernel
+    that `models.attention.attend` takes.
 
     Two more rules follow from that of a batch's rows: those of guidance, two a clip, are also split over the guidance
     axis, and the frames of clips, as pictures of the image VAE, over all axes.
@@ -211,7 +213,7 @@ def partitioning(mesh: Mesh, rules):
     batch = dict(rules)["act_batch"]
     more = {"act_guided": ("guidance",), "act_picture": SAMPLING_AXES}
     rows = tuple((name, (*batch, *(a for a in axes if a not in batch))) for name, axes in more.items())
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules + rows):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules + rows), asked(attention, mesh.devices.flat[0]):
         yield
 
 

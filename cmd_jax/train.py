@@ -76,7 +76,7 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
         StopRequest(STOPPED_EARLY, end_process) as stop,
         locked_run(folder) as (resuming, lease),
         watched(folder, config.processes, flight, stop, end_process, lease) as peers,
-        partitioning(mesh, config.rules),
+        partitioning(mesh, config.rules, config.attention),
         contextlib.ExitStack() as opened,
     ):
         if resuming:

@@ -3,7 +3,7 @@
     ./launch/device_check.sh --out=check
     ./launch/device_check.sh --out=check --wheels=wheels --steps=sample-fast,train-unet
 
-Writes into the folder --out: parity.json (models against recorded numbers), attention.json (kernels against the plain
+Writes into the folder --out: parity.json (models against recorded numbers), attention.jsonl (kernels against plain
 one), sampling.jsonl, training.jsonl and peers.jsonl (what `cmd-jax bench` writes), log.txt (what the steps said), and
 after each step summary.json: the device, and of each step its command, what became of it and why, and its seconds.
 
@@ -80,6 +80,7 @@ def plan(out: Path, tiny: bool) -> list[Step]:
     shipped = bench(*["quickstart:sample,size=long"] * 2, "sampling.jsonl", *(few if tiny else ("--batch=1,24",)))
     return [
         Step("parity", script("device_parity.py", "parity.json", *(("--models=dit",) if tiny else ())), 90),
+        Step("attention", script("measure_attention.py", "attention.jsonl", *(("--tiny",) if tiny else ())), 90),
         Step("sample-shipped", shipped, 90),
         Step("sample-wide", sample(BFLOAT16.format("sampling")), 200),
         Step("train-motion-l", train("ucf101:motion", "quickstart:motion", 64), 90),

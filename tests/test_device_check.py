@@ -35,7 +35,7 @@ def test_it_plans_commands_that_there_are(tiny, tmp_path):
         options, config = Options.of(flags), load(flags.config, overrides, shapes_only=True)
         assert options.verb == step.name.partition("-")[0] or options.peers
         assert (config.sampling if config.stage == "sample" else config.model).dtype in ("bfloat16", "float32", "")
-    assert len({word for step in steps for word in step.command if str(tmp_path) in word}) == 4  # files of results
+    assert len({word for step in steps for word in step.command if str(tmp_path) in word}) == 5  # files of results
 
 
 def run(steps, tmp_path, minutes=1.0):

@@ -11,6 +11,7 @@ CHECKS = (
     "test_sharding.check_command",
     "interop.test_diffusers.check_eight_devices",
     "interop.test_clip_weights.check_eight_devices",
+    "models.test_attention.check_eight_devices",
 )
 SCRIPT = """
 import importlib, sys

@@ -67,7 +67,7 @@ def test_folder_of_another_run_is_refused(begun, changes, field):
         {"train__steps": 9},
         {"train__log_every": 5, "train__checkpoint_every": 7, "train__keep": 1, "train__preview_every": 2},
         {"train__validation_clips": 8},
-        {"train__accumulate": 4, "model__remat": "dots"},
+        {"train__accumulate": 4, "model__remat": "dots", "attention": "blocked"},
         {"data__threads": 1, "data__prefetch": 1, "latents__autoencoder": "elsewhere"},
         {"latents__store": "elsewhere", "latents__store_shard": 7},
     ],
@@ -87,6 +87,22 @@ def test_folder_without_a_checkpoint_is_taken_over(begun, run):
         shutil.copytree(run / "latents", begun.parent / "latents")
         preparing.prepare(config, begun.parent, make_mesh(config.mesh), make_console(), resuming)
     assert read_json(begun / "facts.json")["statistics"] == read_json(run / "content" / "facts.json")["statistics"]
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash", "quick"])
+def test_a_kernel_of_attention_that_there_is_not_here(tmp_path, capsys, kernel):
+    config = f"--config={tiny.CONFIG_FILE}:autoencoder"
+    assert main(["train", config, f"--workdir={tmp_path}", f"--config.attention={kernel}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"attention={kernel}: ") and "; use " in line
+    assert not list(tmp_path.glob("*/config.json"))
+
+
+def test_a_run_that_is_older_than_the_choice_of_attention_goes_on(begun):
+    older = read_json(begun / "config.json")
+    assert older.pop("attention") == "auto"
+    write_json(begun / "config.json", older)
+    preparing.check_same_run(begun, tiny.config_of("content"))
 
 
 def test_workdir_that_cannot_be_written(tmp_path, capsys):

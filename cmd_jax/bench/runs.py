@@ -47,7 +47,7 @@ def sample(run: Run, results: records.Results):
     sampler, origin = sampler_of(run.specification, run.overrides, config, run.workdir)
     results.common = run.common(sampler.mesh, origin)
     sizes = options.batches or (config.sampling.batch_size,)
-    with partitioning(sampler.mesh, sampler.rules):
+    with partitioning(sampler.mesh, sampler.rules, sampler.attention):
         for size in sizes:
             for component in sampling.components(sampler, sampling.settings_of(sampler, config, size)):
                 if options.only and component.name not in options.only:
@@ -78,7 +78,7 @@ def train(run: Run, results: records.Results):
 
     parts = Random(run.specification, run.overrides, run.config)
     results.common = run.common(parts.mesh, "random")
-    with partitioning(parts.mesh, run.config.rules):
+    with partitioning(parts.mesh, run.config.rules, run.config.attention):
         for component in training.components(parts, run.options.batches or (run.config.train.batch_size,)):
             results.emit(measured(component, run.options))
 

@@ -28,10 +28,11 @@ class Encoder:
     """
 
     def __init__(
-        self, read: Callable[[int], dict], encode, params, mesh, rules, *,
+        self, read: Callable[[int], dict], encode, params, mesh, rules, attention="auto", *,
         batch_size: int, threads: int, prefetch: int, shelf: Shelf | None = None,
     ):  # fmt: skip
-        self.read, self.params, self.mesh, self.rules, self.batch_size = read, params, mesh, rules, batch_size
+        self.read, self.params, self.batch_size = read, params, batch_size
+        self.mesh, self.rules, self.attention = mesh, rules, attention
         self.options = {"threads": threads, "prefetch": prefetch, "shelf": shelf}
         self._encode = jax.jit(encode, out_shardings=batch_sharding(mesh))
         rows = [tuple(json.loads(text)) for text in gather(json.dumps(local_rows(batch_size, mesh)))]
@@ -55,7 +56,7 @@ class Encoder:
         data = batches(read, plan, self.mesh, start=0, stop=calls, **self.options)
         with contextlib.closing(data):
             for call, batch in enumerate(data):
-                with partitioning(self.mesh, self.rules):
+                with partitioning(self.mesh, self.rules, self.attention):
                     out = self._encode(self.params, {name: x for name, x in batch.items() if name != "id"})
                 if waiting:  # its rows are fetched while the devices work on the next ones
                     yield own(*waiting)

@@ -5,16 +5,67 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 QUERY_TILE, KEY_TILE = 512, 256  # at most; a tile of float32 scores and what multiplies it stay in a core's L2 cache
+LANES = 128  # what the tiles of a TPU's vector unit are wide
+FEW_KEYS = 32
 
 
 def plain(query, key, value):
-    """All scores exist at once, and the backward pass keeps the softmax."""
-    scale = query.shape[-1] ** -0.5
-    logits = jnp.einsum("...qhd,...khd->...hqk", query, key, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("...hqk,...khd->...qhd", weights, value)
+    """All scores exist at once, and the backward pass keeps them."""
+    query, key, value = map(_heads_first, (query, key, value))
+    logits, few = _scores(query, key, None), key.shape[-2] <= FEW_KEYS
+    weights = jax.nn.softmax(logits) if few else jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    out = jnp.einsum("...qk,...kd->...qd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    # The division of few weights is cheaper than that of results, also in the backward pass.
+    out = out if few else out / weights.sum(-1, keepdims=True)
+    return _heads_first(out.astype(value.dtype))
+
+
+def cudnn(query, key, value, implementation="cudnn"):
+    """The fused kernel of NVIDIA's cuDNN, of float16 and bfloat16."""
+    *outer, tokens, heads, width = query.shape
+    arrays = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    out = jax.nn.dot_product_attention(*arrays, implementation=implementation)
+    return out.reshape(*outer, tokens, heads, width)
+
+
+def flash(query, key, value, interpret=False):
+    """The splash attention that comes with JAX's Pallas, for TPUs; without forward-mode derivative.
+
+    Tokens are padded to whole lanes, and queries scaled before they are multiplied, in their own dtype.
+    """
+    # Imported where it is used: Pallas takes a second that no other kernel needs.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    *outer, tokens, heads, width = query.shape
+    keys = key.shape[-3]
+    scaled = (query.astype(jnp.float32) * width**-0.5).astype(query.dtype)
+    query, key, value = (
+        jnp.pad(
+            _heads_first(x).reshape(-1, heads, x.shape[-3], width), [(0, 0), (0, 0), (0, -x.shape[-3] % LANES), (0, 0)]
+        )
+        for x in (scaled, key, value)
+    )
+    rows, columns = query.shape[-2], key.shape[-2]
+    sizes = [_lanes(count) for count in (rows, columns)]
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    kernel = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.FullMask((rows, columns))] * heads),
+        block_sizes=splash.BlockSizes(**dict(zip(names, 3 * sizes, strict=True))),
+        interpret=interpret,
+    )
+    # Padded keys are of another segment than all queries.
+    there = splash.SegmentIds(np.zeros(rows, np.int32), (np.arange(columns) >= keys).astype(np.int32))
+    out = jax.vmap(lambda q, k, v: kernel(q, k, v, there if columns > keys else None))(query, key, value)
+    return _heads_first(out[..., :tokens, :].reshape(*outer, heads, tokens, width))
+
+
+def _lanes(count: int) -> int:
+    """The greatest divisor of `count`, a multiple of LANES, that is one too, up to 4 of them."""
+    return next(size for size in (4 * LANES, 3 * LANES, 2 * LANES, LANES) if count % size == 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

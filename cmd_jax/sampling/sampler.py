@@ -59,10 +59,11 @@ class Sampler:
     def __init__(
         self, autoencoder: FrozenAutoencoder, denoisers: dict[str, DiffusionStage], statistics: dict, params: dict,
         conditions: Classes | Texts | None, class_names: tuple[str, ...], tokenizer, mesh, rules,
+        attention: str = "auto",
     ):  # fmt: skip
         self.autoencoder, self.denoisers, self.statistics, self.params = autoencoder, denoisers, statistics, params
         self.conditions, self.class_names, self.tokenizer = conditions, class_names, tokenizer
-        self.mesh, self.rules = mesh, rules
+        self.mesh, self.rules, self.attention = mesh, rules, attention
         self._programs = Programs(autoencoder, denoisers, statistics, conditions, mesh)
         self._take = jax.jit(operator.getitem, out_shardings=batch_sharding(mesh))
         self._encode, self._from_latents = jax.jit(autoencoder.encode), jax.jit(autoencoder.decode)
@@ -157,12 +158,12 @@ class Sampler:
     def encode(self, videos) -> Latents:
         """Clips uint8 [N, T, H, W, 3] -> content frames [N, h, w, C] and motion latents [N, T, h+w, K]; arrays of
         the host, all at once."""
-        with partitioning(self.mesh, self.rules):
+        with partitioning(self.mesh, self.rules, self.attention):
             return jax.device_get(self._encode(self.params["autoencoder"], {"video": videos}))
 
     def decode(self, latents: Latents) -> np.ndarray:
         """Content frames and motion latents, of one clip or of several -> videos float [N, T, H, W, 3] in [-1, 1]."""
-        with partitioning(self.mesh, self.rules):
+        with partitioning(self.mesh, self.rules, self.attention):
             return jax.device_get(self._from_latents(self.params["autoencoder"], latents))
 
     def first_call(self, request: Request, settings: SamplingSettings = DEFAULTS) -> tuple:
@@ -184,7 +185,7 @@ class Sampler:
         return fetched(launched())
 
     def _launch(self, name: str, batch, settings, *arguments):
-        with partitioning(self.mesh, self.rules):
+        with partitioning(self.mesh, self.rules, self.attention):
             return self.program(name, settings)(self.params, batch, *arguments)
 
     def _batches(self, columns: dict, count: int, size: int) -> Iterator[tuple[int, dict]]:

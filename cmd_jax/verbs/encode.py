@@ -35,7 +35,7 @@ def encode(config, workdir: Path, end_process: Callable | None = None, listed: b
     with (
         StopRequest(STOPPED, end_process) as stop,
         watched(folder.parent / ".encode", config.processes, None, stop, end_process),
-        partitioning(mesh, config.rules),
+        partitioning(mesh, config.rules, config.attention),
         contextlib.ExitStack() as opened,
     ):
         source = leader_first(lambda: ListedClips(config) if listed else open_clips(config, workdir))
