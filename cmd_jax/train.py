@@ -102,7 +102,8 @@ def train(config, workdir: Path | str, end_process: Callable | None = None) -> d
         log = StepLog(
             config.stage, config.train, start, prepared.name_of, metrics, flight, console, clock, program.rates
         )
-        opened.callback(lambda: metrics.spent(log.done, clock.seconds()))  # whatever ends it
+        # Whatever ends it: what a step took that came to nothing is told of as that step's.
+        opened.callback(lambda: metrics.spent(max(start, program.started), clock.seconds()))
         data = batches(
             prepared.read, plan, mesh, start=start, stop=config.train.steps,
             threads=config.data.threads, prefetch=config.data.prefetch, shelf=prepared.shelf,
@@ -164,13 +165,15 @@ def preview(params, frozen, batch, key, *, stage, mesh) -> dict:
 class Program:
     """What the devices compute for the loop: steps, previews, and where a refused step was not finite.
 
-    params: their shapes with logical axes. operations: of all devices, in the steps that were started so far.
+    params: their shapes with logical axes. started: steps of the run up to the one that was started last. operations:
+    of all devices, in those that were started here.
     """
 
     def __init__(self, stage, optimizer, config, mesh, clock: Clock):
         self.stage, self.optimizer, self.options, self.mesh = stage, optimizer, config.train, mesh
         self.key, self.params = jax.random.key(config.seed), jax.eval_shape(stage.init, jax.random.key(0))
-        self.clock, self.dtype, self.operations, self.peak = clock, config.model.dtype, 0, None
+        self.clock, self.dtype, self.peak = clock, config.model.dtype, None
+        self.started = self.operations = 0
         # Constants of every step, put where they are needed once; the autoencoder was read into its shards.
         whole = replicated(mesh)
         self.frozen = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, whole), stage.frozen)
@@ -187,7 +190,7 @@ class Program:
     def step(self, state: TrainState, batch, number: int, asked: bool):
         """state, donated -> (state, metrics), as `make_step` has them; compiled for batches of this shape."""
         compiled, operations = self.compile(state, batch)
-        self.operations += operations
+        self.started, self.operations = number + 1, self.operations + operations
         return compiled(*self._arguments(state, batch, number, asked))
 
     def _arguments(self, state, batch, number=0, asked=False):

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from processes import hidden
 
 from cmd_jax import prepare as preparing
 from cmd_jax import train as training
@@ -317,7 +318,9 @@ def test_sigterm_ends_a_training_process_and_it_can_be_resumed(tmp_path, capsys)
     command = [sys.executable, "-m", "cmd_jax.main", "train", f"--config={tiny.CONFIG_FILE}:autoencoder"]
     command += [f"--workdir={tmp_path}", "--config.train.steps=1000000", "--config.optimizer.decay=constant"]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(training.__file__).parents[1]), str(Path(tiny.__file__).parent)]),
+        "PYTHONPATH": os.pathsep.join(
+            map(str, (hidden(), Path(training.__file__).parents[1], Path(tiny.__file__).parent))
+        ),
     }
     with (
         open(tmp_path / "out", "w") as out,

@@ -98,8 +98,9 @@ def fed(batches: Iterable, clock: Clock, devices: Devices) -> Iterator:
 def earlier_seconds(records: Iterable[dict], start: int) -> tuple[int, dict[str, float]]:
     """What the runs before one that begins after `start` steps took -> (how many they were, {purpose: seconds}).
 
-    records: each run's {"start": steps done before it}, and then {"step": steps done, "seconds": {purpose: in this run
-    so far}} now and again. Steps after the one from which a later run went on were done again: they are "repeated".
+    records: each run's {"start": steps done before it}, and then {"step": steps done, or begun at its end, "seconds":
+    {purpose: in this run so far}} now and again. Steps after the one from which a later run went on were done again:
+    they are "repeated".
     """
     runs = []
     for record in records:
@@ -110,11 +111,8 @@ def earlier_seconds(records: Iterable[dict], start: int) -> tuple[int, dict[str,
     total, kept = Counter(), start
     for begun, told in reversed(runs):
         if told:
-            seconds, counts = Counter(told[-1][1]), {}
-            for step, of in told:
-                if begun < step <= kept:
-                    counts.setdefault(step, of.get("steps", 0.0))  # when it was first told of, no later step had begun
-            useful = max(counts.values(), default=0.0)
+            seconds = Counter(told[-1][1])
+            useful = max((of.get("steps", 0.0) for step, of in told if begun < step <= kept), default=0.0)
             seconds["repeated"] += seconds["steps"] - useful
             seconds["steps"] = useful
             total.update(seconds)

@@ -180,7 +180,7 @@ class StepLog:
     def __init__(self, stage: str, options, start: int, name_of, metrics: Metrics, flight, console, clock, rates):
         self.stage, self.options, self.name_of, self.clock, self.rates = stage, options, name_of, clock, rates
         self.metrics, self.flight, self.console = metrics, flight, console
-        self.begun, self.done, self.note = time.perf_counter(), start, ""  # the note: of the last validation
+        self.begun, self.note = time.perf_counter(), ""  # the note: of the last validation
         self.first = self.last = None  # (step, time, seconds waited, operations) of the first and last line of this run
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -216,7 +216,7 @@ class StepLog:
                 "lower optimizer.learning_rate or look at those clips; the last checkpoint is intact",
             )  # fmt: skip
         self.metrics.account(step, ids, values["loss"])
-        self.done = done = step + 1
+        done = step + 1
         if done % self.options.log_every and done != self.options.steps:
             return
         now, spent = time.perf_counter(), self.clock.seconds()

@@ -82,7 +82,7 @@ def test_steps_that_were_done_again_are_not_useful():
         "steps": 20, "repeated": 50 + 20, "compile": 5.0,
     }  # fmt: skip
     # What a step that came to nothing took is no part of the one before, nor of none.
-    assert goodput.earlier_seconds([*first[:3], told(4, 45.0), {"start": 4}, told(4, 5.0)], 4)[1] == {
+    assert goodput.earlier_seconds([*first[:3], told(5, 45.0), {"start": 4}, told(5, 5.0)], 4)[1] == {
         "steps": 40, "repeated": 5 + 5,
     }  # fmt: skip
     assert goodput.earlier_seconds([], 0) == (0, {})
