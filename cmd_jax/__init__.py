@@ -6,7 +6,7 @@
     data         open_source(config.data) -> clips by index
     training     run_training(config, workdir) -> summary; resumes what is there, and returns or raises
     trained      load_trained(path, "content") -> Trained: config, parameters, metadata
-    sampling     load_sampler(folder) -> Sampler; SamplingSettings: steps, guidance, solvers, of a call
+    sampling     load_sampler(folder) -> Sampler; SamplingSettings: steps, guidance, solvers, of a call, or .of(config)
     scores       run_evaluation(config, workdir) -> scores
     notebooks    Videos: shown where they stand
     errors       UserError: one line that says what to do; Stopped: a training that was asked to stop, and saved

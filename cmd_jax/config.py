@@ -56,6 +56,8 @@ def load(
     """
     file, _, argument = specification.partition(":")
     config = _run(find(file), argument)
+    if "sampling" in config:
+        _apply_preset(config, str(overrides.get("sampling.preset", config.sampling.preset)))
     for key, text in overrides.items():
         override(config, key, str(text))
     return check(config.copy_and_resolve_references(), shapes_only)
@@ -71,6 +73,13 @@ def load_sibling(specification: str, stage: str, overrides: Mapping[str, object]
     """The config of another stage of the same file, for its shapes. Overrides of groups that all have hold for it."""
     shared = {key: value for key, value in overrides.items() if key.startswith(("data.", "pretrained.", "mesh."))}
     return load(sibling(specification, stage), shared, shapes_only=True)
+
+
+def _apply_preset(config: ConfigDict, name: str):
+    """Set the keys that a preset of the config file names."""
+    presets = {defaults.QUALITY: (), **dict(config.sampling.presets)}
+    for key, value in presets[choose("sampling.preset", name, presets)]:
+        override(config, f"sampling.{key}", str(value))
 
 
 def shipped() -> Path:

@@ -212,7 +212,12 @@ GUIDANCE = dict(label_dropout=fraction(0.1, "of conditions left out in training,
 # Groups of sampling.
 
 SOLVER = "of {}; empty: ddim, euler for flow, or that of `pretrained`"
+SHIFT = "flow: odds of noise at each step of {} times this; above 1 steps are shorter near noise"
+REUSE = "evaluations, like 3,4,6 (0: the noisiest), that reuse what is deep in the network; `calibrate` finds them"
+QUALITY = "quality"  # the preset that every config has, and that changes nothing
 SAMPLING = dict(
+    preset=key(QUALITY, "values of keys of this group by name, those of `presets`; quality: as the keys say"),
+    presets=key((), "name -> keys and their values; flags win over them"),
     mode=choice("generate", "new videos, reconstructions, new motions of content frames, or those of an image", MODES),
     num=key(8, "videos; with prompts: of each", at_least=1),
     batch_size=key(8, "videos drawn at a time, all devices together", at_least=1),
@@ -221,10 +226,17 @@ SAMPLING = dict(
     prompts_file=path("many prompts: .txt, .csv, .jsonl or MSR-VTT's .json"),
     negative=key("", "what guidance leads away from, instead of the empty text"),
     guidance=key(4.0, "scale of classifier-free guidance; 1: none", at_least=0),
+    guidance_from=fraction(0.0, "guide only from this level of noise t/T on, where one evaluation is not two"),
+    guidance_to=fraction(1.0, "and up to this one"),
     content_steps=key(50, "of the solver of content frames", at_least=1),
     content_solver=choice("", SOLVER.format("content frames"), SOLVERS),
+    content_shift=key(1.0, SHIFT.format("content frames"), above=0),
+    content_reuse=key("", REUSE),
     motion_steps=key(100, "of the solver of motion latents", at_least=1),
     motion_solver=choice("", SOLVER.format("motion latents"), SOLVERS),
+    motion_shift=key(1.0, SHIFT.format("motion latents"), above=0),
+    motion_reuse=key("", REUSE),
+    reuse=path("what `cmd-jax calibrate` wrote for this run: the two lists, checked against it"),
     dtype=choice("", "of matrix products of denoisers and autoencoder; empty: as they were trained", ("", *DTYPES)),
     eta=fraction(0.0, "ddim: noise that each step adds, as a part of ddpm's"),
     motions=key(4, "vary-motion: motions for each content frame", at_least=1),
@@ -238,6 +250,11 @@ EVALUATION = dict(
     clips=key(256, "held out, and reconstructed", at_least=1),
     shown=key(24, "videos in the gallery", at_least=1),
 )
+
+
+def presets(**named: dict) -> tuple:
+    """{name: {key of `sampling`: value}} as a config holds it."""
+    return tuple((name, tuple(values.items())) for name, values in named.items())
 
 
 def _stage(name: str, **groups: Key | dict[str, Key]) -> dict:

@@ -110,8 +110,9 @@ def assemble(
         class_names = stages["content"].metadata.class_names
         conditions, tokenizer = _open_conditions(stages["content"].metadata, pretrained, shardings)
         params["conditions"] = conditions.params
+    digests = {name: stage.metadata.digest for name, stage in stages.items()}
     return Sampler(
-        autoencoder, denoisers, statistics, params, conditions, class_names, tokenizer, mesh, rules, attention
+        autoencoder, denoisers, statistics, params, conditions, class_names, tokenizer, mesh, rules, attention, digests
     )
 
 

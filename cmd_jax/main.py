@@ -49,6 +49,8 @@ def run(flags, overrides: dict[str, str]) -> int:
 
         more = {"specification": flags.config, "overrides": overrides, "options": Options.of(flags)}
         shapes_only = True
+    elif verb == "calibrate":
+        more = {"speedup": flags.speedup, "out": flags.out}
     config = load(flags.config, overrides, shapes_only)
     check_stage(flags.measured if verb == "bench" else verb, config.stage)
     cluster = flags.distributed, flags.coordinator, flags.num_processes, flags.process_id

@@ -28,7 +28,7 @@ from cmd_jax.builders import (
 from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.data.sizes import check_sizes
 from cmd_jax.diffusion.flow import Flow
-from cmd_jax.diffusion.guidance import guide, interleave, separate
+from cmd_jax.diffusion.plan import Kind, Planned, empty_memory, evaluation, evaluation_kinds, measuring
 from cmd_jax.files import as_path
 from cmd_jax.interop.diffusers import load_unet
 from cmd_jax.interop.schedulers import SOLVERS, from_scheduler_config
@@ -237,10 +237,10 @@ class DiffusionStage:
     def pretrained(self, shardings):
         return None
 
-    def apply(self, params, x, timesteps, condition, content):
-        """One evaluation of the denoiser; condition and content as of `denoiser`."""
+    def apply(self, params, x, timesteps, condition, content, **cache):
+        """One evaluation of the denoiser; condition and content as of `denoiser`, cache: its arguments keep, reuse."""
         label = condition.pooled if isinstance(self.conditions, Texts) else condition
-        return self.module.apply({"params": params}, x, timesteps, label, content)
+        return self.module.apply({"params": params}, x, timesteps, label, content, **cache)
 
     def denoiser(self, params, condition, content):
         """(x, timesteps) -> prediction, given a class or text and a content frame, or None for none of that."""
@@ -248,17 +248,20 @@ class DiffusionStage:
 
     def guided_denoiser(self, params, condition, content, guidance, null):
         """Like `denoiser`, extrapolated away from the `null` condition by `guidance`; None means unguided."""
-        if guidance is None:
-            return self.denoiser(params, condition, content)
-        # One call of 2B rows, in which both alternate: the batch axis stays outermost and keeps its layout on the mesh.
-        conditions, contents = interleave(condition, null), interleave(content, content)
+        kind = Kind(guided=guidance is not None, reuses=False)
+        evaluate = self._evaluation(params, condition, content, guidance, null)
+        return lambda x, timesteps: evaluate(kind, (), x, timesteps)[1]
 
-        def denoise(x, timesteps):
+    def _evaluation(self, params, condition, content, guidance, null):
+        """As `diffusion.plan.evaluation`; the rows of both conditions may lie on devices of their own."""
+
+        def both(*inputs, **cache):
             with rows_are("act_guided"):
-                out = self.apply(params, interleave(x, x), interleave(timesteps, timesteps), conditions, contents)
-            return guide(*separate(gathered(out)), guidance, self.process.learned_range)
+                out = self.apply(params, *inputs, **cache)
+            return (gathered(out[0]), out[1]) if isinstance(out, tuple) else gathered(out)
 
-        return denoise
+        apply, learned = partial(self.apply, params), self.process.learned_range
+        return evaluation(apply, condition, content, guidance, null, learned, both)
 
     def loss(self, params, frozen, batch, key):
         latents = jax.lax.stop_gradient(self.autoencoder.encode(frozen["autoencoder"], batch))
@@ -281,20 +284,34 @@ class DiffusionStage:
         """What the denoiser needs of content frames at every step, computed once; here the frames themselves."""
         return content
 
+    def kinds(self, solver: str, guided: bool, interval=(0.0, 1.0), reuse=(), **options) -> list[Kind]:
+        """How each evaluation of a run of `sample` is made; UserError sampling.content_reuse or motion_reuse."""
+        process, own = self.solver(solver)
+        return evaluation_kinds(process.levels(**own | options), guided, interval, reuse, f"sampling.{self.name}_reuse")
+
     def sample(
         self, params, statistics, condition, content, keys, *, steps, solver,
-        guidance=None, null=None, shape=None, **more,
+        guidance=None, null=None, shape=None, interval=(0.0, 1.0), reuse=(), back=0, **more,
     ):  # fmt: skip
         """Reverse process for each key: -> content frames [B, H, W, C] or motion latents, in their own units.
 
-        shape: of one, without it that of the config's clips.
+        shape: of one, without it that of the config's clips. interval, reuse: as of `evaluation_kinds`. With back > 0
+        it gives (these, `Measured.changes` of all evaluations).
         """
         features = self.content_features(params, None if content is None else normalize(content, statistics["content"]))
-        denoise = self.guided_denoiser(params, condition, features, guidance, null)
+        evaluate, memory = self._evaluation(params, condition, features, guidance, null), ()
         noise = jax.vmap(lambda key: jax.random.normal(derive(key, "noise"), shape or self.shape))(keys)
         process, options = self.solver(solver)
-        x = process.sample(denoise, noise, keys, steps=steps, **{**options, **more})
-        return denormalize(x, statistics[self.name])
+        kinds = self.kinds(solver, guidance is not None, interval, reuse, steps=steps, **more)
+        if back or any(kind.reuses for kind in kinds):
+            kept = lambda: self.apply(params, noise, jnp.zeros(len(noise)), condition, features, keep=True)[1]  # noqa: E731
+            memory = empty_memory(jax.eval_shape(kept), kinds)
+        if back:
+            evaluate, memory = measuring(evaluate, memory, len(kinds), back)
+        denoise = Planned(evaluate, kinds, memory)
+        x, memory = process.integrate(denoise, noise, keys, steps=steps, **{**options, **more})
+        x = denormalize(x, statistics[self.name])
+        return (x, memory.changes) if back else x
 
     def _sample_batch(self, params, frozen, batch, key, content, shape):
         rows = jnp.arange(len(next(iter(batch.values()))))
@@ -346,8 +363,8 @@ class FineTunedContentStage(ContentStage):
     def pretrained(self, shardings):
         return load_unet(as_path(self.folder) / "unet", "float32", shardings)[1]
 
-    def apply(self, params, x, timesteps, condition, content):
-        return self.module.apply({"params": params}, x, timesteps, condition.states)
+    def apply(self, params, x, timesteps, condition, content, **cache):
+        return self.module.apply({"params": params}, x, timesteps, condition.states, **cache)
 
     def solver(self, name=""):
         return from_scheduler_config(self.image_model.scheduler, name)

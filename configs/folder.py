@@ -13,6 +13,15 @@ clips that launch/real_clips.py cuts (2 cores of an AMD EPYC, other work going o
 from cmd_jax import defaults
 from cmd_jax.config import parse_argument
 
+PRESETS = defaults.presets(
+    balanced=dict(
+        content_solver="ab2", content_shift=2.0, content_steps=16, motion_steps=16, motion_reuse="9,11,13,15"
+    ),
+    fast=dict(
+        content_solver="ab2", content_shift=2.0, content_steps=12, motion_steps=12, motion_reuse="3,5,7,9,11"
+    ),
+)  # fmt: skip
+
 
 def get_config(argument: str = ""):
     stage, _ = parse_argument(argument)
@@ -20,7 +29,7 @@ def get_config(argument: str = ""):
     config.data.update(source="folder", frames=16, height=64, width=64)
     if stage == "sample":
         config.data.split = "train"
-        config.sampling.update(guidance=2.0, content_steps=25, motion_steps=25)
+        config.sampling.update(guidance=2.0, content_steps=25, motion_steps=25, presets=PRESETS)
         return config
     config.train.update(steps=300, checkpoint_every=100, preview_every=100, log_every=10)
     config.optimizer.update(learning_rate=1e-3, b1=0.9, b2=0.99, decay="cosine", warmup_steps=20, clip_norm=1.0)

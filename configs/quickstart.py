@@ -34,6 +34,17 @@ TITLES = {
     "long": "Shipped weights, of a training of 57 minutes on 2 cores",
 }
 
+PRESETS = defaults.presets(
+    balanced=dict(
+        content_solver="ab2", content_shift=2.0, content_steps=24, motion_steps=24,
+        motion_reuse="3,5,7,9,11,13,15,17,19,21,23",
+    ),
+    fast=dict(
+        content_solver="ab2", content_shift=2.0, content_steps=16, motion_steps=12, motion_reuse="3,5,7,9,11",
+        guidance_from=0.2,
+    ),
+)  # fmt: skip
+
 
 def get_config(argument: str = ""):
     stage, values = parse_argument(argument, size="small")
@@ -44,7 +55,7 @@ def get_config(argument: str = ""):
     if stage == "sample":
         config.weights = str(WEIGHTS) if long else ""
         config.sampling.update(num=24, batch_size=32, guidance=6.0 if long else 3.0)
-        config.sampling.update(content_steps=50 if long else 25, motion_steps=20)
+        config.sampling.update(content_steps=50 if long else 25, motion_steps=20, presets=PRESETS)
         config.sampling.title = TITLES[size]
         return config
     config.train.steps = STEPS[size][stage]

@@ -15,11 +15,11 @@ from cmd_jax.loading import assemble, denoiser_stage
 from cmd_jax.models.conditions import Classes, Texts
 from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, VAEMetadata, describe, stated_space
+from cmd_jax.sampling.settings import SamplingSettings
 from cmd_jax.sharding import abstract, batch_sharding, make_mesh, partitioning, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import TrainState, make_optimizer, train_step
 from cmd_jax.trained import AutoencoderMetadata, Metadata, Trained
-from cmd_jax.verbs.requests import settings_of
 
 CACHED = {"content": (8, 16, 4), "motion": (4, 12, 4), "states": (77, 8)}
 
@@ -114,7 +114,7 @@ def sample_program(program, kind, ways: int, rows: int, class_names=(), **option
         stages[name] = Trained(trained, params_of(stage, mesh), said)
     with partitioning(mesh, config.rules):
         sampler = assemble(stages, config.pretrained, mesh, config.rules)
-        settings, *arguments = sampler._arguments(replace(settings_of(config), batch_size=rows * ways))
+        settings, *arguments = sampler._arguments(replace(SamplingSettings.of(config), batch_size=rows * ways))
         row = {"index": np.int32(0), "variant": np.int32(0)}
         row |= {"ids": np.zeros(77, np.int32)} if kind == "text" else {"label": np.int32(0)}
         if program == "animate":

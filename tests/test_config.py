@@ -257,6 +257,7 @@ def test_a_shipped_config_has_a_name_and_a_path(tmp_path, monkeypatch):
 
 
 TEXTS = ("sampling.classes", "sampling.prompt", "sampling.negative", "sampling.title")
+TEXTS += ("sampling.content_reuse", "sampling.motion_reuse")
 TEXTS += ("data.buckets", "init_skip", "ingest.description", "ingest.citation")
 KINDS = [(stage, denoiser) for stage, kinds in defaults.DECLARED.items() for denoiser in kinds]
 

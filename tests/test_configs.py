@@ -14,6 +14,8 @@ from cmd_jax.models.dit import SIZES
 from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.models.vae import VAE
 from cmd_jax.pretrained import ImageModelMetadata, load_space, load_texts, stated
+from cmd_jax.sampling.settings import SamplingSettings, resolve
+from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import AutoencoderStage, ContentStage, FrozenAutoencoder, MotionStage, diffusion_stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -65,9 +67,15 @@ def test_the_stages_of_a_file_fit_each_other(specification):
     if file == "webvid":
         conditions, _ = load_texts(configs["motion"].pretrained, None)
         models = [stated(configs["content"].pretrained.path, ImageModelMetadata), None]
-    for stage, model in zip(("content", "motion"), models, strict=True):
-        stage = diffusion_stage(configs[stage], autoencoder, conditions, None, model)
+    stages = {
+        name: diffusion_stage(configs[name], autoencoder, conditions, None, model)
+        for name, model in zip(("content", "motion"), models, strict=True)
+    }
+    for stage in stages.values():
         assert jax.eval_shape(stage.init, jax.random.key(0))
+    for name in ("quality", "balanced", "fast"):
+        sample = load(f"{file}:sample,{size}", given(specification) | {"sampling.preset": name})
+        resolve(SamplingSettings.of(sample), stages, make_mesh(sample.mesh))
 
 
 def autoencoder_of(config):

@@ -162,12 +162,13 @@ def test_a_command_is_one_that_cmd_jax_takes(arguments):
     flags, overrides = parse(list(arguments))
     if flags.verb != "convert":
         config = load(flags.config, overrides, shapes_only=flags.verb in ("bench", "doctor"))
-        if flags.verb in ("train", "sample", "evaluate", "bench"):
+        if flags.verb in ("train", "sample", "evaluate", "calibrate", "bench"):
             check_stage(flags.measured if flags.verb == "bench" else flags.verb, config.stage)
 
 
 # Running what the pages say at tiny settings, in the order in which they say it.
 
+SHIPPED = "--config=quickstart:sample,size=long --workdir=runs/shipped"
 NOT_RUN = {  # how a command begins -> why it is not run here
     "git clone": "what it fetches is this repository",
     "cd cmd_jax": "goes with it",
@@ -189,6 +190,10 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     "cmd-jax ingest --config=ucf101:autoencoder --source=UCF": "needs a bucket",
     "cmd-jax sample --config=ucf101:sample --workdir=runs/ucf101": "takes what a pod trained",
     "XLA_FLAGS=": "starts JAX anew, with more devices; tests/verbs/test_doctor.py",
+    "cmd-jax calibrate": "tests/test_calibration.py, and sampling with what it writes",
+    f"cmd-jax sample {SHIPPED} --config.sampling.reuse": "goes with it",
+    f"cmd-jax sample {SHIPPED} --preset": "its lists are for more steps than are taken here",
+    f"cmd-jax evaluate {SHIPPED} --config.sampling": "the same",
     "cmd-jax bench": "measures for minutes; tests/bench/test_bench.py",
     "cmd-jax verify-resume": "kills trainings for minutes; tests/verbs/test_verify_resume.py",
     "cmd-jax sample --config=quickstart:sample,size=long --workdir=gs://": "tests/verbs/test_bucket_sample.py",

@@ -9,6 +9,7 @@ CHECKS = (
     "test_sharding.check_mesh",
     "test_sharding.check_presets",
     "test_sharding.check_command",
+    "test_calibration.check_eight_devices",
     "interop.test_diffusers.check_eight_devices",
     "interop.test_clip_weights.check_eight_devices",
     "models.test_attention.check_eight_devices",

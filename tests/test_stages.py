@@ -219,11 +219,11 @@ def test_sampling_with_an_oracle_recovers_the_latents(autoencoder, statistics, l
     x0, condition = stage.split(latents, constants)
     given = []
 
-    def denoiser(params, label, condition):
+    def apply(params, x, timesteps, label, condition):
         given.append((label, condition))
-        return oracle(stage.process, x0)
+        return oracle(stage.process, x0)(x, timesteps)
 
-    stage.denoiser, stage.content_features = denoiser, lambda _, content: content
+    stage.apply, stage.content_features = apply, lambda _, content: content
     content = latents.content if name == "motion" else None
     solver = solver and {"content": "ddpm", "motion": "heun"}[name]
     keys = jax.random.split(KEY, B)
@@ -231,7 +231,7 @@ def test_sampling_with_an_oracle_recovers_the_latents(autoencoder, statistics, l
         None, constants, BATCH["label"], content, keys, guidance=None, steps=12, solver=solver
     )  # fmt: skip
     np.testing.assert_allclose(found, getattr(latents, name), atol=2e-3)
-    [(label, shown)] = given
+    label, shown = given[0]
     assert label is BATCH["label"]
     if name == "motion":
         np.testing.assert_allclose(shown, condition, atol=1e-6)
@@ -262,7 +262,7 @@ def test_content_is_held_within_the_range_of_pixels_and_latents_are_not(kind, sp
     given.model.patch = 2
     frozen = FrozenAutoencoder(config, {"autoencoder": {}}, space)
     stage = diffusion_stage(given, frozen, Classes(CLASSES))
-    stage.denoiser = lambda *_: oracle(stage.process, jnp.full((B, *stage.shape), 5.0))
+    stage.apply = lambda params, x, timesteps, *_: oracle(stage.process, jnp.full((B, *stage.shape), 5.0))(x, timesteps)
     keys = jax.random.split(KEY, B)
     found = stage.sample(None, stage.frozen["statistics"], BATCH["label"], None, keys, steps=3, solver="")
     np.testing.assert_allclose(found, largest, atol=2e-3)
@@ -278,7 +278,7 @@ def test_a_clip_of_pixels_is_refused_for_latents():
     check_fits(denoiser_config("motion", "gaussian", clip=1.0), frozen)  # whose range is (-1, 1) all the same
 
 
-@pytest.mark.parametrize("name, solvers", [("content", "ddim, ddpm, dpmpp"), ("motion", "euler, heun")])
+@pytest.mark.parametrize("name, solvers", [("content", "ddim, ddpm, dpmpp"), ("motion", "euler, heun, ab2")])
 def test_unknown_solvers_are_answered_with_those_of_the_process(stages, latents, name, solvers):
     stage = stages[name]
     content = latents.content if name == "motion" else None

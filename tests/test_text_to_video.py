@@ -28,11 +28,11 @@ from cmd_jax.prepare import prepare
 from cmd_jax.running.checkpoint import Checkpoints
 from cmd_jax.running.runtime import StopRequest
 from cmd_jax.sampling.sampler import drawn as columns_of
+from cmd_jax.sampling.settings import SamplingSettings
 from cmd_jax.sharding import abstract, make_mesh, partitioning
 from cmd_jax.state import init_state, make_optimizer
 from cmd_jax.trained import load_trained
 from cmd_jax.verbs import sample as sampling
-from cmd_jax.verbs.requests import settings_of
 
 pytestmark = pytest.mark.xdist_group("text")
 
@@ -183,7 +183,7 @@ def sampler():
 
 
 def generate(sampler, prompts=PROMPTS, **changes):
-    return together(sampler.generate(sampler.request(prompts=prompts), settings_of(settings(**changes))))
+    return together(sampler.generate(sampler.request(prompts=prompts), SamplingSettings.of(settings(**changes))))
 
 
 def test_step_zero_samples_are_those_of_the_pretrained_pipeline(sampler):
@@ -223,7 +223,7 @@ def test_texts_and_content_frames_are_read_once_a_call(sampler):
 
     def work(content_steps, motion_steps):
         changes = {"sampling__content_steps": content_steps, "sampling__motion_steps": motion_steps}
-        how, *arguments = sampler._arguments(settings_of(settings(**changes)))
+        how, *arguments = sampler._arguments(SamplingSettings.of(settings(**changes)))
         with partitioning(sampler.mesh, sampler.rules):
             program = sampler.program("generate", how).__wrapped__
             return count(program, sampler.params, columns_of(sampler.request(prompts=PROMPTS)), *arguments)

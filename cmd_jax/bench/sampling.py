@@ -1,6 +1,5 @@
 """The components of sampling: the whole program, and each network of it at the run's shapes and guidance."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -11,7 +10,7 @@ from cmd_jax.bench.measure import Component
 from cmd_jax.models.autoencoder import Latents
 from cmd_jax.models.conditions import Texts
 from cmd_jax.models.frames import Pixels
-from cmd_jax.performance.flops import count
+from cmd_jax.sampling import calibration
 from cmd_jax.sampling.programs import computing_in
 from cmd_jax.sampling.sampler import Sampler
 from cmd_jax.sampling.settings import SamplingSettings
@@ -23,9 +22,7 @@ PROMPT = "a sailing boat in the evening sun"
 
 def settings_of(sampler: Sampler, config, batch: int) -> SamplingSettings:
     """The resolved settings of a sample config for batches of that size."""
-    names = SamplingSettings.__dataclass_fields__.keys() & {*config.sampling}
-    given = {name: config.sampling[name] for name in names} | {"batch_size": batch, "seed": config.seed}
-    return sampler.resolve(SamplingSettings(**given))
+    return sampler.resolve(calibration.settings_of(sampler, config, batch_size=batch))
 
 
 def request_of(sampler: Sampler, count: int):
@@ -43,7 +40,9 @@ def components(sampler: Sampler, settings: SamplingSettings) -> Iterator[Compone
     guided = {"guidance": settings.guidance if guidance is not None else None}
 
     told = guided | {name: value for name, value in asdict(settings.static).items() if name not in IN_ALL}
-    evaluations = {f"{name}_evaluations": evaluated(stage, settings, guidance) for name, stage in denoisers.items()}
+    evaluations = {}
+    for stage in denoisers.values():
+        evaluations |= evaluated(stage, settings, guidance)
     whole = sampler.program("generate", settings)
     yield Component("whole", whole, arguments, size, dtype_of(denoisers["content"]), told | evaluations)
 
@@ -91,29 +90,9 @@ def dtype_of(part) -> str:
     return jnp.dtype(part.module.dtype).name
 
 
-def evaluated(stage: DiffusionStage, settings: SamplingSettings, guidance) -> float:
-    """Evaluations of a stage's network for one clip in the whole run, two for each that is guided.
-
-    Counted: in place of the network stands one multiply-add a row.
-    """
-    stand_in = copy.copy(stage)
-    channels = stage.shape[-1] * (2 if stage.process.learned_range else 1)
-
-    def apply(params, x, timesteps, condition, content):
-        first = x.reshape(len(x), -1)[:, :1] @ params
-        return jnp.broadcast_to(first.reshape(len(x), *[1] * (x.ndim - 1)), (*x.shape[:-1], channels))
-
-    stand_in.apply, stand_in.content_features = apply, lambda params, content: content
-
-    def draw(params, statistics, keys, condition, content, null):
-        name = stage.name
-        return stand_in.sample(
-            params, statistics, condition, content, keys, guidance=guidance, null=null,
-            steps=getattr(settings, f"{name}_steps"), solver=getattr(settings, f"{name}_solver"),
-            **({"eta": settings.eta} if settings.eta else {}),
-        )  # fmt: skip
-
-    one = jnp.zeros(1)
-    content = None if stage.name == "content" else jnp.zeros((1, *stage.autoencoder.content_shape))
-    keys = jax.random.split(jax.random.key(0), 1)
-    return count(draw, jnp.ones((1, 1)), stage.frozen["statistics"], keys, one, content, one).total // 2
+def evaluated(stage: DiffusionStage, settings: SamplingSettings, guidance) -> dict[str, int]:
+    """Evaluations of a stage's network for one clip in the whole run, two for each that is guided: all of it, and those
+    that reuse what is deep in it."""
+    kinds = stage.kinds(guided=guidance is not None, **settings.run_of(stage.name))
+    runs = {reuses: sum(1 + kind.guided for kind in kinds if kind.reuses == reuses) for reuses in (False, True)}
+    return {f"{stage.name}_evaluations": runs[False], f"{stage.name}_reusing": runs[True]}

@@ -1,14 +1,16 @@
-"""Flow matching on the straight path from data (t=0) to noise (t=1): loss, and Euler or Heun integration back."""
+"""Flow matching on the straight path from data (t=0) to noise (t=1): loss, and integration back."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cmd_jax.diffusion.gaussian import check_clip, column, item_mean
+from cmd_jax.diffusion.plan import Planned
 from cmd_jax.diffusion.schedules import check_count
-from cmd_jax.errors import choose
+from cmd_jax.errors import UserError, choose
 from cmd_jax.keys import derive
 
 # The model is told 1000 t, so that timestep features made for 1000-step diffusion serve both.
@@ -27,7 +29,7 @@ class Flow:
     time_mean: float = 0.0
     time_std: float = 1.0
     clip: float | None = None
-    solvers: ClassVar[tuple[str, ...]] = ("euler", "heun")
+    solvers: ClassVar[tuple[str, ...]] = ("euler", "heun", "ab2")
     prediction: ClassVar[str] = "velocity"
     learned_range: ClassVar[bool] = False
 
@@ -56,30 +58,65 @@ class Flow:
         """How many steps a solver can take: any number."""
         return None
 
-    def sample(self, denoise, noise, keys, *, steps: int, solver: str = "euler"):
-        """x at t=1 [B,...] standard normal -> x0 [B,...] float32, on a uniform grid of `steps` steps.
+    def levels(self, *, steps: int, solver: str = "euler", shift: float = 1.0) -> np.ndarray:
+        """t at each evaluation of the model that `sample` makes, in order: float64 [evaluations]."""
+        ends = shifted(np.arange(steps, 0, -1) / steps, shift)
+        return np.repeat(ends, 2)[1:] if solver == "heun" else ends
 
-        Heun averages the velocities at both ends of a step (2 steps - 1 model calls); its last step is an Euler step,
-        which keeps second order and never asks the model about t=0, where no training time lies.
-        keys: unused, both solvers are deterministic. UserError: sampling.steps, sampling.solver.
+    def sample(self, denoise, noise, keys, **options):
+        """x at t=1 [B,...] standard normal -> x0 [B,...] float32; options as of `integrate`."""
+        return self.integrate(denoise, noise, keys, **options)[0]
+
+    def integrate(self, denoise, noise, keys, *, steps: int, solver: str = "euler", shift: float = 1.0):
+        """x at t=1 [B,...] standard normal -> (x0 [B,...] float32, the memory of a Planned denoiser at the end).
+
+        denoise: a model, or one of Planned evaluations, as many as `levels` gives.
+        solver: euler; heun, which averages the velocities at both ends of a step (2 steps - 1 model calls; its last
+            step is an Euler step, which keeps second order and never asks the model about t=0, where no training time
+            lies); ab2 (Adams-Bashforth of second order), which extrapolates from the velocity of the step before to the
+            middle of a step, at the cost of euler; its first step is one of euler.
+        shift: of the grid of times, which is uniform with 1; above it steps are shorter near noise, see `shifted`.
+        keys: unused, all solvers are deterministic. UserError: sampling.steps, sampling.solver, sampling.shift.
         """
         choose("sampling.solver", solver, self.solvers)
         steps = check_count("sampling.steps", steps)
+        if not shift > 0:
+            raise UserError("sampling.shift", shift, "must be positive", "use 1 for a uniform grid")
+        model = Planned.of(denoise)
 
-        def velocity(x, t):
-            out = jnp.asarray(denoise(x, jnp.full(x.shape[:1], TIME_SCALE * t)), jnp.float32)
+        def velocity(memory, kind, x, t):
+            memory, out = model(memory, kind, x, jnp.full(x.shape[:1], TIME_SCALE * t))
+            out = jnp.asarray(out, jnp.float32)
             if self.clip is None:
-                return out
-            return (x - jnp.clip(x - t * out, -self.clip, self.clip)) / t
+                return memory, out
+            return memory, (x - jnp.clip(x - t * out, -self.clip, self.clip)) / t
 
-        def step(x, i):
+        def step(carry, inputs):
+            (x, before, memory), (i, (kind, second_kind)) = carry, inputs
             # Times count down from 1: step i ends at i / steps.
-            now, then = (i + 1) / steps, i / steps
-            first = velocity(x, now)
+            now, then = shifted((i + 1) / steps, shift), shifted(i / steps, shift)
+            memory, first = velocity(memory, kind, x, now)
             if solver == "euler":
-                return x + (then - now) * first, None
-            second = jax.lax.cond(i == 0, lambda: first, lambda: velocity(x + (then - now) * first, then))
-            return x + (then - now) * 0.5 * (first + second), None
+                return (x + (then - now) * first, None, memory), None
+            if solver == "ab2":
+                middle = 0.5 * (then - now) / (now - shifted((i + 2) / steps, shift))
+                slope = first + jnp.where(i == steps - 1, 0.0, middle) * (first - before)
+                return (x + (then - now) * slope, first, memory), None
+            memory, second = jax.lax.cond(
+                i == 0, lambda: (memory, first), lambda: velocity(memory, second_kind, x + (then - now) * first, then)
+            )
+            return (x + (then - now) * 0.5 * (first + second), None, memory), None
 
-        x0, _ = jax.lax.scan(step, jnp.asarray(noise, jnp.float32), jnp.arange(steps, dtype=jnp.float32)[::-1])
-        return x0 if self.clip is None else jnp.clip(x0, -self.clip, self.clip)
+        noise, numbers = jnp.asarray(noise, jnp.float32), np.arange(steps)
+        if solver == "heun":
+            kinds = model.which(2 * numbers), model.which(np.minimum(2 * numbers + 1, 2 * steps - 2))
+        else:
+            kinds = model.which(numbers), None
+        start = noise, jnp.zeros_like(noise) if solver == "ab2" else None, model.memory
+        (x0, _, memory), _ = jax.lax.scan(step, start, (jnp.arange(steps, dtype=jnp.float32)[::-1], kinds))
+        return x0 if self.clip is None else jnp.clip(x0, -self.clip, self.clip), memory
+
+
+def shifted(t, shift: float):
+    """Times t in 0..1, moved towards noise by `shift` above 1: odds t / (1 - t) times it (Esser et al. 2024)."""
+    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)

@@ -15,6 +15,7 @@ import numpy as np
 
 from cmd_jax.diffusion.guidance import split_range
 from cmd_jax.diffusion.multistep import FIRST_ORDER_BELOW, dpmpp_coefficients, dpmpp_timesteps, most_timesteps
+from cmd_jax.diffusion.plan import Planned
 from cmd_jax.diffusion.schedules import Schedule, spaced_timesteps
 from cmd_jax.errors import UserError, choose
 from cmd_jax.keys import derive
@@ -171,7 +172,24 @@ class Gaussian:
         """How many steps a solver can take, given other arguments of `sample`."""
         return most_timesteps(len(self.schedule), spacing) if solver == "dpmpp" else len(self.schedule)
 
-    def sample(
+    def _kept(self, steps: int, solver: str, spacing: str | None, steps_offset: int) -> np.ndarray:
+        """The timesteps that `sample` visits, rising: int64 [evaluations]."""
+        choose("sampling.solver", solver, self.solvers)
+        spacing = spacing or {"ddim": "ddim", "ddpm": "even", "dpmpp": "linspace"}[solver]
+        rule = dpmpp_timesteps if solver == "dpmpp" else spaced_timesteps
+        return rule(len(self.schedule), steps, spacing, steps_offset)
+
+    def levels(
+        self, *, steps: int, solver: str = "ddim", spacing: str | None = None, steps_offset: int = 0, **_
+    ) -> np.ndarray:
+        """t/T at each evaluation of the model that `sample` makes, in order: float64 [evaluations]."""
+        return self._kept(steps, solver, spacing, steps_offset)[::-1] / len(self.schedule)
+
+    def sample(self, denoise, noise, keys, **options):
+        """The whole reverse process: x_T [B,...] standard normal -> x0 [B,...] float32; options as of `integrate`."""
+        return self.integrate(denoise, noise, keys, **options)[0]
+
+    def integrate(
         self,
         denoise,
         noise,
@@ -185,8 +203,9 @@ class Gaussian:
         to_clean: bool = True,
         first_order_below: int = FIRST_ORDER_BELOW,
     ):
-        """The whole reverse process: x_T [B,...] standard normal -> x0 [B,...] float32.
+        """The whole reverse process -> (x0 [B,...] float32, the memory of a Planned denoiser at the end).
 
+        denoise: a model, or one of Planned evaluations, as many as `levels` gives.
         keys: one PRNG key per sample ([B] typed or [B,2] raw), from which the step of kept index i derives its own, so
             that a sample is the same in any batch. May be None where no noise is added: dpmpp, ddim with eta 0.
         steps: kept steps of the schedule, by the rule `spacing` of `spaced_timesteps`, for dpmpp of `dpmpp_timesteps`
@@ -198,40 +217,41 @@ class Gaussian:
         first_order_below: in fewer steps than that the last one of dpmpp is of first order.
         UserError: sampling.steps, sampling.solver, sampling.spacing, sampling.steps_offset, sampling.eta.
         """
-        choose("sampling.solver", solver, self.solvers)
+        kept = self._kept(steps, solver, spacing, steps_offset)
         if not 0.0 <= eta <= 1.0:
             raise UserError("sampling.eta", eta, "outside 0 to 1", "use 0 for deterministic sampling")
         if eta and solver != "ddim":
             raise UserError("sampling.eta", eta, f"{solver} has none", "use 0, or the solver ddim")
-        spacing = spacing or {"ddim": "ddim", "ddpm": "even", "dpmpp": "linspace"}[solver]
-        rule = dpmpp_timesteps if solver == "dpmpp" else spaced_timesteps
-        kept = rule(len(self.schedule), steps, spacing, steps_offset)
         end = 1.0 if to_clean or solver == "ddpm" else float(self.schedule.alpha_bar[0])
         process = replace(self, schedule=self.schedule.respace(kept, end))
+        model = Planned.of(denoise)
         noise, backwards = jnp.asarray(noise, jnp.float32), jnp.arange(len(kept))[::-1]
+        kinds = model.which(np.arange(len(kept)))
 
-        def predict(x, i):
+        def predict(memory, kind, x, i):
             t = jnp.full(x.shape[:1], i)
-            return t, denoise(x, process.timesteps(t))
+            return t, *model(memory, kind, x, process.timesteps(t))
 
-        def step(x, i):
-            t, out = predict(x, i)
+        def step(carry, inputs):
+            (x, memory), (i, kind) = carry, inputs
+            t, memory, out = predict(memory, kind, x, i)
             fresh = _noise(keys, i, x.shape[1:]) if solver == "ddpm" or eta > 0 else 0.0
             if solver == "ddpm":
-                return process.ddpm_step(out, x, t, fresh), None
-            return process.ddim_step(out, x, t, fresh, eta), None
+                return (process.ddpm_step(out, x, t, fresh), memory), None
+            return (process.ddim_step(out, x, t, fresh, eta), memory), None
 
         def multistep(carry, inputs):
-            (x, x0_before), (i, (of_x, of_x0, of_before)) = carry, inputs
-            t, out = predict(x, i)
+            (x, x0_before, memory), (i, (of_x, of_x0, of_before), kind) = carry, inputs
+            t, memory, out = predict(memory, kind, x, i)
             x0, _ = process.predict(split_range(out, self.learned_range)[0], x, t, self.clip)
-            return (of_x * x + of_x0 * x0 + of_before * x0_before, x0), None
+            return (of_x * x + of_x0 * x0 + of_before * x0_before, x0, memory), None
 
         if solver != "dpmpp":
-            return jax.lax.scan(step, noise, backwards)[0]
+            return jax.lax.scan(step, (noise, model.memory), (backwards, kinds))[0]
         coefficients = dpmpp_coefficients(process.schedule, first_order_below).T
-        inputs = backwards, tuple(jnp.asarray(coefficients, jnp.float32))
-        return jax.lax.scan(multistep, (noise, jnp.zeros_like(noise)), inputs)[0][0]
+        inputs = backwards, tuple(jnp.asarray(coefficients, jnp.float32)), kinds
+        (x0, _, memory), _ = jax.lax.scan(multistep, (noise, jnp.zeros_like(noise), model.memory), inputs)
+        return x0, memory
 
     def _levels(self, t, x):
         """(sqrt(alpha_bar), sqrt(1 - alpha_bar)) at t, broadcast against x."""

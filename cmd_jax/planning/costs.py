@@ -9,8 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cmd_jax.config import load
 from cmd_jax.diffusion.gaussian import Gaussian
-from cmd_jax.diffusion.guidance import guide
+from cmd_jax.diffusion.plan import Planned, empty_memory, evaluation, evaluation_kinds
 from cmd_jax.diffusion.schedules import Schedule, linear_betas, scaled_linear_betas
 from cmd_jax.interop.clip import text_from_config
 from cmd_jax.interop.sd_config import unet_from_config, vae_from_config
@@ -20,6 +21,7 @@ from cmd_jax.models.dit import SIZES, DiT
 from cmd_jax.models.unet import init_unet
 from cmd_jax.models.vae import init_vae
 from cmd_jax.performance.flops import Flops, count
+from cmd_jax.sampling.settings import SamplingSettings
 
 
 class Row(NamedTuple):
@@ -83,12 +85,12 @@ def full_size() -> dict:
     }
 
 
-def _unet(params, x, time, text):
-    return UNET.apply({"params": params}, x, time, text)
+def _unet(params, x, time, text, **cache):
+    return UNET.apply({"params": params}, x, time, text, **cache)
 
 
-def _motion(params, x, time, content):
-    return MOTION.apply({"params": params}, x, time, None, content)
+def _motion(params, x, time, content, **cache):
+    return MOTION.apply({"params": params}, x, time, None, content, **cache)
 
 
 def _reconstruct(params, video):
@@ -104,29 +106,36 @@ def _training(forward, params, *inputs) -> tuple[float, float]:
     return count(forward, params, *inputs).layers, count(jax.value_and_grad(loss), params, *inputs).total
 
 
-def sampling(params: dict, height: int, width: int, steps: int, guided: bool) -> Flops:
+def sampling(params: dict, height: int, width: int, runs: dict[str, dict], guided: bool) -> Flops:
     """One latent video [1, 16, h, w, 4] from noise: content, motion, then the autoencoder's decoder.
 
-    guided: each model also answers for the null text.
+    runs: of "content" and "motion", keyword arguments like those of `SamplingSettings.run_of`. guided: each model also
+    answers for the null text, where it is asked to.
     """
     clip = Clip.of(height, width)
 
-    def draw(process, model, params, noise, condition, null):
-        def denoise(x, time):
-            out = model(params, x, time, condition)
-            if not guided:
-                return out
-            return guide(out, model(params, x, time, null), 7.5, process.learned_range)
-
-        return process.sample(denoise, noise, None, steps=steps)
+    def draw(process, model, params, noise, condition, null, interval=(0.0, 1.0), reuse=(), **run):
+        apply = lambda x, time, condition, _, **cache: model(params, x, time, condition, **cache)  # noqa: E731
+        kinds = evaluation_kinds(process.levels(**run), guided, interval, reuse)
+        kept = jax.eval_shape(lambda: apply(noise, jnp.zeros(1), condition, None, keep=True)[1])
+        memory = empty_memory(kept, kinds) if reuse else ()
+        evaluate = evaluation(apply, condition, None, 7.5 if guided else None, null, process.learned_range)
+        return process.sample(Planned(evaluate, kinds, memory), noise, None, **run)
 
     def program(params, content, motion, text, null):
-        content = draw(CONTENT_PROCESS, _unet, params["content"], content, text, null)
+        content = draw(CONTENT_PROCESS, _unet, params["content"], content, text, null, **runs["content"])
         # The text reaches the motion model as one vector, whose linear map is not worth counting.
-        motion = draw(MOTION_PROCESS, _motion, params["motion"], motion, content, content)
+        motion = draw(MOTION_PROCESS, _motion, params["motion"], motion, content, content, **runs["motion"])
         return AUTOENCODER.apply({"params": params["autoencoder"]}, Latents(content, motion), method="decode")
 
     return count(program, params, clip.content, clip.motion, clip.text, clip.text)
+
+
+def preset_runs(name: str) -> dict[str, dict]:
+    """The runs of a preset of configs/webvid.py."""
+    settings = SamplingSettings.of(load("webvid:sample", {"sampling.preset": name}))
+    runs = {stage: settings.run_of(stage) for stage in ("content", "motion")}
+    return {stage: run | {"solver": run["solver"] or "ddim"} for stage, run in runs.items()}
 
 
 def table() -> list[Row]:
@@ -149,11 +158,17 @@ def table() -> list[Row]:
         "train at 512x512: content": (0.34, _training(_unet, params["content"], *unet_inputs)),
         "train at 512x512: motion": (0.14, _training(_motion, params["motion"], *motion_inputs)),
     }
+
+    def sample(runs):
+        plain, guided = (sampling(params, 512, 1024, runs, guided) for guided in (False, True))
+        return plain.layers, guided.total
+
     sampled = {}
     for steps, paper in ((50, 46.8), (100, 92.1)):
-        plain, guided = (sampling(params, 512, 1024, steps, guided) for guided in (False, True))
-        ours = plain.layers, guided.total
-        sampled[f"sample at 512x1024: {steps} + {steps} steps, CMD decoder"] = paper, ours
+        even = dict.fromkeys(("content", "motion"), {"steps": steps})
+        sampled[f"sample at 512x1024: {steps} + {steps} steps, CMD decoder"] = paper, sample(even)
+    for name in ("balanced", "fast"):
+        sampled[f"sample at 512x1024: preset {name}, CMD decoder"] = None, sample(preset_runs(name))
 
     def frozen(name, module, x, times=1, **method):
         flops = count(lambda p, x: module.apply({"params": p}, x, **method), params[name], x) * times

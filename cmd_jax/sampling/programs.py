@@ -14,9 +14,12 @@ from cmd_jax.sampling.settings import SamplingSettings
 from cmd_jax.sharding import batch_sharding
 from cmd_jax.stages import DiffusionStage, FrozenAutoencoder
 
+BACK = 4  # evaluations over which changes are measured: no longer run of them reuses
+
 
 class Programs:
-    """generate, draw_content, animate, reconstruct: (params, batch, *arguments) -> batch, of resolved static settings.
+    """generate, draw_content, animate, reconstruct, changes: (params, batch, *arguments) -> batch, of resolved static
+    settings.
 
     denoisers, params, conditions: as of Sampler. statistics: {"content", "motion"}, by which latents are normalised.
     arguments, but for reconstruct: key, guidance (None for none), and token ids [L] of what it leads away from, where
@@ -38,12 +41,11 @@ class Programs:
             self._jitted[key] = jax.jit(function, out_shardings=batch_sharding(self.mesh))
         return self._jitted[key]
 
-    def _draw(self, name, params, keys, condition, content, guidance, null, settings):
+    def _draw(self, name, params, keys, condition, content, guidance, null, settings, **more):
         """Content frames (content=None) or motion latents [B, ...], one key a sample."""
         return computing_in(settings.dtype, self.denoisers[name]).sample(
             params[name], self.statistics[name], condition, content, keys, guidance=guidance, null=null,
-            steps=getattr(settings, f"{name}_steps"), solver=getattr(settings, f"{name}_solver"),
-            **({"eta": settings.eta} if settings.eta else {}),
+            **settings.run_of(name), **more,
         )  # fmt: skip
 
     def _decode(self, params, content, motion, settings):
@@ -65,6 +67,15 @@ class Programs:
         content = self._draw("content", params, content_keys, condition, None, guidance, null, settings)
         motion = self._draw("motion", params, motion_keys, condition, content, guidance, null, settings)
         return self._decode(params, content, motion, settings)
+
+    def _changes(self, params, batch, key, guidance, null_ids=None, *, settings, back=BACK):
+        """Classes or texts -> {"content", "motion"}: what the denoiser keeps, from evaluation to evaluation."""
+        content_keys, motion_keys = sample_keys(key, batch)
+        condition, null = self._conditions(params, batch, guidance, null_ids)
+        given = guidance, null, settings
+        content, of_content = self._draw("content", params, content_keys, condition, None, *given, back=back)
+        _, of_motion = self._draw("motion", params, motion_keys, condition, content, *given, back=back)
+        return {"content": of_content, "motion": of_motion}
 
     def _draw_content(self, params, batch, key, guidance, null_ids=None, *, settings):
         """Classes or texts -> content."""

@@ -53,17 +53,18 @@ class Sampler:
     program, compiled at first use.
 
     denoisers: {"content", "motion"}, or {} where only `reconstruct` is wanted. params: {"autoencoder", "conditions",
-    "content", "motion"}. tokenizer: of Texts, else None. class_names: of Classes, () without any.
+    "content", "motion"}. tokenizer: of Texts, else None. class_names: of Classes, () without any. digests: of the
+    stages' parameters, by their names, as their metadata have them; empty of random ones.
     """
 
     def __init__(
         self, autoencoder: FrozenAutoencoder, denoisers: dict[str, DiffusionStage], statistics: dict, params: dict,
         conditions: Classes | Texts | None, class_names: tuple[str, ...], tokenizer, mesh, rules,
-        attention: str = "auto",
+        attention: str = "auto", digests: dict[str, str | None] | None = None,
     ):  # fmt: skip
         self.autoencoder, self.denoisers, self.statistics, self.params = autoencoder, denoisers, statistics, params
         self.conditions, self.class_names, self.tokenizer = conditions, class_names, tokenizer
-        self.mesh, self.rules, self.attention = mesh, rules, attention
+        self.mesh, self.rules, self.attention, self.digests = mesh, rules, attention, digests or {}
         self._programs = Programs(autoencoder, denoisers, statistics, conditions, mesh)
         self._take = jax.jit(operator.getitem, out_shardings=batch_sharding(mesh))
         self._encode, self._from_latents = jax.jit(autoencoder.encode), jax.jit(autoencoder.decode)

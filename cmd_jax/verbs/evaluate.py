@@ -14,7 +14,8 @@ from cmd_jax.report.console import make_console
 from cmd_jax.report.samples import OutputFolder, SampleWriter, write_summary, writing
 from cmd_jax.report.video import to_uint8
 from cmd_jax.running.distributed import gather_items, is_leader
-from cmd_jax.verbs.requests import make_request, open_clips, settings_of
+from cmd_jax.sampling.calibration import settings_of
+from cmd_jax.verbs.requests import make_request, open_clips
 
 
 def evaluate(config, workdir: Path, end_process=None) -> dict:
@@ -25,11 +26,12 @@ def evaluate(config, workdir: Path, end_process=None) -> dict:
     `train`.
     """
     console, started = make_console(quiet=not is_leader()), time.perf_counter()
-    options, settings = config.sampling, settings_of(config)
+    options = config.sampling
     if options.mode != "generate":
         raise UserError("sampling.mode", options.mode, "evaluate scores generated videos", "use sampling.mode=generate")
     output = OutputFolder(workdir, options.output)
     sampler = open_sampler(config, workdir)
+    settings = settings_of(sampler, config)
     with writing(output, config.processes, end_process):
         clips = open_clips(config, workdir, config.evaluation.clips)
         videos = config.evaluation.videos

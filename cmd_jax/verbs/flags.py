@@ -55,6 +55,7 @@ SAMPLING = (
     Flag("prompt", "TEXT", "what to draw", keys=("sampling.prompt",)),
     Flag("prompts-file", "FILE", "many: .txt, .csv, .jsonl, or MSR-VTT's .json", keys=("sampling.prompts_file",)),
     Flag("negative", "TEXT", "what to lead away from", keys=("sampling.negative",)),
+    Flag("preset", "NAME", "quality, balanced or fast", keys=("sampling.preset",)),
     Flag("guidance", "G", "1: none", keys=("sampling.guidance",)),
     Flag("steps", "N", "of both denoisers", keys=("sampling.content_steps", "sampling.motion_steps")),
     Flag(
@@ -82,6 +83,18 @@ VERBS = {
         "score reconstructions and generated videos",
         f"{QUICKSTART}:sample --workdir=runs/shapes",
         (CONFIG, WORKDIR, *CLUSTER),
+    ),
+    "calibrate": Verb(
+        "find which evaluations of sampling may reuse what is deep in the network, for a wanted speed-up",
+        f"{QUICKSTART}:sample,size=long --workdir=runs/shipped --speedup=1.5",
+        (
+            CONFIG,
+            WORKDIR,
+            Flag("speedup", "X", "wanted, of each denoiser's operations; default: 1.5", type=float, default=1.5),
+            Flag("out", "FILE", "default: WORKDIR/reuse.json"),
+            *CLUSTER,
+            *SAMPLING,
+        ),
     ),
     "ingest": Verb(
         "decode clips once, into a dataset that TFDS reads too, or latents of them into a store",

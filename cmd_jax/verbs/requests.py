@@ -4,7 +4,6 @@ What reads files of clips and images is imported where it is asked for: most sam
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,6 @@ from cmd_jax.errors import UserError
 from cmd_jax.files import as_path
 from cmd_jax.running.distributed import leader_first
 from cmd_jax.sampling.sampler import Sampler
-from cmd_jax.sampling.settings import SamplingSettings
 
 
 class Videos(Sequence):
@@ -48,12 +46,6 @@ class Clips(NamedTuple):
             return self.texts
         names = (*self.class_names, "unlabelled")
         return [names[min(label, len(names) - 1)] for label in self.labels]
-
-
-def settings_of(config) -> SamplingSettings:
-    """How a sample config says to sample."""
-    names = {field.name for field in fields(SamplingSettings)} & {*config.sampling}
-    return SamplingSettings(seed=config.seed, **{name: config.sampling[name] for name in names})
 
 
 def make_request(sampler: Sampler, config, count: int, clips: Clips | None = None) -> Request:

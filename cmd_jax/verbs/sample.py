@@ -12,8 +12,9 @@ from cmd_jax.loading import open_sampler
 from cmd_jax.report.console import make_console
 from cmd_jax.report.samples import OutputFolder, SampleWriter, write_summary, writing
 from cmd_jax.running.distributed import is_leader
+from cmd_jax.sampling.calibration import settings_of
 from cmd_jax.sampling.sampler import Sampler, Samples
-from cmd_jax.verbs.requests import make_request, open_clips, read_image, settings_of
+from cmd_jax.verbs.requests import make_request, open_clips, read_image
 
 
 def sample(config, workdir: Path, end_process=None) -> Path:
@@ -40,7 +41,7 @@ def sample(config, workdir: Path, end_process=None) -> Path:
 
 def make_samples(sampler: Sampler, config, workdir: Path) -> tuple[list[str], Iterator[Samples]]:
     """What `sampling.mode` asks for -> (captions, samples batch after batch)."""
-    options, settings, clips = config.sampling, settings_of(config), None
+    options, settings, clips = config.sampling, settings_of(sampler, config), None
     if options.mode == "reconstruct" or (options.mode == "animate" and not options.image):
         clips = open_clips(config, workdir, options.num)
     if options.mode == "reconstruct":

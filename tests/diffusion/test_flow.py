@@ -58,16 +58,24 @@ def test_order_of_the_solvers():
         centred = (x_t - (1 - t) * mean) / ((1 - t) ** 2 * std**2 + t**2)
         return t * centred - (mean + (1 - t) * std**2 * centred)
 
-    def error(solver, steps):
-        return np.abs(Flow().sample(denoise, x, None, steps=steps, solver=solver) - (mean + std * x)).max()
+    def error(solver, steps, shift=1.0):
+        found = Flow().sample(denoise, x, None, steps=steps, solver=solver, shift=shift)
+        return np.abs(found - (mean + std * x)).max()
 
     assert 1.7 < error("euler", 40) / error("euler", 80) < 2.3
     assert 3.2 < error("heun", 20) / error("heun", 40) < 5.0
     assert error("heun", 20) < error("euler", 80)
+    assert 3.2 < error("ab2", 20) / error("ab2", 40) < 5.0 and error("ab2", 40) < error("euler", 80)
+    assert error("ab2", 20, 2.0) / error("ab2", 40, 2.0) > 3.2
 
 
 @pytest.mark.parametrize(
-    "solver, expected", [("euler", [1000, 750, 500, 250]), ("heun", [1000, 750, 750, 500, 500, 250, 250])]
+    "solver, expected",
+    [
+        ("euler", [1000, 750, 500, 250]),
+        ("heun", [1000, 750, 750, 500, 500, 250, 250]),
+        ("ab2", [1000, 750, 500, 250]),
+    ],
 )
 def test_model_calls(solver, expected):
     seen = []
@@ -93,6 +101,18 @@ def test_a_sample_does_not_depend_on_its_batch_and_clip_holds(solver):
     assert np.abs(sample(x, clip=100.0) - sample(x)).max() < 1e-4
 
 
+def test_a_shift_multiplies_the_odds_of_noise():
+    even, moved = (Flow().levels(steps=5, solver="heun", shift=shift) for shift in (1.0, 3.0))
+    assert even.tolist() == [1.0, 0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2] and moved[0] == 1
+    np.testing.assert_allclose(moved[1:] / (1 - moved[1:]), 3 * even[1:] / (1 - even[1:]))
+    x0 = normal(0)
+
+    def denoise(x_t, timesteps):  # the step of every grid ends where the next begins
+        return (x_t - x0) / (timesteps / 1000).reshape(-1, 1, 1, 1, 1)
+
+    np.testing.assert_allclose(Flow().sample(denoise, normal(1), None, steps=5, shift=3.0), x0, atol=1e-4)
+
+
 def test_differentiable():
     def total(scale):
         return jnp.sum(Flow().sample(lambda x_t, t: scale * x_t, normal(0), None, steps=4, solver="heun") ** 2)
@@ -108,6 +128,8 @@ def test_bad_input():
     for steps in (0, -2):
         with pytest.raises(UserError, match=f"^sampling.steps={steps}: "):
             Flow().sample(lambda x_t, t: x_t, x, None, steps=steps)
+    with pytest.raises(UserError, match="^sampling.shift=0.0: "):
+        Flow().sample(lambda x_t, t: x_t, x, None, steps=3, shift=0.0)
     with pytest.raises(UserError, match="^diffusion.clip=0: "):
         Flow(clip=0)
     assert Flow.prediction == "velocity" and Flow().learned_range is False

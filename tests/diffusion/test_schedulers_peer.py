@@ -6,6 +6,7 @@ import peer
 import pytest
 from peer import diffusers, torch
 
+from cmd_jax.diffusion.flow import Flow
 from cmd_jax.diffusion.schedules import spaced_timesteps
 from cmd_jax.interop.schedulers import CLASSES, DDIM, DPMPP, TRAINING, from_scheduler_config
 
@@ -107,3 +108,16 @@ def test_what_classes_mean_by_keys_left_out(name):
     for key, value in own.items():
         if key in config and key != "variance_type":
             assert config[key] == value, key
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_with_shifted_times(shift):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 9, 9))
+    x = torch.tensor(X)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.sin(3 * x) * (float(t) / 1000), t, x).prev_sample
+    denoise = lambda x, timesteps: jnp.sin(3 * x) * timesteps[:, None, None, None] / 1000  # noqa: E731
+    got = Flow().sample(denoise, jnp.asarray(X), None, steps=9, shift=shift)
+    np.testing.assert_allclose(scheduler.timesteps.numpy(), 1000 * Flow().levels(steps=9, shift=shift), rtol=1e-5)
+    assert np.abs(got - x.numpy()).max() <= 1e-4 * np.abs(got).max()
