@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from cmd_jax.config import load
 from cmd_jax.diffusion.gaussian import Gaussian
-from cmd_jax.diffusion.plan import Planned, empty_memory, evaluation, evaluation_kinds
+from cmd_jax.diffusion.plan import evaluation_kinds
 from cmd_jax.diffusion.schedules import Schedule, linear_betas, scaled_linear_betas
 from cmd_jax.interop.clip import text_from_config
 from cmd_jax.interop.sd_config import unet_from_config, vae_from_config
@@ -106,29 +106,36 @@ def _training(forward, params, *inputs) -> tuple[float, float]:
     return count(forward, params, *inputs).layers, count(jax.value_and_grad(loss), params, *inputs).total
 
 
-def sampling(params: dict, height: int, width: int, runs: dict[str, dict], guided: bool) -> Flops:
-    """One latent video [1, 16, h, w, 4] from noise: content, motion, then the autoencoder's decoder.
+class Sampling:
+    """The arithmetic of a latent video [1, 16, h, w, 4] from noise: content, motion, then the autoencoder's decoder."""
 
-    runs: of "content" and "motion", keyword arguments like those of `SamplingSettings.run_of`. guided: each model also
-    answers for the null text, where it is asked to.
-    """
-    clip = Clip.of(height, width)
-
-    def draw(process, model, params, noise, condition, null, interval=(0.0, 1.0), reuse=(), **run):
-        apply = lambda x, time, condition, _, **cache: model(params, x, time, condition, **cache)  # noqa: E731
-        kinds = evaluation_kinds(process.levels(**run), guided, interval, reuse)
-        kept = jax.eval_shape(lambda: apply(noise, jnp.zeros(1), condition, None, keep=True)[1])
-        memory = empty_memory(kept, kinds) if reuse else ()
-        evaluate = evaluation(apply, condition, None, 7.5 if guided else None, null, process.learned_range)
-        return process.sample(Planned(evaluate, kinds, memory), noise, None, **run)
-
-    def program(params, content, motion, text, null):
-        content = draw(CONTENT_PROCESS, _unet, params["content"], content, text, null, **runs["content"])
+    def __init__(self, params: dict, height: int, width: int):
+        clip = Clip.of(height, width)
+        decode = lambda p, x: AUTOENCODER.apply({"params": p}, x, method="decode")  # noqa: E731
+        self.decoder = count(decode, params["autoencoder"], Latents(clip.content, clip.motion))
         # The text reaches the motion model as one vector, whose linear map is not worth counting.
-        motion = draw(MOTION_PROCESS, _motion, params["motion"], motion, content, content, **runs["motion"])
-        return AUTOENCODER.apply({"params": params["autoencoder"]}, Latents(content, motion), method="decode")
+        self.evaluations = {
+            "content": (CONTENT_PROCESS, _evaluations(_unet, params["content"], clip.content, clip.time, clip.text)),
+            "motion": (MOTION_PROCESS, _evaluations(_motion, params["motion"], clip.motion, clip.time, clip.content)),
+        }
 
-    return count(program, params, clip.content, clip.motion, clip.text, clip.text)
+    def run(self, runs: dict[str, dict], guided: bool) -> Flops:
+        """runs: of "content" and "motion", keyword arguments like those of `SamplingSettings.run_of`. guided: each
+        model also answers for the null text, where it is asked to."""
+        total = self.decoder
+        for name, (process, costs) in self.evaluations.items():
+            run = {key: value for key, value in runs[name].items() if key not in ("interval", "reuse")}
+            plan = (runs[name].get("interval", (0.0, 1.0)), runs[name].get("reuse", ()))
+            for kind in evaluation_kinds(process.levels(**run), guided, *plan):
+                total += costs[kind.reuses] * (1 + kind.guided)
+        return total
+
+
+def _evaluations(model, params, *inputs) -> tuple[Flops, Flops]:
+    """Of one evaluation: in full, and with what is deep in the network reused."""
+    kept = jax.eval_shape(lambda *arguments: model(*arguments, keep=True)[1], params, *inputs)
+    part = lambda params, kept, *inputs: model(params, *inputs, reuse=kept)  # noqa: E731
+    return count(model, params, *inputs), count(part, params, kept, *inputs)
 
 
 def preset_runs(name: str) -> dict[str, dict]:
@@ -159,11 +166,11 @@ def table() -> list[Row]:
         "train at 512x512: motion": (0.14, _training(_motion, params["motion"], *motion_inputs)),
     }
 
-    def sample(runs):
-        plain, guided = (sampling(params, 512, 1024, runs, guided) for guided in (False, True))
-        return plain.layers, guided.total
+    sampling, sampled = Sampling(params, 512, 1024), {}
 
-    sampled = {}
+    def sample(runs):
+        return sampling.run(runs, guided=False).layers, sampling.run(runs, guided=True).total
+
     for steps, paper in ((50, 46.8), (100, 92.1)):
         even = dict.fromkeys(("content", "motion"), {"steps": steps})
         sampled[f"sample at 512x1024: {steps} + {steps} steps, CMD decoder"] = paper, sample(even)

@@ -56,5 +56,7 @@ def test_the_table_agrees_with_the_paper():
     assert hundred.layers - fifty.layers == pytest.approx(92.1 - 46.8, rel=0.005)
     # Guidance doubles both models, and a multiply-add is two operations; attention comes on top.
     assert fifty.total > 4 * (fifty.layers - 0.78)
+    fast, balanced = (next(row for row in rows if f"preset {name}" in row.what) for name in ("fast", "balanced"))
+    assert fast.layers < 16 < balanced.layers < fifty.layers / 1.8 and fast.total < fifty.total / 3
     text = format_table(rows)
     assert "| train at 512x512: motion | 0.14 T | 0.143 T |" in text and len(text.splitlines()) == len(rows) + 2
