@@ -13,12 +13,14 @@ clips that launch/real_clips.py cuts (2 cores of an AMD EPYC, other work going o
 from cmd_jax import defaults
 from cmd_jax.config import parse_argument
 
-PRESETS = defaults.presets(
+PRESETS = defaults.presets(  # those of configs/quickstart.py, where they were measured
     balanced=dict(
-        content_solver="ab2", content_shift=2.0, content_steps=16, motion_steps=16, motion_reuse="9,11,13,15"
+        content_solver="ab2", content_shift=2.0, content_steps=24, content_reuse="5,7,9,11,13,15,17,19,21,23",
+        motion_steps=24, motion_reuse="2,4,6,8,10,12,14,16,18,20",
     ),
     fast=dict(
-        content_solver="ab2", content_shift=2.0, content_steps=12, motion_steps=12, motion_reuse="3,5,7,9,11"
+        content_solver="ab2", content_shift=2.0, content_steps=16, content_reuse="9,11,13,15",
+        motion_steps=16, motion_reuse="3,4,6,7,9,10,12,13,15",
     ),
 )  # fmt: skip
 
