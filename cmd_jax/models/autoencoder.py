@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 
 from cmd_jax.models.attention import attend, rotary_table, rotate
-from cmd_jax.models.layers import Unpatchify, dense, layer_norm, patchify, scanned
+from cmd_jax.models.layers import Unpatchify, dense, gated, layer_norm, patchify, scanned
 from cmd_jax.models.layout import constrain, relaid
 
 NORM_EPSILON = 1e-5  # of the original PyTorch layers
@@ -66,8 +66,7 @@ class GEGLU(nn.Module):
         width = x.shape[-1]
         value = dense(4 * width, ("embed", "mlp"), dtype=self.dtype, name="value")(x)
         gate = dense(4 * width, ("embed", "mlp"), dtype=self.dtype, name="gate")(x)
-        hidden = value * jax.nn.gelu(gate, approximate=False)
-        return dense(width, ("mlp", "embed"), dtype=self.dtype, name="out")(hidden)
+        return dense(width, ("mlp", "embed"), dtype=self.dtype, name="out")(gated(value, gate))
 
 
 class FactorizedBlock(nn.Module):
@@ -79,7 +78,7 @@ class FactorizedBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, time_table, space_table):
-        norm = partial(layer_norm, NORM_EPSILON, affine=True, dtype=self.dtype)
+        norm = partial(layer_norm, NORM_EPSILON, dtype=self.dtype)
         attention = partial(AxialAttention, self.heads, self.head_dim, dtype=self.dtype)
         frames = ("act_batch", "act_time", "act_token", "act_embed")
         x = constrain(x, frames)

@@ -31,7 +31,7 @@ class CLIPBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        norm = partial(layer_norm, self.epsilon, affine=True, dtype=self.dtype)
+        norm = partial(layer_norm, self.epsilon, dtype=self.dtype)
         project = partial(dense, width, ("embed", "heads"), dtype=self.dtype)
         x = constrain(x, ("act_batch", "act_token", "act_embed"))
 
@@ -90,7 +90,7 @@ class CLIPText(nn.Module):
         table = nn.with_logical_partitioning(SMALL, ("token", "embed"))
         table = self.param("positions", table, (self.length, self.width), jnp.float32)
         x, _ = _blocks(self, causal=True)(x + table[: ids.shape[1]].astype(self.dtype))
-        states = layer_norm(self.epsilon, affine=True, dtype=jnp.float32, name="final_norm")(x)
+        states = layer_norm(self.epsilon, dtype=jnp.float32, name="final_norm")(x)
         end = jnp.argmax(ids if self.end_token is None else ids == self.end_token, axis=1)
         return states, jnp.take_along_axis(states, end[:, None, None], axis=1)[:, 0]
 
@@ -117,7 +117,7 @@ class CLIPVision(nn.Module):
         if images.shape[1:] != (self.image_size, self.image_size, 3):
             size = f"{self.image_size}x{self.image_size}x3"
             raise UserError("images", images.shape, f"the vision tower takes {size}", "resize and crop them")
-        norm = partial(layer_norm, self.epsilon, affine=True)
+        norm = partial(layer_norm, self.epsilon)
         kernel_axes = ("conv_height", "conv_width", "channels", "embed")
         x = nn.Conv(
             self.width,

@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange
 
 from cmd_jax.models.attention import attend
-from cmd_jax.models.layers import dense, layer_norm, patchify, scanned
+from cmd_jax.models.layers import dense, gelu_tanh, modulated_norm, patchify, scanned
 from cmd_jax.models.layout import constrain, relaid
 
 NORM_EPSILON = 1e-6
@@ -45,10 +45,6 @@ def timestep_features(timesteps, features: int = TIMESTEP_FEATURES, shift: float
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def modulate(x, shift, scale):
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
 class DiTBlock(nn.Module):
     """Attention and MLP, modulated and gated by the condition (adaLN-zero): x [B, N, D], condition [B, D] -> x."""
 
@@ -59,7 +55,6 @@ class DiTBlock(nn.Module):
     @nn.compact
     def __call__(self, x, condition):
         width = x.shape[-1]
-        norm = partial(layer_norm, affine=False, dtype=self.dtype)
         project = partial(dense, width, ("embed", "heads"), dtype=self.dtype)
         modulation = dense(
             6 * width, ("embed", "modulation"), init=nn.initializers.zeros, dtype=self.dtype, name="modulation"
@@ -67,15 +62,15 @@ class DiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         x = constrain(x, ("act_batch", "act_token", "act_embed"))
 
-        y = modulate(norm(NORM_EPSILON)(x), shift_a, scale_a)
+        y = modulated_norm(x, shift_a, scale_a, NORM_EPSILON, self.dtype)
         query, key, value = (
             rearrange(project(name=n)(y), "b n (h d) -> b n h d", h=self.heads) for n in ("query", "key", "value")
         )
         y = rearrange(attend(query, key, value), "b n h d -> b n (h d)")
         x = x + gate_a[:, None] * dense(width, ("heads", "embed"), dtype=self.dtype, name="out")(y)
 
-        y = modulate(norm(self.mlp_epsilon)(x), shift_m, scale_m)
-        y = jax.nn.gelu(dense(4 * width, ("embed", "mlp"), dtype=self.dtype, name="mlp_in")(y), approximate=True)
+        y = modulated_norm(x, shift_m, scale_m, self.mlp_epsilon, self.dtype)
+        y = gelu_tanh(dense(4 * width, ("embed", "mlp"), dtype=self.dtype, name="mlp_in")(y))
         x = x + gate_m[:, None] * dense(width, ("mlp", "embed"), dtype=self.dtype, name="mlp_out")(y)
         return x, None
 
@@ -180,7 +175,7 @@ class DiT(nn.Module):
             name="final_modulation",
         )(condition)
         shift, scale = jnp.split(modulation, 2, axis=-1)
-        tokens = modulate(layer_norm(NORM_EPSILON, affine=False, dtype=jnp.float32)(tokens), shift, scale)
+        tokens = modulated_norm(tokens, shift, scale, NORM_EPSILON, jnp.float32)
         size = self.patch * self.patch * self.out_channels
         tokens = dense(size, ("embed", "patch"), init=nn.initializers.zeros, dtype=jnp.float32, name="final")(tokens)
         out = rearrange(

@@ -1,10 +1,12 @@
 """What the models share: layers whose parameters carry logical axes, patches, scanned blocks."""
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 REMAT_POLICIES = {
@@ -56,13 +58,44 @@ def dense(features: int, axes: tuple[str, str], *, init: Callable | None = None,
     )
 
 
-def layer_norm(epsilon: float, *, affine: bool, dtype, name: str | None = None) -> nn.LayerNorm:
+# For what costs less to compute again than to write down and read back: the backward pass keeps the arguments alone.
+# What stops the compiler from merging the two computations is not asked for: in a scan nothing can.
+recomputed = partial(jax.checkpoint, prevent_cse=False)
+
+
+@recomputed
+def gated(value, gate):
+    """value times the exact GELU of gate, gate Phi(gate), computed in float32.
+
+    jax.nn.gelu takes twice as long for digits far below 1e-7.
+    """
+    wide = gate.astype(jnp.float32)
+    return value * (0.5 * wide * (1 + jax.lax.erf(wide * np.float32(0.5**0.5)))).astype(gate.dtype)
+
+
+@recomputed
+def gelu_tanh(x):
+    """GELU in the approximation by tanh."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+@partial(recomputed, static_argnums=(3, 4))
+def modulated_norm(x, shift, scale, epsilon: float, dtype):
+    """LayerNorm of x [B, N, D] without parameters, times 1 + scale, plus shift, both [B, D], of a condition.
+
+    Statistics are float32; what they normalise is of that dtype.
+    """
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + epsilon)
+    return wide.astype(dtype) * (1 + scale[:, None]) + shift[:, None]
+
+
+def layer_norm(epsilon: float, *, dtype, name: str | None = None) -> nn.LayerNorm:
     """LayerNorm over the channels; statistics are float32."""
-    return nn.LayerNorm(
+    return nn.remat(nn.LayerNorm, prevent_cse=False)(
         epsilon=epsilon,
         use_fast_variance=False,  # the difference of two large squares loses the digits that the variance is made of
-        use_scale=affine,
-        use_bias=affine,
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
         dtype=dtype,

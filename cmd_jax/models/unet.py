@@ -9,7 +9,7 @@ from einops import rearrange
 
 from cmd_jax.errors import UserError
 from cmd_jax.models.autoencoder import GEGLU
-from cmd_jax.models.image_blocks import CELLS, Attention, ResidualBlock, conv, enlarge
+from cmd_jax.models.image_blocks import CELLS, Attention, ResidualBlock, conv
 from cmd_jax.models.layers import REMAT_POLICIES, dense, group_norm, layer_norm
 from cmd_jax.models.layout import constrain
 
@@ -25,7 +25,7 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, text):
-        norm = partial(layer_norm, LAYER_NORM_EPSILON, affine=True, dtype=self.dtype)
+        norm = partial(layer_norm, LAYER_NORM_EPSILON, dtype=self.dtype)
         attention = partial(Attention, self.heads, bias=False, dtype=self.dtype)
         x = constrain(x, ("act_batch", "act_token", "act_embed"))
         y = norm(name="norm1")(x)
@@ -147,7 +147,7 @@ class UNet(nn.Module):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
                 x = layer(x, f"up_{i}_{{}}_{j}", level, self.up_attention[i])
             if level > 0:
-                x = conv(self.widths[level], dtype=self.dtype, name=f"up_{i}_upsample")(enlarge(x))
+                x = conv(self.widths[level], enlarge=True, dtype=self.dtype, name=f"up_{i}_upsample")(x)
 
         x = jax.nn.silu(group_norm(self.groups, self.norm_epsilon, dtype=jnp.float32, name="norm_out")(x))
         out = conv(self.out_channels, dtype=jnp.float32, name="conv_out")(x)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from cmd_jax.errors import UserError
-from cmd_jax.models.image_blocks import Attention, ResidualBlock, conv, enlarge
+from cmd_jax.models.image_blocks import Attention, ResidualBlock, conv
 from cmd_jax.models.layers import REMAT_POLICIES, dense, group_norm
 
 NORM_EPSILON = 1e-6
@@ -90,7 +90,7 @@ class Decoder(_Half):
             for j in range(self.layers + 1):
                 x = self._residual(x, level, f"up_{i}_resnet_{j}")
             if level > 0:
-                x = conv(self.widths[level], dtype=self.dtype, name=f"up_{i}_upsample")(enlarge(x))
+                x = conv(self.widths[level], enlarge=True, dtype=self.dtype, name=f"up_{i}_upsample")(x)
         return self._out(x)
 
 

@@ -1,3 +1,4 @@
+import inspect
 from functools import partial
 
 import flax.linen as nn
@@ -10,7 +11,18 @@ from cmd_jax.models.attention import attend, rotary_table, rotate
 from cmd_jax.models.autoencoder import Autoencoder
 from cmd_jax.models.discriminator import PatchDiscriminator
 from cmd_jax.models.dit import DiT
-from cmd_jax.models.layers import REMAT_POLICIES, Unpatchify, dense, group_norm, layer_norm, multiply, patchify
+from cmd_jax.models.layers import (
+    REMAT_POLICIES,
+    Unpatchify,
+    dense,
+    gated,
+    gelu_tanh,
+    group_norm,
+    layer_norm,
+    modulated_norm,
+    multiply,
+    patchify,
+)
 from cmd_jax.models.unet import UNet
 from cmd_jax.models.vae import VAE
 from cmd_jax.models.vgg import LPIPS
@@ -51,16 +63,17 @@ def test_unpatchify_is_a_transposed_convolution():
     np.testing.assert_allclose(image, flipped, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["layer", "group"])
+@pytest.mark.parametrize("norm", ["layer", "group", "modulated"])
 def test_norms_keep_the_digits_of_data_far_from_zero(norm):
     """Mean 100, deviation 1: squares of 10,000 whose difference is 1. Taken as that difference it is wrong by 1e-3."""
     x = RNG.normal(100, 1, (8, 384)).astype(np.float32)
     exact = x.astype(np.float64)
-    if norm == "layer":
-        module = layer_norm(1e-6, affine=False, dtype=jnp.float32)
-    else:
+    module = layer_norm(1e-6, dtype=jnp.float32)
+    if norm == "group":
         module, exact = group_norm(4, 1e-6, dtype=jnp.float32, name=None), exact.reshape(8, 4, 96)
     found = module.init_with_output(jax.random.key(0), x)[0]
+    if norm == "modulated":
+        found = modulated_norm(x[:, None], *np.zeros((2, *x.shape), np.float32), 1e-6, jnp.float32)[:, 0]
     exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
     assert np.abs(found - exact.reshape(x.shape)).max() < 3e-5
 
@@ -126,7 +139,7 @@ def test_the_last_projections_are_float32_and_no_norm_is_of_the_fast_kind(module
         jax.eval_shape(module.init, jax.random.key(0), *inputs)
     exact = {name for name, dtype in made.items() if dtype == jnp.float32}
     assert exact == set(last.split()) and len(made) > len(exact)
-    assert norms and not any(norms)
+    assert (norms or isinstance(module, DiT)) and not any(norms)  # a DiT's are functions, tested above
 
 
 @pytest.mark.parametrize(
@@ -177,3 +190,32 @@ def test_remat_sees_the_products_of_dense_layers(remat, products):
     block = block if remat == "none" else jax.checkpoint(block, policy=REMAT_POLICIES[remat])
     gradient = jax.make_jaxpr(jax.grad(block, argnums=(0, 1)))(jnp.ones((2, 5)), jnp.ones((5, 5)))
     assert str(gradient).count("dot_general[") == products
+
+
+NORM = layer_norm(1e-6, dtype=jnp.float32)
+CHEAP = {  # name: (what keeps its arguments only, the same by the book)
+    "gated": (gated, lambda value, gate: value * jax.nn.gelu(gate, approximate=False)),
+    "gelu_tanh": (gelu_tanh, partial(jax.nn.gelu, approximate=True)),
+    "modulated_norm": (
+        lambda x, shift, scale: modulated_norm(x, shift[:, 0], scale[:, 0], 1e-6, jnp.float32),
+        lambda x, shift, scale: jax.nn.standardize(x, epsilon=1e-6) * (1 + scale[:, :1]) + shift[:, :1],
+    ),
+    "layer_norm": (
+        lambda x, scale, bias: NORM.apply({"params": {"scale": scale[0, 0], "bias": bias[0, 0]}}, x),
+        lambda x, scale, bias: jax.nn.standardize(x, epsilon=1e-6) * scale[0, 0] + bias[0, 0],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_cheap_layers_keep_their_arguments_alone_for_the_backward_pass(name):
+    ours, expected = CHEAP[name]
+    count = 1 if name == "gelu_tanh" else len(inspect.signature(expected).parameters)
+    arguments = tuple(RNG.normal(0, 2, (count, 2, 3, 8)).astype(np.float32))
+    direction = RNG.standard_normal((2, 3, 8)).astype(np.float32)
+    out, pullback = jax.vjp(ours, *arguments)
+    theirs, pullback_of_theirs = jax.vjp(expected, *arguments)
+    np.testing.assert_allclose(out, theirs, atol=1e-6)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6), pullback(direction), pullback_of_theirs(direction))
+    kept = sum(x.size for x in jax.tree.leaves(pullback) if x.size >= out.size)
+    assert kept <= len(arguments) * out.size
