@@ -107,7 +107,8 @@ def test_where_the_time_went(run, stage):
     summary = read_json(folder / "summary.json")
     told, seconds = summary["goodput"], summary["goodput"]["seconds"]
     assert sum(seconds.values()) == pytest.approx(told["wall_seconds"], abs=1e-6)
-    assert told["wall_seconds"] == pytest.approx(summary["wall_seconds"] + seconds["start_up"], abs=1.0)
+    # That of the log begins somewhere in the start-up.
+    assert -0.2 < told["wall_seconds"] - summary["wall_seconds"] < seconds["start_up"] + 0.2
     assert told["share"] == round(seconds["steps"] / told["wall_seconds"], 4) and 0 < told["share"] < 1
     assert {"steps", "start_up", "compile", "save_wait", "finish"} <= set(seconds) and min(seconds.values()) >= 0
     assert ("previews" in seconds) == (stage != "content")
