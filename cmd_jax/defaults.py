@@ -237,7 +237,9 @@ SAMPLING = dict(
     motion_shift=key(1.0, SHIFT.format("motion latents"), above=0),
     motion_reuse=key("", REUSE),
     reuse=path("what `cmd-jax calibrate` wrote for this run: the two lists, checked against it"),
-    dtype=choice("", "of matrix products of denoisers and autoencoder; empty: as they were trained", ("", *DTYPES)),
+    dtype=choice(
+        "", "of weights and matrix products, those of `pretrained` too; empty: as they were trained", ("", *DTYPES)
+    ),
     eta=fraction(0.0, "ddim: noise that each step adds, as a part of ddpm's"),
     motions=key(4, "vary-motion: motions for each content frame", at_least=1),
     image=path("animate: an image file; empty: content frames of clips of `data`"),

@@ -1,5 +1,6 @@
 """From trained stages on disk to a Sampler: which files they are, and that they belong together."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import jax
 from cmd_jax import defaults
 from cmd_jax.config import STAGES, shipped
 from cmd_jax.data.sizes import Size, sizes_of
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, choose
 from cmd_jax.files import as_path
 from cmd_jax.models.conditions import Classes
 from cmd_jax.pretrained import check_same, load_texts, open_space, stated_conditions, stated_space
@@ -27,22 +28,26 @@ def load_sampler(
     attention: str = "auto",
     stages=STAGES,
     size: Size | None = None,
+    dtype: str = "",
 ) -> Sampler:
     """The sampler of the three stages in a folder: exported weights, autoencoder.safetensors and so on, or a workdir;
     or of the shipped weights of that name ("quickstart").
 
     pretrained: the folder of the Stable Diffusion whose VAE and text encoder they were trained with. mesh: by default
     all devices, which share a batch. attention: one of models.attention.KERNELS. stages: ("autoencoder",) to
-    reconstruct only. size: height and width of videos, one of those that were trained; the first without it.
+    reconstruct only. size: height and width of videos, one of those that were trained; the first without it. dtype:
+    "bfloat16" for matrices of half the bytes, of all of its parts, and products in it; "float32"; or "", float32 with
+    products as they were trained.
     UserError where a stage is missing or damaged, and where they are not of one run.
     """
     config = defaults.stage("sample")
     config.pretrained.path = str(pretrained)
+    config.sampling.dtype = choose("sampling.dtype", dtype, ("", *defaults.DTYPES))
     folder, named = as_path(folder), shipped() / "weights" / folder
     folder = named if named.is_dir() and not folder.exists() else folder
     suffix = ".safetensors" if (folder / "autoencoder.safetensors").exists() else ""
     paths = {name: folder / f"{name}{suffix}" for name in stages}
-    return _load(paths, config.pretrained, make_mesh(config.mesh) if mesh is None else mesh, rules, size, attention)
+    return _load(paths, config, make_mesh(config.mesh) if mesh is None else mesh, rules, size, attention)
 
 
 def open_sampler(config, workdir: Path) -> Sampler:
@@ -51,7 +56,7 @@ def open_sampler(config, workdir: Path) -> Sampler:
     stages = ("autoencoder",) if config.sampling.mode == "reconstruct" else STAGES
     paths = {name: root / f"{name}{suffix}" for name in stages}
     size = config.data.height, config.data.width
-    sampler = _load(paths, config.pretrained, make_mesh(config.mesh), config.rules, size, config.attention)
+    sampler = _load(paths, config, make_mesh(config.mesh), config.rules, size, config.attention)
     if config.data.frames != (frames := sampler.autoencoder.clip_shape[0]):
         raise UserError("data.frames", config.data.frames, f"the weights are for {frames}", "use that")
     return sampler
@@ -65,9 +70,10 @@ def _check_size(size: Size, trained: Trained):
         raise UserError(f"data.{('height', 'width')[side]}", size[side], f"the weights are for {known}", "use that")
 
 
-def _load(paths: dict[str, Path], pretrained, mesh, rules, size: Size | None, attention: str) -> Sampler:
-    """Read the stages, autoencoder first, straight into their shards."""
-    stages = {}
+def _load(paths: dict[str, Path], config, mesh, rules, size: Size | None, attention: str) -> Sampler:
+    """Read the stages, autoencoder first, straight into their shards, in the dtype that a sample config says."""
+    stages, dtype, pretrained = {}, config.sampling.dtype, config.pretrained.copy_and_resolve_references()
+    pretrained.dtype = dtype or pretrained.dtype
 
     def shardings(config, metadata):
         if config.stage == "autoencoder":
@@ -77,16 +83,22 @@ def _load(paths: dict[str, Path], pretrained, mesh, rules, size: Size | None, at
         return abstract(stage.init, mesh, rules)
 
     for name, path in paths.items():
-        stages[name] = load_trained(path, name, shardings)
+        stages[name] = load_trained(path, name, shardings, dtype)
     if size:
         _check_size(size, stages["autoencoder"])
-    return assemble(stages, pretrained, mesh, rules, size, attention)
+    rounded = dtype not in ("", "float32")
+    whole = partial(load_trained, paths["autoencoder"], "autoencoder") if rounded else None
+    return assemble(stages, pretrained, mesh, rules, size, attention, dtype, whole)
 
 
 def assemble(
-    stages: dict[str, Trained], pretrained, mesh, rules, size: Size | None = None, attention: str = "auto"
-) -> Sampler:
-    """The sampler of trained stages that lie on the mesh, and of the parts of a config's `pretrained` group."""
+    stages: dict[str, Trained], pretrained, mesh, rules, size: Size | None = None, attention: str = "auto",
+    dtype: str = "", whole: Callable[[], Trained] | None = None,
+) -> Sampler:  # fmt: skip
+    """The sampler of trained stages that lie on the mesh, and of the parts of a config's `pretrained` group.
+
+    dtype: in which all of them were read. whole() -> the autoencoder as it was trained, where that is another one.
+    """
     shardings, trained = partial(abstract, mesh=mesh, rules=rules), stages["autoencoder"]
     space = open_space(pretrained, trained.metadata.vae, shardings)
     size = size or sizes_of(trained.config.data)[0]
@@ -97,7 +109,7 @@ def assemble(
         if name not in stages:
             continue
         metadata = stages[name].metadata
-        if not belongs(metadata, trained):
+        if not belongs(metadata, trained, whole and (lambda: whole().params)):
             problem = "this stage was trained with another autoencoder"
             raise UserError("weights", name, problem, "give the three stages of one run")
         if conditioned_on(metadata) != conditioned_on(stages["content"].metadata):
@@ -112,7 +124,18 @@ def assemble(
         params["conditions"] = conditions.params
     digests = {name: stage.metadata.digest for name, stage in stages.items()}
     return Sampler(
-        autoencoder, denoisers, statistics, params, conditions, class_names, tokenizer, mesh, rules, attention, digests
+        autoencoder,
+        denoisers,
+        statistics,
+        params,
+        conditions,
+        class_names,
+        tokenizer,
+        mesh,
+        rules,
+        attention,
+        digests,
+        dtype,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -16,6 +17,7 @@ from cmd_jax.config import from_dict
 from cmd_jax.data.latents import LatentStatistics
 from cmd_jax.errors import UserError
 from cmd_jax.files import COUNT, as_json, as_path, check_like, from_json, like_of, parse_json, read_json, write_json
+from cmd_jax.interop import kept
 from cmd_jax.interop.folders import WeightFiles
 from cmd_jax.interop.tensors import same, to_params
 from cmd_jax.interop.weights import (
@@ -98,26 +100,65 @@ class Trained(NamedTuple):
 
 
 def load_trained(
-    path: Path | str, stage: str, shardings: Callable[[ConfigDict, Metadata], dict] | None = None
+    path: Path | str, stage: str, shardings: Callable[[ConfigDict, Metadata], dict] | None = None, dtype: str = ""
 ) -> Trained:
     """The EMA parameters of a stage, from its workdir folder or from a weights file written by `export`.
 
     shardings: (config, metadata) -> ShapeDtypeStructs with shardings; the parameters are compared with these and read
-    straight into their shards, one at a time. Without it they are numpy arrays.
+    straight into their shards, one at a time. Without it they are numpy arrays. dtype: that of their matrices, as of
+    `rounded`; "": float32. What is cast is kept on this machine for the next time.
     """
     path = as_path(path)
     config, metadata = read_stage(path, stage)
     like = shardings and shardings(config, metadata)
-    if path.suffix == ".safetensors":
-        if like:
-            with open_params(path) as (shapes, read):
-                check_tree(f"weights {path.name}", shapes, like, "give the weights that belong to their config")
-                return Trained(config, read(like), metadata)
-        params = {name: array.astype(np.float32) for name, array in read_state_dict(path).items()}
-        return Trained(config, unflatten(params), metadata)
-    with _checkpoints(path) as checkpoints:
-        metadata = replace(metadata, digest=checkpoints.digest("ema"))
-        return Trained(config, checkpoints.restore_item("ema", like), metadata)
+    if dtype not in ("", "float32"):
+        metadata, params = _rounded(path, like, dtype, metadata)
+    elif path.suffix != ".safetensors":
+        with _checkpoints(path) as checkpoints:
+            metadata = replace(metadata, digest=checkpoints.digest("ema"))
+            params = checkpoints.restore_item("ema", like)
+    elif like:
+        with open_params(path) as (shapes, read):
+            check_tree(f"weights {path.name}", shapes, like, "give the weights that belong to their config")
+            params = read(like)
+    else:
+        params = unflatten({name: array.astype(np.float32) for name, array in read_state_dict(path).items()})
+    return Trained(config, params, metadata)
+
+
+def _rounded(path: Path, like: dict, dtype: str, metadata: Metadata) -> tuple[Metadata, dict]:
+    """-> (metadata with the digest, EMA parameters in the dtypes of `rounded`), those that were kept where they are."""
+    wanted, is_file = rounded(like, dtype), path.suffix == ".safetensors"
+    if is_file:
+        identity = ["file", *kept.identity_of(WeightFiles(path, (path,)))]
+    else:
+        from cmd_jax.running.checkpoint import newest_digest
+
+        identity = ["checkpoint", newest_digest(path, "ema")]
+    if (params := kept.find(identity, wanted)) is not None:
+        return (metadata if is_file else replace(metadata, digest=identity[1])), params
+    if is_file:
+        with open_params(path) as (shapes, read):
+            check_tree(f"weights {path.name}", shapes, like, "give the weights that belong to their config")
+            params = read(wanted)
+    else:
+        with _checkpoints(path) as checkpoints:
+            metadata = replace(metadata, digest=checkpoints.digest("ema"))
+            params = checkpoints.restore_item("ema", like, cast=wanted)
+        identity[1] = metadata.digest
+    kept.keep(identity, params)
+    return metadata, params
+
+
+def rounded(like: dict, dtype: str) -> dict:
+    """ShapeDtypeStructs whose matrices are of `dtype`: kernels and tables. Biases and scales, a thousandth of all
+    bytes, stay float32."""
+
+    def one(path, x):
+        vector = path[-1].key in ("bias", "scale")
+        return x if vector else jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, like)
 
 
 def _checkpoints(folder: Path):
@@ -127,16 +168,20 @@ def _checkpoints(folder: Path):
     return contextlib.closing(Checkpoints(folder, read_only=True, items=("ema",)))
 
 
-def belongs(metadata: Metadata, autoencoder: Trained) -> bool:
+def belongs(metadata: Metadata, autoencoder: Trained, whole: Callable[[], dict] | None = None) -> bool:
     """Whether a denoiser was trained on this autoencoder, or on one of equal parameters.
 
     The latter where it lost its last checkpoint and was trained to its end again, and where the metadata are older than
     digests of checkpoints.
+
+    whole() -> the autoencoder's parameters, where those at hand are rounded.
     """
     wanted = metadata.autoencoder
     if not wanted.fits(latent_config(autoencoder.config)):
         return False
-    return autoencoder.metadata.digest == wanted.digest or digest(autoencoder.params) in (wanted.digest, wanted.params)
+    if autoencoder.metadata.digest == wanted.digest:
+        return True
+    return digest(whole() if whole else autoencoder.params) in (wanted.digest, wanted.params)
 
 
 def read_stage(path: Path, stage: str) -> tuple[ConfigDict, Metadata]:
@@ -207,8 +252,8 @@ def _grouped(values: dict) -> dict:
 def open_params(path: Path) -> Iterator[tuple[dict, Callable[[dict], dict]]]:
     """The EMA parameters in a stage's folder or weights file, none of them read yet -> (their shapes, read).
 
-    shapes: a tree of ShapeDtypeStructs. read(like): a part of that tree as float32 arrays laid out as `like`,
-    ShapeDtypeStructs with shardings; only what the devices here need is read.
+    shapes: a tree of ShapeDtypeStructs. read(like): a part of that tree as arrays laid out as `like`,
+    ShapeDtypeStructs with shardings, of a file also in their dtypes; only what the devices here need is read.
     """
     if path.suffix != ".safetensors":
         with _checkpoints(path) as checkpoints:
@@ -218,7 +263,7 @@ def open_params(path: Path) -> Iterator[tuple[dict, Callable[[dict], dict]]]:
 
         def read(like):
             like = flatten(like)
-            return to_params([same(name, leaf.shape) for name, leaf in like.items()], weights, like=like)
+            return to_params([same(name, leaf.shape) for name, leaf in like.items()], weights, None, like)
 
         yield unflatten({n: jax.ShapeDtypeStruct(shape, np.float32) for n, shape in weights.shapes.items()}), read
 

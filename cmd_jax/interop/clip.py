@@ -12,7 +12,8 @@ from cmd_jax.errors import UserError, choose
 from cmd_jax.files import as_path, read_json
 from cmd_jax.interop.clip_tokenizer import VOCABULARIES, Tokenizer, check_tokenizer
 from cmd_jax.interop.folders import TRANSFORMERS, check_folder, find_weights, is_size, note_unknown
-from cmd_jax.interop.tensors import LAYOUTS, Mismatch, Tensor, load_params, state_dict_of, tensor
+from cmd_jax.interop.kept import load_params
+from cmd_jax.interop.tensors import LAYOUTS, Mismatch, Tensor, state_dict_of, tensor
 from cmd_jax.models.clip import ACTIVATIONS, CLIP, CLIPText, CLIPVision
 
 # What a config.json means that leaves a field out.

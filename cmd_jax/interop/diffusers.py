@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x in the diffusers folder layout: our modules and parameters out, and folders back.
 
-shardings: as of cmd_jax.interop.tensors.load_params. dtype: of parameters and of what the modules compute in;
+shardings: as of cmd_jax.interop.kept.load_params. dtype: of parameters and of what the modules compute in;
 `module.clone(dtype=..., remat=...)` changes how a module computes, not its parameters.
 """
 
@@ -15,6 +15,7 @@ from cmd_jax.interop import sd_config
 from cmd_jax.interop.clip import load_text_encoder, text_encoder_state
 from cmd_jax.interop.clip_tokenizer import Tokenizer, check_tokenizer
 from cmd_jax.interop.folders import DIFFUSERS, check_class, check_folder, find_weights
+from cmd_jax.interop.kept import load_params
 from cmd_jax.interop.sd_weights import (
     UNET_SUSPECTS,
     VAE_SUSPECTS,
@@ -23,7 +24,7 @@ from cmd_jax.interop.sd_weights import (
     vae_rename,
     vae_tensor,
 )
-from cmd_jax.interop.tensors import load_params, state_dict_of
+from cmd_jax.interop.tensors import state_dict_of
 from cmd_jax.interop.weights import write_safetensors
 from cmd_jax.models.unet import UNet, init_unet
 from cmd_jax.models.vae import VAE, init_vae

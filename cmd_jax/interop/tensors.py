@@ -9,15 +9,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
 from cmd_jax.errors import UserError, some
-from cmd_jax.interop.folders import WeightFiles
-from cmd_jax.interop.weights import Part, Weights, flatten, open_weights, unflatten
+from cmd_jax.interop.weights import Part, Weights, flatten, unflatten
 
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # as safetensors and numpy say
 # Torch's dimensions -> ours, by how many ours are: vectors, linear maps, 2-d convolutions.
@@ -170,7 +168,7 @@ def check(tensors: Iterable[Tensor], weights: Weights, refuse: Callable[[Mismatc
 
 
 def to_params(tensors: Iterable[Tensor], weights: Weights, dtype="float32", like: dict | None = None) -> dict:
-    """The tree of parameters, of that dtype whatever the weights', from what `check` let pass.
+    """The tree of parameters, of that dtype whatever the weights', from what `check` let pass; None: as of `like`.
 
     like: {"a/b/c": ShapeDtypeStruct with a sharding}: each process reads its own shards. Without it: numpy arrays.
     """
@@ -182,7 +180,7 @@ def to_params(tensors: Iterable[Tensor], weights: Weights, dtype="float32", like
 
     def read(tensor: Tensor):
         parts = {
-            str(index): np.asarray(tensor.read(weights, index), jnp.dtype(dtype), order="C")
+            str(index): np.asarray(tensor.read(weights, index), jnp.dtype(dtype or like[tensor.path].dtype), order="C")
             for index in indices[tensor.path]
         }
         if like is None:
@@ -220,24 +218,3 @@ def shapes(tensors: Iterable[Tensor]) -> dict:
     """The tree of parameters as float32 ShapeDtypeStructs."""
     ours = {tensor.path: ((tensor.layers,) if tensor.layers else ()) + tensor.ours for tensor in tensors}
     return unflatten({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in ours.items()})
-
-
-def load_params(files: WeightFiles, init, tensor_of, dtype="float32", shardings=None, rename=str, blame=None) -> dict:
-    """The parameters that init(key) would make, from files of weights; numpy arrays, or laid out by `shardings`.
-
-    tensor_of: (our path, shape) -> Tensor. shardings: init -> tree of ShapeDtypeStructs with shardings, for example
-    functools.partial(cmd_jax.sharding.abstract, mesh=mesh, rules=rules). rename: as of `open_weights`. blame:
-    Mismatch -> the field of a config that is likely wrong, or None. UserError for tensors that do not fit.
-    """
-    like = shardings(init) if shardings else jax.eval_shape(lambda key: nn.unbox(init(key)), jax.random.key(0))
-    like = flatten(like)
-    tensors = sorted((tensor_of(path, leaf.shape) for path, leaf in like.items()), key=lambda tensor: tensor.name)
-
-    def refuse(mismatch: Mismatch) -> UserError:
-        likely = blame and blame(mismatch)
-        remedy = "give weights and config.json of one model" + (f" (likely {likely} is wrong)" if likely else "")
-        return UserError("weights", files.name, mismatch.problem, remedy)
-
-    with open_weights(files, rename) as weights:
-        check(tensors, weights, refuse)
-        return to_params(tensors, weights, dtype, like if shardings else None)

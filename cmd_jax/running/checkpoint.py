@@ -56,6 +56,15 @@ log = logging.getLogger(__name__)
 _saves = itertools.count()  # numbers the saves of this process, which all make together, for the names of barriers
 
 
+def newest_digest(folder: Path | BucketPath, name: str) -> str:
+    """The `digest` of the newest complete checkpoint by what its manifest says, of which no byte is compared; or ""."""
+    steps = steps_in(folder)
+    found = next(filter(steps.is_complete, steps.numbers()), None)
+    with contextlib.suppress(CutOff, Damaged):
+        return "" if found is None else item_digest(read_manifest(steps.folder / str(found)), name)
+    return ""
+
+
 class Checkpoints:
     """The checkpoints of one stage folder. Saves run in the background; `wait` and `close` wait for them.
 
@@ -233,11 +242,11 @@ class Checkpoints:
         state = TrainState(**{name: self.restore_item(name, getattr(like, name)) for name in ITEMS})
         return state, read_json(self.folder / str(self.latest()) / RUN, "checkpoint", like=RUN_LIKE)
 
-    def restore_item(self, name: str, like=None, part: bool = False):
+    def restore_item(self, name: str, like=None, part: bool = False, cast=None):
         """One item of the newest whole checkpoint; without `like`, as host arrays.
 
         UserError if there is none, or for the first array that is not as `like` wants it. part: `like` is a part of
-        what `shapes` says; nothing else is read, or compared.
+        what `shapes` says; nothing else is read, or compared. cast: `like` in other dtypes, in which the arrays come.
         """
         if name not in self._items:
             raise ValueError(f"{name} is none of the items {self._items}, of which the bytes are compared")
@@ -247,7 +256,7 @@ class Checkpoints:
         config = read_json(folder / RUN, "checkpoint", like=RUN_LIKE).get("config")
         if not part:
             check_tree(f"checkpoint {folder.name}: {name}", saved, like, "use the config it was trained with", config)
-        like = {"value": like}
+        like = {"value": cast or like}
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
         args = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=part)
         with answering(folder):

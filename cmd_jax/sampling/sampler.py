@@ -54,17 +54,18 @@ class Sampler:
 
     denoisers: {"content", "motion"}, or {} where only `reconstruct` is wanted. params: {"autoencoder", "conditions",
     "content", "motion"}. tokenizer: of Texts, else None. class_names: of Classes, () without any. digests: of the
-    stages' parameters, by their names, as their metadata have them; empty of random ones.
+    stages' parameters, by their names, as their metadata have them; empty of random ones. dtype: in which parameters
+    were read, and calls compute that say nothing else; "": float32, and as was trained.
     """
 
     def __init__(
         self, autoencoder: FrozenAutoencoder, denoisers: dict[str, DiffusionStage], statistics: dict, params: dict,
         conditions: Classes | Texts | None, class_names: tuple[str, ...], tokenizer, mesh, rules,
-        attention: str = "auto", digests: dict[str, str | None] | None = None,
+        attention: str = "auto", digests: dict[str, str | None] | None = None, dtype: str = "",
     ):  # fmt: skip
         self.autoencoder, self.denoisers, self.statistics, self.params = autoencoder, denoisers, statistics, params
         self.conditions, self.class_names, self.tokenizer = conditions, class_names, tokenizer
-        self.mesh, self.rules, self.attention, self.digests = mesh, rules, attention, digests or {}
+        self.mesh, self.rules, self.attention, self.digests, self.dtype = mesh, rules, attention, digests or {}, dtype
         self._programs = Programs(autoencoder, denoisers, statistics, conditions, mesh)
         self._take = jax.jit(operator.getitem, out_shardings=batch_sharding(mesh))
         self._encode, self._from_latents = jax.jit(autoencoder.encode), jax.jit(autoencoder.decode)
@@ -93,7 +94,7 @@ class Sampler:
 
     def resolve(self, settings: SamplingSettings) -> SamplingSettings:
         """The settings, solvers by their names; UserError for what these stages cannot do. Nothing is compiled."""
-        settings = resolve(settings, self.denoisers, self.mesh)
+        settings = resolve(settings, self.denoisers, self.mesh, self.dtype)
         if self.denoisers:
             self._guidance(settings)
         return settings

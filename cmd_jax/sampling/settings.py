@@ -24,7 +24,8 @@ class SamplingSettings:
     content_reuse, motion_reuse: the evaluations, like "3,4,6" with 0 the noisiest, that reuse what is deep in the
         network from the one before; `cmd-jax calibrate` writes such lists.
     eta: 0 to 1, the noise that ddim adds.
-    dtype: of the matrix products of denoisers and decoder, float32 or bfloat16; "": as they were trained.
+    dtype: of the matrix products of denoisers and autoencoder, float32 or bfloat16; "": that of the sampler, whose
+    weights are read in it, or as they were trained. Weights in bfloat16 are not computed with in float32.
     """
 
     batch_size: int = 8
@@ -67,14 +68,18 @@ class SamplingSettings:
 DEFAULTS = SamplingSettings()
 
 
-def resolve(settings: SamplingSettings, denoisers: dict, mesh) -> SamplingSettings:
+def resolve(settings: SamplingSettings, denoisers: dict, mesh, dtype: str = "") -> SamplingSettings:
     """The settings, solvers by their names; UserError for what these stages cannot do on this mesh.
 
-    denoisers: {"content", "motion"}, DiffusionStages, or {} where none is asked.
+    denoisers: {"content", "motion"}, DiffusionStages, or {} where none is asked. dtype: of a Sampler.
     """
     check_count("sampling.batch_size", settings.batch_size)
     check_batch("sampling.batch_size", settings.batch_size, mesh)
     choose("sampling.dtype", settings.dtype, ("", *DTYPES))
+    if (settings.dtype or dtype) != dtype and dtype == "bfloat16":
+        problem = f"the weights were read in {dtype}"
+        raise UserError("sampling.dtype", settings.dtype, problem, "leave it out, or load the sampler with that dtype")
+    settings = replace(settings, dtype=settings.dtype or dtype)
     if not 0 <= operator.index(settings.seed) < SEEDS:
         raise UserError("seed", settings.seed, "none that random keys have", f"use 0 to {SEEDS - 1}")
     if not 0 <= settings.eta <= 1:
