@@ -240,6 +240,7 @@ SAMPLING = dict(
     dtype=choice(
         "", "of weights and matrix products, those of `pretrained` too; empty: as they were trained", ("", *DTYPES)
     ),
+    executable=path("folder to which compiled programs are written, and from which they are read; trust it as code"),
     eta=fraction(0.0, "ddim: noise that each step adds, as a part of ddpm's"),
     motions=key(4, "vary-motion: motions for each content frame", at_least=1),
     image=path("animate: an image file; empty: content frames of clips of `data`"),

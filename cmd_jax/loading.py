@@ -57,6 +57,8 @@ def open_sampler(config, workdir: Path) -> Sampler:
     paths = {name: root / f"{name}{suffix}" for name in stages}
     size = config.data.height, config.data.width
     sampler = _load(paths, config, make_mesh(config.mesh), config.rules, size, config.attention)
+    if config.sampling.executable:
+        sampler.keep_executables(config.sampling.executable)
     if config.data.frames != (frames := sampler.autoencoder.clip_shape[0]):
         raise UserError("data.frames", config.data.frames, f"the weights are for {frames}", "use that")
     return sampler

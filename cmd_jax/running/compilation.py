@@ -9,6 +9,7 @@ from pathlib import Path
 
 import filelock
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from cmd_jax.files import cache_root
 
@@ -44,6 +45,20 @@ def keep_compiled():
         if f"JAX_{name.upper()}" not in os.environ:
             jax.config.update(f"jax_{name}", value)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@contextlib.contextmanager
+def apart_from_the_cache():
+    """Within, what is compiled is neither taken from JAX's cache nor put there: a program of XLA:CPU that was read back
+    lacks its functions when it is written again."""
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # or JAX would go by what it was at its first use
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def remove_torn(folder: Path):

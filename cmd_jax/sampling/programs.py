@@ -1,15 +1,21 @@
 """The reverse half of CMD: class or text -> content frame -> motion latent -> video, one program (section 3.3)."""
 
+import contextlib
 import copy
+import time
+from collections import Counter
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cmd_jax.keys import derive
 from cmd_jax.models.autoencoder import Latents
 from cmd_jax.models.conditions import Classes, Texts
 from cmd_jax.models.frames import pixels
+from cmd_jax.running.compilation import apart_from_the_cache
+from cmd_jax.sampling.executables import Executables
 from cmd_jax.sampling.settings import SamplingSettings
 from cmd_jax.sharding import batch_sharding
 from cmd_jax.stages import DiffusionStage, FrozenAutoencoder
@@ -31,7 +37,9 @@ class Programs:
         conditions: Classes | Texts | None, mesh,
     ):  # fmt: skip
         self.autoencoder, self.denoisers, self.statistics = autoencoder, denoisers, statistics
-        self.conditions, self.mesh, self._jitted = conditions, mesh, {}
+        self.conditions, self.mesh, self._jitted, self._compiled = conditions, mesh, {}, {}
+        self.executables: Executables | None = None
+        self.seconds = Counter()  # "trace", "lower", "compile", and "load" of executables
 
     def jitted(self, name: str, settings: SamplingSettings):
         """One of them, compiled at first use for the static part of resolved settings and each shape of a batch."""
@@ -40,6 +48,39 @@ class Programs:
             function = partial(getattr(self, f"_{name}"), settings=settings.static)
             self._jitted[key] = jax.jit(function, out_shardings=batch_sharding(self.mesh))
         return self._jitted[key]
+
+    def run(self, name: str, settings: SamplingSettings, arguments: tuple):
+        """What one of them gives; it is compiled, or read, at first use for those settings and shapes."""
+        layout = _layout(arguments)
+        key = name, settings.static, layout
+        if key not in self._compiled:
+            asked = f"{name} {settings.static} {layout}"
+            with self._timed("load"):
+                loaded = self.executables and self.executables.load(name, asked)
+            if loaded:
+                with self.executables.first_call(name, asked):  # what it lacks is told then, and not before
+                    out = jax.block_until_ready(loaded(*arguments))
+                    self._compiled[key] = loaded
+                    return out
+            self._compiled[key] = self._made(name, settings, asked, arguments)
+        return self._compiled[key](*arguments)
+
+    def _made(self, name: str, settings, asked: str, arguments: tuple):
+        with self._timed("trace"):
+            traced = self.jitted(name, settings).trace(*arguments)
+        with self._timed("lower"):
+            lowered = traced.lower()
+        with self._timed("compile"), apart_from_the_cache() if self.executables else contextlib.nullcontext():
+            compiled = lowered.compile()
+        if self.executables:
+            self.executables.save(name, asked, compiled)
+        return compiled
+
+    @contextlib.contextmanager
+    def _timed(self, what: str):
+        begun = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - begun
 
     def _draw(self, name, params, keys, condition, content, guidance, null, settings, **more):
         """Content frames (content=None) or motion latents [B, ...], one key a sample."""
@@ -99,6 +140,12 @@ class Programs:
     def _reconstruct(self, params, batch, *, settings):
         latents = computing_in(settings.dtype, self.autoencoder).encode(params["autoencoder"], batch)
         return {**self._decode(params, *latents, settings), "original": pixels(batch["video"])}
+
+
+def _layout(arguments: tuple) -> tuple:
+    """Of which shapes and dtypes they are, and where they lie."""
+    leaves, tree = jax.tree.flatten(arguments)
+    return tree, tuple((np.shape(x), str(x.dtype), getattr(x, "sharding", None)) for x in leaves)
 
 
 def sample_keys(key, batch) -> tuple:

@@ -17,6 +17,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.models.autoencoder import Latents
 from cmd_jax.models.conditions import Classes, Texts
 from cmd_jax.running.hosts import own_rows
+from cmd_jax.sampling.executables import Executables, facts_of
 from cmd_jax.sampling.programs import Programs
 from cmd_jax.sampling.settings import DEFAULTS, SamplingSettings, resolve
 from cmd_jax.sharding import batch_sharding, partitioning
@@ -115,6 +116,19 @@ class Sampler:
         """The jitted program `name` ("generate", ...) of resolved settings: (params, batch, *arguments) -> batch."""
         return self._programs.jitted(name, settings)
 
+    def keep_executables(self, folder):
+        """From now on take compiled programs from a folder, which must be trusted as code is, and write them there."""
+        names = [
+            name for name in vars(self) if not name.startswith("_") and name not in ("params", "tokenizer", "mesh")
+        ]
+        facts = facts_of(self.mesh, **{name: getattr(self, name) for name in names})
+        self._programs.executables = Executables(folder, facts, self.mesh)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What programs have taken until they could run: to "trace", "lower", "compile" and "load" them."""
+        return dict(self._programs.seconds)
+
     # Calls.
 
     def generate(self, request: Request, settings: SamplingSettings = DEFAULTS) -> Iterator[Samples]:
@@ -188,7 +202,7 @@ class Sampler:
 
     def _launch(self, name: str, batch, settings, *arguments):
         with partitioning(self.mesh, self.rules, self.attention):
-            return self.program(name, settings)(self.params, batch, *arguments)
+            return self._programs.run(name, settings, (self.params, batch, *arguments))
 
     def _batches(self, columns: dict, count: int, size: int) -> Iterator[tuple[int, dict]]:
         """(first row, batch [size, ...] on the mesh) of {name: values of `count` samples}; each process reads its own.

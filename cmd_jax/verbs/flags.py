@@ -64,6 +64,7 @@ SAMPLING = (
     ),
     Flag("seed", "N", "of the noise", keys=("seed",)),
     Flag("num", "N", "videos; with prompts: of each", keys=("sampling.num",)),
+    Flag("executable", "DIR", "keep compiled programs there; trust it as code", keys=("sampling.executable",)),
 )  # fmt: skip
 QUICKSTART = "--config=quickstart"
 VERBS = {
