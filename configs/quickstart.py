@@ -54,7 +54,7 @@ def get_config(argument: str = ""):
     config.data.update(source="shapes", frames=8, height=32, width=32)
     if stage == "sample":
         config.weights = str(WEIGHTS) if long else ""
-        config.sampling.update(num=24, batch_size=32, guidance=6.0 if long else 3.0)
+        config.sampling.update(num=24, batch_size=8, guidance=6.0 if long else 3.0)
         config.sampling.update(content_steps=50 if long else 25, motion_steps=20, presets=PRESETS)
         config.sampling.title = TITLES[size]
         return config

@@ -9,7 +9,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -150,11 +150,19 @@ class SampleWriter:
     """The files of a gallery: mp4, gif and content frame of each sample as it comes, then overviews and the page.
 
     output: the OutputFolder for them. captions: one a sample; samples beyond them are not written. Each process writes
-    those it is given.
+    those it is given. first(path): called when the first video is there, of which the folder has its last name later.
     """
 
-    def __init__(self, output: OutputFolder, captions: list[str], fps: float):
-        self.folder, self.writes, self.captions, self.fps = output.path, output.writes, captions, fps
+    def __init__(
+        self, output: OutputFolder, captions: list[str], fps: float, first: Callable[[Path], None] | None = None
+    ):
+        self.folder, self.writes, self.captions, self.fps, self._first = (
+            output.path,
+            output.writes,
+            captions,
+            fps,
+            first,
+        )
 
     def write(self, samples):
         """Of a sample.Samples. Reconstructions stand beside their originals."""
@@ -173,6 +181,9 @@ class SampleWriter:
         if samples.original is not None:
             video = np.concatenate([to_uint8(samples.original[at]), video], axis=2)
         write_mp4(self.folder / f"{i:04d}.mp4", video, fps=self.fps)
+        first, self._first = self._first, None
+        if first:
+            first(self.folder / f"{i:04d}.mp4")
         write_gif(self.folder / f"{i:04d}.gif", video, fps=self.fps)
         write_png(self.folder / f"{i:04d}_content.png", to_uint8(samples.image[at]))
 

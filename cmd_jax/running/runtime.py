@@ -10,11 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from cmd_jax.errors import Stopped, UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 SAME_REQUEST = 1.0  # seconds
+_IMPORTED = time.perf_counter()
 
 
 def keep_freed_memory():
@@ -65,6 +67,15 @@ def has_terminal() -> bool:
         return True
     except OSError:
         return False
+
+
+def process_seconds() -> float:
+    """Since this process was started, its imports and all."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):  # no Linux
+        return time.perf_counter() - _IMPORTED
 
 
 def is_heard(number: int) -> bool:

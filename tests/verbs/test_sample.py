@@ -97,8 +97,11 @@ def test_sample_writes_a_gallery_from_the_stages_of_the_workdir(capsys):
     assert command("sample", workdir, num=3, seed=5, output=gallery) == 0
     page, section = check_gallery(workdir / gallery, 3)
     assert CLASS_NAMES[2] in page and section["items"][2]["caption"] == CLASS_NAMES[2]
-    assert f"3 videos: {workdir / gallery}/index.html\n" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"3 videos: {workdir / gallery}/index.html\n" in told and "0000.mp4, until all are there\n" in told
     summary = read_json(workdir / gallery / "summary.json")
+    assert set(summary["start"]) == {"imports", "weights", "trace", "lower", "compile", "load", "compute", "writing"}
+    assert summary["first_video_seconds"] == pytest.approx(sum(summary["start"].values()), abs=0.1)
     assert (summary["samples"], summary["seed"], summary["devices"]) == (3, 5, 1)
     config = json.loads((workdir / gallery / "config.json").read_text())
     assert config["sampling"]["output"] == gallery and config["seed"] == 5
