@@ -15,6 +15,7 @@ from meshes import abstract
 from samplers import SETTINGS, request_of, together
 
 from cmd_jax.loading import load_sampler
+from cmd_jax.sampling import executables
 from cmd_jax.sampling.executables import FLAGS, Executables, digest_of, facts_of
 
 pytestmark = pytest.mark.xdist_group("tiny")
@@ -25,6 +26,10 @@ def sampler_in(folder):
     sampler = load_sampler(tiny.trained())
     sampler.keep_executables(folder)
     return sampler
+
+
+def told(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == executables.__name__]
 
 
 def videos(sampler, settings=SETTINGS):
@@ -45,11 +50,11 @@ def test_the_next_sampler_reads_it_and_draws_the_same(written, caplog):
     assert first.seconds["compile"] > 0 and len(list(folder.iterdir())) == 1
     again = sampler_in(folder)
     np.testing.assert_array_equal(videos(again), drawn)
-    assert set(again.seconds) == {"load"} and not caplog.messages
+    assert set(again.seconds) == {"load"} and not told(caplog)
     # Arguments: another seed, weight and parameters need no other program.
     again.params["motion"] = jax.tree.map(lambda x: x * 0.5, again.params["motion"])
     assert not np.array_equal(videos(again, replace(SETTINGS, seed=1, guidance=3.0)), drawn)
-    assert set(again.seconds) == {"load"} and not caplog.messages
+    assert set(again.seconds) == {"load"} and not told(caplog)
 
 
 def test_what_is_damaged_or_for_another_machine_is_compiled_anew_and_replaced(written, caplog, monkeypatch):
@@ -58,15 +63,15 @@ def test_what_is_damaged_or_for_another_machine_is_compiled_anew_and_replaced(wr
     whole = path.read_bytes()
     head, _, payload = whole.partition(b"\n")
     header = json.loads(head)
-    executables = first._programs.executables
+    kept = first._programs.executables
     name, asked = "generate", _asked(first)
-    assert executables.load(name, asked) is not None
+    assert kept.load(name, asked) is not None
 
     def said(content: bytes) -> str:
         path.write_bytes(content)
         caplog.clear()
-        assert executables.load(name, asked) is None
-        (message,) = caplog.messages
+        assert kept.load(name, asked) is None
+        (message,) = told(caplog)
         assert message.startswith(f"executable {path}: ") and message.endswith("; compiled anew")
         return message
 
@@ -86,10 +91,10 @@ def test_what_is_damaged_or_for_another_machine_is_compiled_anew_and_replaced(wr
     caplog.clear()
     again = sampler_in(folder)  # what is there now is junk
     np.testing.assert_allclose(videos(again), drawn, atol=1e-6)
-    assert again.seconds["compile"] > 0 and executables.load(name, asked) is not None
+    assert again.seconds["compile"] > 0 and kept.load(name, asked) is not None
     path.unlink()
-    monkeypatch.setattr(executables, "folder", folder / "missing")
-    assert executables.load(name, asked) is None
+    monkeypatch.setattr(kept, "folder", folder / "missing")
+    assert kept.load(name, asked) is None
 
 
 def test_a_program_that_cannot_run_is_compiled_anew(written, monkeypatch, caplog):
@@ -139,9 +144,9 @@ def test_all_that_a_program_closes_over_is_in_its_facts(written, monkeypatch):
 
 def test_several_cpu_devices_keep_none(tmp_path, caplog):
     caplog.set_level(logging.INFO, "cmd_jax")
-    executables = Executables(tmp_path, {}, abstract(2, 1, 1))
-    executables.save("generate", "x", None)
-    assert executables.load("generate", "x") is None and not list(tmp_path.iterdir())
+    kept = Executables(tmp_path, {}, abstract(2, 1, 1))
+    kept.save("generate", "x", None)
+    assert kept.load("generate", "x") is None and not list(tmp_path.iterdir())
     assert "XLA:CPU" in caplog.text
 
 
