@@ -154,7 +154,8 @@ def table() -> list[Row]:
     where their outputs are not cached, sampling the text encoder twice (prompt and null text) and the VAE decoder.
     The parameters' total includes the frozen VAE and text encoder.
 
-    The paper's 46.8 and 92.1 T differ by 45.3 T for 50 steps (ours: 45.2), and so leave 1.5 T for the autoencoder.
+    The paper's 46.8 and 92.1 T differ by 45.3 T for 50 steps (ours: 45.2, if the UNet's convolutions of enlarged cells
+    took all nine products in place of four), and so leave 1.5 T for the autoencoder.
     Its encoder and decoder together are 1.55 T; sampling runs the decoder only, 0.77 T, and we count what it runs.
     """
     params, square, wide = full_size(), Clip.of(512, 512), Clip.of(512, 1024)
