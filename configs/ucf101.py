@@ -10,6 +10,7 @@ Data: `--config.data.root=DIR` with the class folders and `ucfTrainTestlist/`; f
 `size`: paper (autoencoder depth 8 of 8 heads of 48, which the paper's FLOP count and the reference match; content XL/2,
 motion L/2), appendix (autoencoder depth 12 of 8 heads of 64, as the appendix lists it), reference (content L/2), S, B,
 L or XL (both denoisers of that DiT size). Time and score of these trainings: not measured.
+Nor are those of the presets.
 """
 
 from cmd_jax import defaults
