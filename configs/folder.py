@@ -7,7 +7,8 @@
 
 Sized for 2 CPU cores and some hundred clips; the paper's sizes are in configs/ucf101.py. Measured on the 89 training
 clips that launch/real_clips.py cuts (2 cores of an AMD EPYC, other work going on): autoencoder 300 steps in 171 s to
-24.1 dB on its training batches, content 600 steps in 306 s, motion 300 steps in 104 s. FVD: not measured. Nor is what the presets give here.
+24.1 dB on its training batches, content 600 steps in 306 s, motion 300 steps in 104 s.
+FVD, and what the presets give: not measured.
 """
 
 from cmd_jax import defaults
