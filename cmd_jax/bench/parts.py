@@ -126,7 +126,7 @@ class Random:
         statistics = {name: jax.device_put(s.frozen["statistics"], whole) for name, s in denoisers.items()}
         return Sampler(
             self.autoencoder.resized(*size), denoisers, statistics, params, self.conditions, self.class_names,
-            self.tokenizer, self.mesh, self.config.rules, self.config.attention,
+            self.tokenizer, self.mesh, self.config.rules, self.config.attention, dtype=self.dtype,
         )  # fmt: skip
 
 
