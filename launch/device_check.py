@@ -62,8 +62,9 @@ def plan(out: Path, tiny: bool) -> list[Step]:
         command = sys.executable, "-m", "cmd_jax.main", "bench", f"--config={config}", f"--out={out / file}"
         return *command, *more, *known, *(("--rounds=1",) if tiny else ())
 
-    def sample(*more):
-        return bench("webvid:sample", "webvid:sample,size=tiny", "sampling.jsonl", "--batch=1", *more)
+    def sample(preset, *only):
+        more = *only, "--batch=1", BFLOAT16.format("sampling"), f"--config.sampling.preset={preset}"
+        return bench("webvid:sample", "webvid:sample,size=tiny", "sampling.jsonl", *more)
 
     def train(full, small, batch):
         more = "--verb=train", f"--batch={2 if tiny else batch}", BFLOAT16.format("model")
@@ -82,12 +83,14 @@ def plan(out: Path, tiny: bool) -> list[Step]:
         Step("parity", script("device_parity.py", "parity.json", *(("--models=dit",) if tiny else ())), 90),
         Step("attention", script("measure_attention.py", "attention.jsonl", *(("--tiny",) if tiny else ())), 90),
         Step("sample-shipped", shipped, 90),
-        Step("sample-wide", sample(BFLOAT16.format("sampling")), 200),
+        Step("sample-fast", sample("fast", "--only=whole"), 150),
         Step("train-motion-l", train("ucf101:motion", "quickstart:motion", 64), 90),
         Step("train-unet", train("webvid:content", "webvid:content,size=tiny", 8), 150),
         Step("peers-forward", peers("sample", "ucf101:sample", "sampling", networks), 150, torch),
+        Step("sample-quality", sample("quality"), 150),
         Step("train-motion-xl", train("webvid:motion", "webvid:motion,size=tiny", 32), 90),
         Step("peers-training", peers("train", "ucf101:motion", "model", "dit-motion,unet"), 150, torch),
+        Step("sample-balanced", sample("balanced", "--only=whole"), 150),
         Step("train-content-l", train("ucf101:content", "quickstart:content", 32), 90),
     ]
 

@@ -193,7 +193,6 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     "cmd-jax calibrate": "tests/test_calibration.py, and sampling with what it writes",
     f"cmd-jax sample {SHIPPED} --config.sampling.reuse": "goes with it",
     f"cmd-jax sample {SHIPPED} --preset": "its lists are for more steps than are taken here",
-    f"cmd-jax evaluate {SHIPPED} --config.sampling": "the same",
     "cmd-jax bench": "measures for minutes; tests/bench/test_bench.py",
     "cmd-jax verify-resume": "kills trainings for minutes; tests/verbs/test_verify_resume.py",
     "cmd-jax sample --config=quickstart:sample,size=long --workdir=gs://": "tests/verbs/test_bucket_sample.py",

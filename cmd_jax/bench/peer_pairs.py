@@ -200,8 +200,9 @@ PAIRS = {
 def clip_256(small: bool, dtype: str) -> tuple[dict[str, Ours], Theirs]:
     """A clip of 16x256x256 in Stable Diffusion's latents [16, 32, 32, 4], with guidance, so that denoisers see 2 rows.
 
-    -> ours: a step of the content and one of the motion denoiser, and the CMD decoder; a step of ModelScope's UNet3D.
-    The motion model is XL/2 with content patches of 4: 128 + 64 tokens.
+    -> ours: the CMD decoder, and an evaluation of the content and one of the motion denoiser; "_alone": without
+    guidance, one row; "_reusing": with what is deep in the network reused (a step cache). Theirs: a step of
+    ModelScope's UNet3D. The motion model is XL/2 with content patches of 4: 128 + 64 tokens.
     """
     side, frames = (8, 4) if small else (32, FRAMES)
     depth, width, heads = (2, 32, 2) if small else SIZES["XL"]
@@ -218,18 +219,15 @@ def clip_256(small: bool, dtype: str) -> tuple[dict[str, Ours], Theirs]:
     motion_inputs = latent, times, text.mean(1), frame
     video = np.zeros((1, frames, side, side, 4), np.float32)
 
+    def init_motion(key):
+        return motion.init(key, *motion_inputs)["params"]
+
     def decode(params, content, motion):
         return cmd.apply({"params": params}, Latents(content, motion), method="decode")
 
     ours = {
-        "content": Ours(
-            partial(applied, content), random_params(partial(init_unet, content), dtype), (frame, times, text)
-        ),
-        "motion": Ours(
-            partial(applied, motion),
-            random_params(lambda key: motion.init(key, *motion_inputs)["params"], dtype),
-            motion_inputs,
-        ),
+        **evaluations("content", content, random_params(partial(init_unet, content), dtype), frame, times, text),
+        **evaluations("motion", motion, random_params(init_motion, dtype), *motion_inputs),
         "decoder": Ours(
             decode, random_params(lambda key: cmd.init(key, video)["params"], dtype), (frame[:1], latent[:1])
         ),
@@ -237,6 +235,19 @@ def clip_256(small: bool, dtype: str) -> tuple[dict[str, Ours], Theirs]:
     model = UNet3DConditionModel(**UNET3D | (NARROW | {"attention_head_dim": 8} if small else {})).eval()
     noise = drawn(3, 2, 4, frames, side, side)
     return ours, theirs("diffusers UNet3DConditionModel", model, dtype, call_unet, noise, times, text)
+
+
+def evaluations(name: str, module, params, *inputs) -> dict[str, Ours]:
+    """Of one denoiser on two rows, or alone on one."""
+    found = {}
+    for ending, given in (("", inputs), ("_alone", [x[:1] for x in inputs])):
+        kept = jax.eval_shape(partial(applied, module, keep=True), params, *given)[1]
+        found[name + ending] = Ours(partial(applied, module), params, tuple(given))
+        found[f"{name}_reusing{ending}"] = Ours(
+            lambda params, kept, *inputs: module.apply({"params": params}, *inputs, reuse=kept),
+            params, (drawn(4, *kept.shape), *given),
+        )  # fmt: skip
+    return found
 
 
 def dit_peer(depth: int, width: int, heads: int, side: int, channels: int) -> DiTTransformer2DModel:

@@ -18,9 +18,11 @@ from rich.table import Table
 
 from cmd_jax.bench.measure import GIB, program_bytes
 from cmd_jax.bench.table import number
+from cmd_jax.diffusion.plan import evaluation_kinds
 from cmd_jax.errors import UserError, choose
 from cmd_jax.performance.memory import process_peak
 from cmd_jax.performance.timing import LEAST_ROUNDS, in_turns, ratio
+from cmd_jax.planning.costs import CONTENT_PROCESS, MOTION_PROCESS, preset_runs
 
 BATCHES = {  # of a forward pass and of a training step at full size; the VAE is frozen
     "autoencoder": {"forward": 1, "training": 1},
@@ -31,6 +33,7 @@ BATCHES = {  # of a forward pass and of a training step at full size; the VAE is
     "vae": {"forward": 1},
     "modelscope": {"forward": 1},
 }
+PROCESSES = {"content": CONTENT_PROCESS, "motion": MOTION_PROCESS}
 STEPS = 50  # of both models, in the comparison with ModelScope
 FRAMES = 16
 
@@ -120,25 +123,26 @@ def _clip(options, dtype: str) -> dict:
     """A clip of 16x256x256 against ModelScope's UNet3D, STEPS steps of each denoiser, all of them guided.
 
     In: denoisers, and the CMD decoder once. Out: text encoders, which are the same, and the VAE, which decodes the same
-    latents for both; it is timed on one frame, and with it there is a ratio of its own.
+    latents for both; it is timed on one frame, and with it there is a ratio of its own. Presets: those of
+    configs/webvid.py, against as many guided steps of the UNet3D as the preset takes, and against STEPS.
     """
     from cmd_jax.bench.peer_pairs import clip_256, vae
 
     tiny, compiled = options.peers_size == "tiny", {"compile_seconds": 0, "program_gib": 0}
 
     def measured(ours: dict, theirs) -> dict:
-        calls = {}
+        calls = {"theirs": their_call(theirs, "forward")}
         for part, one in ours.items():
             calls[part], told = our_call(one, "forward")
-            for name, value in told.items():
-                compiled[name] += value
-        calls["theirs"] = their_call(theirs, "forward")
-        rounds = warm(calls, options)[1]
-        return in_turns(calls, rounds, warmup=0)
+            compiled["compile_seconds"] += told["compile_seconds"]
+            compiled["program_gib"] = max(compiled["program_gib"], told["program_gib"])
+        return in_turns(calls, warm(calls, options)[1], warmup=0)
 
     ours, theirs = clip_256(tiny, dtype)
+    needed = {part for runs in preset_evaluations().values() for name, run in runs.items() for part in run}
+    ours = {part: one for part, one in ours.items() if part in needed or part == "decoder"}
     times, peer = measured(ours, theirs), theirs.name
-    parameters = sum(map(size_of, ours.values()))
+    parameters = sum(size_of(ours[name]) for name in ("content", "motion", "decoder"))
     del ours, theirs
     gc.collect()
     pair = vae(1, tiny, dtype, side=32)
@@ -148,6 +152,12 @@ def _clip(options, dtype: str) -> dict:
     seconds = STEPS * (part["content"] + part["motion"]) + part["decoder"]
     peer_seconds = STEPS * part["theirs"]
     with_vae = seconds + FRAMES * part["vae"], peer_seconds + FRAMES * part["peer_vae"]
+    presets = {}
+    for preset, runs in preset_evaluations().items():
+        took = part["decoder"] + sum(part[which] for run in runs.values() for which in run)
+        steps = max(map(len, runs.values()))
+        ratios = {"ratio": steps * part["theirs"] / took, "ratio_to_all": peer_seconds / took}
+        presets[preset] = {"steps": steps, "seconds": took, **ratios}
     return {
         "parameters": parameters,
         "p50_seconds": seconds,
@@ -157,12 +167,27 @@ def _clip(options, dtype: str) -> dict:
         "seconds_with_vae": with_vae[0],
         "peer_seconds_with_vae": with_vae[1],
         "ratio_with_vae": with_vae[1] / with_vae[0],
+        "presets": presets,
         "parts": part,
         "turns": {name: each.seconds for name, each in times.items()},
-        "note": f"one clip of {FRAMES}x256x256, {STEPS} guided steps of each denoiser; parts: seconds of a guided step "
-        "of ours and theirs, of the CMD decoder, and of the VAE for one frame; text encoders are left out",
+        "note": f"one clip of {FRAMES}x256x256, {STEPS} guided steps of each denoiser; parts: seconds of an evaluation "
+        "of ours and a step of theirs, both with guidance, of the CMD decoder, and of the VAE for one frame; text "
+        "encoders are left out",
         **compiled,
     }
+
+
+def preset_evaluations() -> dict[str, dict[str, list[str]]]:
+    """{preset: {"content": which evaluation each is, by the names of `clip_256`, "motion": ...}}."""
+    found = {}
+    for preset in ("balanced", "fast"):
+        found[preset] = {}
+        for name, run in preset_runs(preset).items():
+            planned = {key: run.pop(key) for key in ("interval", "reuse") if key in run}
+            kinds = evaluation_kinds(PROCESSES[name].levels(**run), True, **planned)
+            endings = [f"{'_reusing' * kind.reuses}{'_alone' * (not kind.guided)}" for kind in kinds]
+            found[preset][name] = [name + ending for ending in endings]
+    return found
 
 
 def size_of(ours) -> int:
