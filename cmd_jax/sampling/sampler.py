@@ -118,9 +118,8 @@ class Sampler:
 
     def keep_executables(self, folder):
         """From now on take compiled programs from a folder, which must be trusted as code is, and write them there."""
-        names = [
-            name for name in vars(self) if not name.startswith("_") and name not in ("params", "tokenizer", "mesh")
-        ]
+        others = ("params", "tokenizer", "mesh", "digests")  # arguments, and what no program refers to
+        names = [name for name in vars(self) if not name.startswith("_") and name not in others]
         facts = facts_of(self.mesh, **{name: getattr(self, name) for name in names})
         self._programs.executables = Executables(folder, facts, self.mesh)
 
