@@ -70,8 +70,8 @@ def sibling(specification: str, stage: str) -> str:
 
 
 def load_sibling(specification: str, stage: str, overrides: Mapping[str, object]) -> ConfigDict:
-    """The config of another stage of the same file, for its shapes. Overrides of groups that all have hold for it."""
-    shared = {key: value for key, value in overrides.items() if key.startswith(("data.", "pretrained.", "mesh."))}
+    """The config of another stage of the same file, for its shapes. Overrides of what these depend on hold for it."""
+    shared = {key: value for key, value in overrides.items() if key.startswith(("data.", "pretrained."))}
     return load(sibling(specification, stage), shared, shapes_only=True)
 
 

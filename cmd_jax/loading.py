@@ -14,7 +14,7 @@ from cmd_jax.files import as_path
 from cmd_jax.models.conditions import Classes
 from cmd_jax.pretrained import check_same, load_texts, open_space, stated_conditions, stated_space
 from cmd_jax.sampling.sampler import Sampler
-from cmd_jax.sharding import abstract, make_mesh, replicated
+from cmd_jax.sharding import abstract, is_unset, make_mesh, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.trained import Metadata, Trained, belongs, load_trained
 
@@ -34,10 +34,10 @@ def load_sampler(
     or of the shipped weights of that name ("quickstart").
 
     pretrained: the folder of the Stable Diffusion whose VAE and text encoder they were trained with. mesh: by default
-    all devices, which share a batch. attention: one of models.attention.KERNELS. stages: ("autoencoder",) to
-    reconstruct only. size: height and width of videos, one of those that were trained; the first without it. dtype:
-    "bfloat16" for matrices of half the bytes, of all of its parts, and products in it; "float32"; or "", float32 with
-    products as they were trained.
+    all devices, which share each batch by its size. attention: one of models.attention.KERNELS. stages:
+    ("autoencoder",) to reconstruct only. size: height and width of videos, one of those that were trained; the first
+    without it. dtype: "bfloat16" for matrices of half the bytes, of all of its parts, and products in it; "float32";
+    or "", float32 with products as they were trained.
     UserError where a stage is missing or damaged, and where they are not of one run.
     """
     config = defaults.stage("sample")
@@ -47,7 +47,8 @@ def load_sampler(
     folder = named if named.is_dir() and not folder.exists() else folder
     suffix = ".safetensors" if (folder / "autoencoder.safetensors").exists() else ""
     paths = {name: folder / f"{name}{suffix}" for name in stages}
-    return _load(paths, config, make_mesh(config.mesh) if mesh is None else mesh, rules, size, attention)
+    made = make_mesh(config.mesh) if mesh is None else mesh
+    return _load(paths, config, made, rules, size, attention, by_size=mesh is None)
 
 
 def open_sampler(config, workdir: Path) -> Sampler:
@@ -56,7 +57,8 @@ def open_sampler(config, workdir: Path) -> Sampler:
     stages = ("autoencoder",) if config.sampling.mode == "reconstruct" else STAGES
     paths = {name: root / f"{name}{suffix}" for name in stages}
     size = config.data.height, config.data.width
-    sampler = _load(paths, config, make_mesh(config.mesh), config.rules, size, config.attention)
+    mesh, by_size = make_mesh(config.mesh), is_unset(config.mesh)
+    sampler = _load(paths, config, mesh, config.rules, size, config.attention, by_size)
     if config.sampling.executable:
         sampler.keep_executables(config.sampling.executable)
     if config.data.frames != (frames := sampler.autoencoder.clip_shape[0]):
@@ -72,7 +74,7 @@ def _check_size(size: Size, trained: Trained):
         raise UserError(f"data.{('height', 'width')[side]}", size[side], f"the weights are for {known}", "use that")
 
 
-def _load(paths: dict[str, Path], config, mesh, rules, size: Size | None, attention: str) -> Sampler:
+def _load(paths: dict[str, Path], config, mesh, rules, size: Size | None, attention: str, by_size: bool) -> Sampler:
     """Read the stages, autoencoder first, straight into their shards, in the dtype that a sample config says."""
     stages, dtype, pretrained = {}, config.sampling.dtype, config.pretrained.copy_and_resolve_references()
     pretrained.dtype = dtype or pretrained.dtype
@@ -90,16 +92,17 @@ def _load(paths: dict[str, Path], config, mesh, rules, size: Size | None, attent
         _check_size(size, stages["autoencoder"])
     rounded = dtype not in ("", "float32")
     whole = partial(load_trained, paths["autoencoder"], "autoencoder") if rounded else None
-    return assemble(stages, pretrained, mesh, rules, size, attention, dtype, whole)
+    return assemble(stages, pretrained, mesh, rules, size, attention, by_size, dtype, whole)
 
 
 def assemble(
     stages: dict[str, Trained], pretrained, mesh, rules, size: Size | None = None, attention: str = "auto",
-    dtype: str = "", whole: Callable[[], Trained] | None = None,
+    by_size: bool = False, dtype: str = "", whole: Callable[[], Trained] | None = None,
 ) -> Sampler:  # fmt: skip
     """The sampler of trained stages that lie on the mesh, and of the parts of a config's `pretrained` group.
 
-    dtype: in which all of them were read. whole() -> the autoencoder as it was trained, where that is another one.
+    by_size: as of Sampler. dtype: in which all of them were read. whole() -> the autoencoder as it was trained, where
+    that is another one.
     """
     shardings, trained = partial(abstract, mesh=mesh, rules=rules), stages["autoencoder"]
     space = open_space(pretrained, trained.metadata.vae, shardings)
@@ -138,6 +141,7 @@ def assemble(
         attention,
         digests,
         dtype,
+        by_size,
     )
 
 

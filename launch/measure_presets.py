@@ -48,8 +48,8 @@ def costs(sampler, settings) -> tuple[int, int]:
         for name, stage in sampler.denoisers.items()
     )
     plain = cmd_jax.SamplingSettings(**{**vars(settings), "guidance": None, "batch_size": 1})
-    plain, (params, *arguments) = sampler.first_call(sampler.request(count=1), plain)
-    program = sampler.program("generate", plain)
+    plain, layout, (params, *arguments) = sampler.first_call(sampler.request(count=1), plain)
+    program = sampler.program("generate", plain, layout)
     return denoisers, count(lambda params: program(params, *arguments), params).layers
 
 

@@ -121,5 +121,5 @@ def sample_program(program, kind, ways: int, rows: int, class_names=(), **option
             row["content"] = np.zeros(sampler.autoencoder.content_shape, np.float32)
         if program == "reconstruct":
             row, arguments = {"video": np.zeros(sampler.autoencoder.clip_shape, np.uint8)}, ()
-        batch = batch_of(row, mesh, rows * ways)
-        return sampler.program(program, settings).lower(sampler.params, batch, *arguments)
+        batch, layout = batch_of(row, mesh, rows * ways), sampler.layout(rows * ways, settings)
+        return sampler.program(program, settings, layout).lower(sampler.params, batch, *arguments)

@@ -66,10 +66,11 @@ def sampler():
 
 def test_what_is_measured_is_how_much_the_kept_changes(sampler):
     """Against a loop of Python over the evaluations of the content stage, guided below t = 0.8."""
-    settings, arguments = sampler.first_call(request_of(), replace(SETTINGS, content_steps=4, guidance_to=0.8))
+    chosen = replace(SETTINGS, content_steps=4, guidance_to=0.8)
+    settings, layout, arguments = sampler.first_call(request_of(), chosen)
     params, batch, key, guidance, *_ = arguments
-    with partitioning(sampler.mesh, sampler.rules):
-        found = jax.device_get(sampler.program("changes", settings)(*arguments))
+    with layout.partitioning():
+        found = jax.device_get(sampler.program("changes", settings, layout)(*arguments))
     assert found["content"].shape == (2, 4, BACK) and found["motion"].shape == (2, 4, BACK)
     stage, label, null_label, kept = sampler.denoisers["content"], batch["label"], jnp.full(2, 48), []
 
@@ -94,8 +95,8 @@ def test_a_list_saves_what_its_cost_says(sampler):
     """Operations of the whole program, with and without lists and an interval."""
 
     def counted(settings):
-        settings, arguments = sampler.first_call(request_of(), settings)
-        program = sampler.program("generate", settings)
+        settings, layout, arguments = sampler.first_call(request_of(), settings)
+        program = sampler.program("generate", settings, layout)
         return count(lambda params: program(params, *arguments[1:]), arguments[0]).total // settings.batch_size
 
     def denoisers(settings):

@@ -184,6 +184,7 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     "./launch/device_check.sh": "takes minutes; tests/test_device_check.py",
     "pip download": "fetches from PyPI",
     "python launch/local.py": "starts processes; tests/test_launch.py",
+    "python launch/layouts.py": "compiles for minutes; tests/test_layouts.py",
     "python launch/make_pipeline.py": "trains a VAE for minutes, or writes 3 GB; tests/test_make_pipeline.py",
     "python launch/random_stages.py": "writes 3 GB",
     "cmd-jax sample --config=webvid:sample --workdir=runs/full-size": "takes what that writes",

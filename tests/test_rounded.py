@@ -75,7 +75,7 @@ def test_norms_softmax_and_the_solver_stay_float32(cache):
     sampler = load(tiny.trained())
     batch = {name: values[:2] for name, values in columns_of(request_of()).items()}
     with partitioning(sampler.mesh, sampler.rules):
-        program = sampler.program("generate", sampler.resolve(SETTINGS))
+        program = sampler.program("generate", sampler.resolve(SETTINGS), sampler.layout(2, SETTINGS))
         traced = program.trace(sampler.params, batch, jax.random.key(0), jnp.float32(2))
     loops = [x for x in check_careful(traced.jaxpr.jaxpr) if x.primitive.name == "scan"]
     loops = [x for x in loops if x.params["length"] in (SETTINGS.content_steps, SETTINGS.motion_steps)]

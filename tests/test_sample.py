@@ -66,7 +66,7 @@ def test_generating_is_one_program_with_both_samplers_inside(sampler):
     batch = {name: values[:1] for name, values in columns_of(request_of()).items()}
     settings = sampler.resolve(SETTINGS)
     with partitioning(sampler.mesh, sampler.rules):
-        program = jax.make_jaxpr(sampler.program("generate", settings).__wrapped__)(
+        program = jax.make_jaxpr(sampler.program("generate", settings, sampler.layout(1, settings)).__wrapped__)(
             sampler.params, batch, jax.random.key(0), jnp.float32(2)
         )
     scans = [e.params["length"] for e in program.eqns if e.primitive.name == "scan"]
@@ -77,15 +77,20 @@ def test_generating_is_one_program_with_both_samplers_inside(sampler):
 
 def test_a_program_is_compiled_for_what_is_static_and_the_batch_size(sampler, drawn):
     """Seed, guidance, number and classes are its arguments; an empty solver is the stage's own."""
-    program = sampler.program("generate", sampler.resolve(SETTINGS))
+
+    def program_of(settings):
+        settings = sampler.resolve(settings)
+        return sampler.program("generate", settings, sampler.layout(2, settings))
+
+    program = program_of(SETTINGS)
     compiled = program._cache_size()
     for changes in ({"seed": 5}, {"guidance": 3.0}, {"content_solver": "euler"}):
         again = replace(SETTINGS, **changes)
-        assert sampler.program("generate", sampler.resolve(again)) is program
+        assert program_of(again) is program
         together(sampler.generate(request_of(LABELS[:3]), again))
     assert program._cache_size() == compiled
     for changes in ({"motion_steps": 2}, {"motion_solver": "heun"}, {"dtype": "bfloat16"}):
-        assert sampler.program("generate", sampler.resolve(replace(SETTINGS, **changes))) is not program
+        assert program_of(replace(SETTINGS, **changes)) is not program
 
 
 def test_results_are_laid_out_over_the_batch_axes(sampler, drawn, monkeypatch):
@@ -128,7 +133,7 @@ def test_dtype_is_that_of_the_matrix_products(sampler):
     assert rounded.dtype == np.float32 and 1e-5 < difference(whole, rounded) < 0.1
     batch = {name: values[:2] for name, values in columns_of(request_of()).items()}
     with partitioning(sampler.mesh, sampler.rules):
-        program = sampler.program("generate", sampler.resolve(half))
+        program = sampler.program("generate", sampler.resolve(half), sampler.layout(2, half))
         lowered = program.trace(sampler.params, batch, jax.random.key(0), jnp.float32(2))
     assert {x.dtype for x in jax.tree.leaves(lowered.out_info)} == {np.dtype("float32")}
     products = [line for line in str(lowered.jaxpr).splitlines() if " dot_general[" in line]

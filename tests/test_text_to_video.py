@@ -225,7 +225,7 @@ def test_texts_and_content_frames_are_read_once_a_call(sampler):
         changes = {"sampling__content_steps": content_steps, "sampling__motion_steps": motion_steps}
         how, *arguments = sampler._arguments(SamplingSettings.of(settings(**changes)))
         with partitioning(sampler.mesh, sampler.rules):
-            program = sampler.program("generate", how).__wrapped__
+            program = sampler.program("generate", how, sampler.layout(1, how)).__wrapped__
             return count(program, sampler.params, columns_of(sampler.request(prompts=PROMPTS)), *arguments)
 
     base, content, motion = work(1, 1), work(2, 1), work(1, 2)

@@ -19,7 +19,7 @@ from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.models.vae import init_vae
 from cmd_jax.pretrained import ImageModelMetadata, TextEncoderMetadata, VAEMetadata, stated
 from cmd_jax.sampling.sampler import Sampler
-from cmd_jax.sharding import make_mesh, replicated
+from cmd_jax.sharding import is_unset, make_mesh, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 
 CLASSES = {"shapes": CLASS_NAMES, "": tuple(map(str, range(101)))}  # by data.source; of files as many as UCF-101 has
@@ -127,6 +127,7 @@ class Random:
         return Sampler(
             self.autoencoder.resized(*size), denoisers, statistics, params, self.conditions, self.class_names,
             self.tokenizer, self.mesh, self.config.rules, self.config.attention, dtype=self.dtype,
+            by_size=is_unset(self.config.mesh),
         )  # fmt: skip
 
 

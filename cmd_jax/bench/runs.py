@@ -47,9 +47,10 @@ def sample(run: Run, results: records.Results):
     sampler, origin = sampler_of(run.specification, run.overrides, config, run.workdir)
     results.common = run.common(sampler.mesh, origin)
     sizes = options.batches or (config.sampling.batch_size,)
-    with partitioning(sampler.mesh, sampler.rules, sampler.attention):
-        for size in sizes:
-            for component in sampling.components(sampler, sampling.settings_of(sampler, config, size)):
+    for size in sizes:
+        settings = sampling.settings_of(sampler, config, size)
+        with sampler.layout(size, settings).partitioning():
+            for component in sampling.components(sampler, settings):
                 if options.only and component.name not in options.only:
                     continue
                 compared = component.name == "whole" and size == sizes[0] and origin != "random"

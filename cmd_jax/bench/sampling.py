@@ -31,9 +31,10 @@ def request_of(sampler: Sampler, count: int):
 
 
 def components(sampler: Sampler, settings: SamplingSettings) -> Iterator[Component]:
-    """The whole program, then its parts; each with inputs on the devices. Within `partitioning`."""
-    size, rows = settings.batch_size, {"out_shardings": batch_sharding(sampler.mesh)}
-    settings, arguments = sampler.first_call(request_of(sampler, size), settings)
+    """The whole program, then its parts; each with inputs on the devices. Within the `partitioning` of their layout."""
+    size = settings.batch_size
+    settings, layout, arguments = sampler.first_call(request_of(sampler, size), settings)
+    rows = {"out_shardings": batch_sharding(layout.mesh)}
     params, batch, _, guidance, null_ids = arguments
     denoisers = {name: computing_in(settings.dtype, stage) for name, stage in sampler.denoisers.items()}
     autoencoder = computing_in(settings.dtype, sampler.autoencoder)
@@ -43,7 +44,7 @@ def components(sampler: Sampler, settings: SamplingSettings) -> Iterator[Compone
     evaluations = {}
     for stage in denoisers.values():
         evaluations |= evaluated(stage, settings, guidance)
-    whole = sampler.program("generate", settings)
+    whole = sampler.program("generate", settings, layout)
     yield Component("whole", whole, arguments, size, dtype_of(denoisers["content"]), told | evaluations)
 
     conditions = sampler.conditions

@@ -17,10 +17,13 @@ def whole(leaf) -> np.ndarray:
 
 
 def own_rows(batch: dict) -> tuple[np.ndarray, dict]:
-    """Of a batch of arrays [B, ...] laid out alike: the numbers of the rows whose first copy lies on this process's
-    devices, int [n], and those rows, [n, ...] on the host. Each row is one process's."""
+    """Of a batch of arrays [B, ...] whose rows are laid out alike: the numbers of the rows whose first copy lies on
+    this process's devices, int [n], and those rows, [n, ...] on the host. Each row is one process's, which of
+    several must hold it whole."""
 
     def rows_of(x):
+        if x.is_fully_addressable:
+            return np.arange(len(x)), np.asarray(x)
         shards = {s.index[0].indices(len(x))[0]: s.data for s in x.addressable_shards if s.replica_id == 0}
         parts = [np.asarray(data) for _, data in sorted(shards.items())]
         numbers = [start + np.arange(len(data)) for start, data in sorted(shards.items())]

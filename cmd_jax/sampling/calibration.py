@@ -15,7 +15,6 @@ from cmd_jax.performance.flops import count
 from cmd_jax.running.hosts import whole
 from cmd_jax.sampling.sampler import Sampler
 from cmd_jax.sampling.settings import SamplingSettings
-from cmd_jax.sharding import partitioning
 
 NOT_OF_A_RUN = ("batch_size", "seed", "content_reuse", "motion_reuse")  # settings that a calibration is not bound to
 
@@ -66,9 +65,9 @@ def calibrate(sampler: Sampler, request: Request, settings: SamplingSettings, sp
     """
     settings = replace(settings, content_reuse="", motion_reuse="")
     samples = min(settings.batch_size, len(request))
-    settings, (params, batch, key, guidance, *null_ids) = sampler.first_call(request, settings)
-    with partitioning(sampler.mesh, sampler.rules, sampler.attention):
-        changes = sampler.program("changes", settings)(params, batch, key, guidance, *null_ids)
+    settings, layout, (params, batch, key, guidance, *null_ids) = sampler.first_call(request, settings)
+    with layout.partitioning():
+        changes = sampler.program("changes", settings, layout)(params, batch, key, guidance, *null_ids)
     caches = {}
     for name, stage in sampler.denoisers.items():
         change = whole(changes[name])[:samples].mean(axis=0)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import operator
 import time
 from collections import Counter
 from functools import partial
@@ -16,6 +17,7 @@ from cmd_jax.models.conditions import Classes, Texts
 from cmd_jax.models.frames import pixels
 from cmd_jax.running.compilation import apart_from_the_cache
 from cmd_jax.sampling.executables import Executables
+from cmd_jax.sampling.layouts import Layout
 from cmd_jax.sampling.settings import SamplingSettings
 from cmd_jax.sharding import batch_sharding
 from cmd_jax.stages import DiffusionStage, FrozenAutoencoder
@@ -34,27 +36,27 @@ class Programs:
 
     def __init__(
         self, autoencoder: FrozenAutoencoder, denoisers: dict[str, DiffusionStage], statistics: dict,
-        conditions: Classes | Texts | None, mesh,
+        conditions: Classes | Texts | None,
     ):  # fmt: skip
         self.autoencoder, self.denoisers, self.statistics = autoencoder, denoisers, statistics
-        self.conditions, self.mesh, self._jitted, self._compiled = conditions, mesh, {}, {}
+        self.conditions, self._jitted, self._compiled = conditions, {}, {}
         self.executables: Executables | None = None
         self.seconds = Counter()  # "trace", "lower", "compile", and "load" of executables
 
-    def jitted(self, name: str, settings: SamplingSettings):
-        """One of them, compiled at first use for the static part of resolved settings and each shape of a batch."""
-        key = name, settings.static
+    def jitted(self, name: str, settings: SamplingSettings, layout: Layout):
+        """One of them, compiled at first use for the static part of resolved settings and each layout of a batch."""
+        key = name, settings.static, layout.mesh
         if key not in self._jitted:
             function = partial(getattr(self, f"_{name}"), settings=settings.static)
-            self._jitted[key] = jax.jit(function, out_shardings=batch_sharding(self.mesh))
+            self._jitted[key] = jax.jit(function, out_shardings=self._places(name, layout))
         return self._jitted[key]
 
-    def run(self, name: str, settings: SamplingSettings, arguments: tuple):
-        """What one of them gives; it is compiled, or read, at first use for those settings and shapes."""
-        layout = _layout(arguments)
-        key = name, settings.static, layout
+    def run(self, name: str, settings: SamplingSettings, layout: Layout, arguments: tuple):
+        """What one of them gives; compiled, or read, at first use for those settings and shapes and where these lie."""
+        places = _layout(arguments)
+        key = name, settings.static, places
         if key not in self._compiled:
-            asked = f"{name} {settings.static} {layout}"
+            asked = f"{name} {settings.static} {places}"
             with self._timed("load"):
                 loaded = self.executables and self.executables.load(name, asked)
             if loaded:
@@ -62,12 +64,12 @@ class Programs:
                     out = jax.block_until_ready(loaded(*arguments))
                     self._compiled[key] = loaded
                     return out
-            self._compiled[key] = self._made(name, settings, asked, arguments)
+            self._compiled[key] = self._made(name, settings, layout, asked, arguments)
         return self._compiled[key](*arguments)
 
-    def _made(self, name: str, settings, asked: str, arguments: tuple):
+    def _made(self, name: str, settings, layout: Layout, asked: str, arguments: tuple):
         with self._timed("trace"):
-            traced = self.jitted(name, settings).trace(*arguments)
+            traced = self.jitted(name, settings, layout).trace(*arguments)
         with self._timed("lower"):
             lowered = traced.lower()
         with self._timed("compile"), apart_from_the_cache() if self.executables else contextlib.nullcontext():
@@ -81,6 +83,21 @@ class Programs:
         begun = time.perf_counter()
         yield
         self.seconds[what] += time.perf_counter() - begun
+
+    def take(self, layout: Layout):
+        """(array [B, ...] on any layout, numbers of rows) -> these rows, laid out."""
+        if layout.mesh not in self._jitted:
+            self._jitted[layout.mesh] = jax.jit(operator.getitem, out_shardings=batch_sharding(layout.mesh))
+        return self._jitted[layout.mesh]
+
+    def _places(self, name: str, layout: Layout):
+        """Where the results of a program lie: rows are whole, but the frames of videos stay where they were made."""
+        rows = batch_sharding(layout.mesh)
+        if name in ("draw_content", "changes"):
+            return rows
+        frames = layout.frames(self.autoencoder.clip_shape[0])
+        places = {"video": frames, "image": rows, "content": rows, "motion": rows}
+        return places | ({"original": frames} if name == "reconstruct" else {})
 
     def _draw(self, name, params, keys, condition, content, guidance, null, settings, **more):
         """Content frames (content=None) or motion latents [B, ...], one key a sample."""

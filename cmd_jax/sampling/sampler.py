@@ -1,6 +1,5 @@
 """What is asked for, batch after batch, and the samples that come back."""
 
-import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -18,9 +17,9 @@ from cmd_jax.models.autoencoder import Latents
 from cmd_jax.models.conditions import Classes, Texts
 from cmd_jax.running.hosts import own_rows
 from cmd_jax.sampling.executables import Executables, facts_of
+from cmd_jax.sampling.layouts import Layout, Layouts
 from cmd_jax.sampling.programs import Programs
 from cmd_jax.sampling.settings import DEFAULTS, SamplingSettings, resolve
-from cmd_jax.sharding import batch_sharding, partitioning
 from cmd_jax.stages import DiffusionStage, FrozenAutoencoder
 
 
@@ -56,19 +55,20 @@ class Sampler:
     denoisers: {"content", "motion"}, or {} where only `reconstruct` is wanted. params: {"autoencoder", "conditions",
     "content", "motion"}. tokenizer: of Texts, else None. class_names: of Classes, () without any. digests: of the
     stages' parameters, by their names, as their metadata have them; empty of random ones. dtype: in which parameters
-    were read, and calls compute that say nothing else; "": float32, and as was trained.
+    were read, and calls compute that say nothing else; "": float32, and as was trained. by_size: whether each batch is
+    laid out by its size, as of Layouts.
     """
 
     def __init__(
         self, autoencoder: FrozenAutoencoder, denoisers: dict[str, DiffusionStage], statistics: dict, params: dict,
         conditions: Classes | Texts | None, class_names: tuple[str, ...], tokenizer, mesh, rules,
-        attention: str = "auto", digests: dict[str, str | None] | None = None, dtype: str = "",
+        attention: str = "auto", digests: dict[str, str | None] | None = None, dtype: str = "", by_size: bool = False,
     ):  # fmt: skip
         self.autoencoder, self.denoisers, self.statistics, self.params = autoencoder, denoisers, statistics, params
         self.conditions, self.class_names, self.tokenizer = conditions, class_names, tokenizer
         self.mesh, self.rules, self.attention, self.digests, self.dtype = mesh, rules, attention, digests or {}, dtype
-        self._programs = Programs(autoencoder, denoisers, statistics, conditions, mesh)
-        self._take = jax.jit(operator.getitem, out_shardings=batch_sharding(mesh))
+        self.layouts = Layouts(mesh, rules, attention, by_size)
+        self._programs = Programs(autoencoder, denoisers, statistics, conditions)
         self._encode, self._from_latents = jax.jit(autoencoder.encode), jax.jit(autoencoder.decode)
 
     # What is asked for.
@@ -95,7 +95,7 @@ class Sampler:
 
     def resolve(self, settings: SamplingSettings) -> SamplingSettings:
         """The settings, solvers by their names; UserError for what these stages cannot do. Nothing is compiled."""
-        settings = resolve(settings, self.denoisers, self.mesh, self.dtype)
+        settings = resolve(settings, self.denoisers, self.layouts, self.dtype)
         if self.denoisers:
             self._guidance(settings)
         return settings
@@ -112,13 +112,17 @@ class Sampler:
             null_ids = self.tokenizer([check_prompt(settings.negative, "sampling.negative")])[0]
         return None if weight == 1 or not (self.class_names or self.tokenizer) else jnp.float32(weight), null_ids
 
-    def program(self, name: str, settings: SamplingSettings):
+    def layout(self, samples: int, settings: SamplingSettings) -> Layout:
+        """Of a batch of so many samples, drawn with resolved settings."""
+        return self.layouts.of(samples, settings.batch_size, self._guidance(settings)[0] is not None)
+
+    def program(self, name: str, settings: SamplingSettings, layout: Layout):
         """The jitted program `name` ("generate", ...) of resolved settings: (params, batch, *arguments) -> batch."""
-        return self._programs.jitted(name, settings)
+        return self._programs.jitted(name, settings, layout)
 
     def keep_executables(self, folder):
         """From now on take compiled programs from a folder, which must be trusted as code is, and write them there."""
-        others = ("params", "tokenizer", "mesh", "digests")  # arguments, and what no program refers to
+        others = ("params", "tokenizer", "mesh", "layouts", "digests")  # arguments, and what no program refers to
         names = [name for name in vars(self) if not name.startswith("_") and name not in others]
         facts = facts_of(self.mesh, **{name: getattr(self, name) for name in names})
         self._programs.executables = Executables(folder, facts, self.mesh)
@@ -153,66 +157,70 @@ class Sampler:
         """
         check_count("sampling.motions", motions)
         settings, *arguments = self._arguments(settings)
-        size, columns = settings.batch_size, drawn(request)
+        columns, guidance = drawn(request), arguments[1]
 
         def launched():
-            for first, batch in self._batches(columns, len(request), size):
-                frames = self._launch("draw_content", batch, settings, *arguments)
-                many = motions * min(size, len(request) - first)
+            for first, few, layout, batch in self._batches(columns, len(request), settings, guidance):
+                frames = self._launch("draw_content", batch, layout, settings, *arguments)
+                many = motions * few
                 which = first + np.arange(many) // motions
                 each = {name: values[which] for name, values in columns.items()}
                 each["variant"] = np.arange(many, dtype=np.int32) % motions
-                for start, batch in self._batches(each, many, size):
-                    rows = np.minimum(start + np.arange(size), many - 1) // motions
-                    given = {"content": self._take(frames, rows)}
-                    out = self._launch("animate", batch | given, settings, *arguments)
-                    yield motions * first + start, min(size, many - start), out
+                for start, count, layout, batch in self._batches(each, many, settings, guidance):
+                    rows = np.minimum(start + np.arange(layout.rows), many - 1) // motions
+                    given = {"content": self._programs.take(layout)(frames, rows)}
+                    out = self._launch("animate", batch | given, layout, settings, *arguments)
+                    yield motions * first + start, count, out
 
         return fetched(launched())
 
     def encode(self, videos) -> Latents:
         """Clips uint8 [N, T, H, W, 3] -> content frames [N, h, w, C] and motion latents [N, T, h+w, K]; arrays of
         the host, all at once."""
-        with partitioning(self.mesh, self.rules, self.attention):
+        with self.layouts.of(len(videos), len(videos), guided=False).partitioning():
             return jax.device_get(self._encode(self.params["autoencoder"], {"video": videos}))
 
     def decode(self, latents: Latents) -> np.ndarray:
         """Content frames and motion latents, of one clip or of several -> videos float [N, T, H, W, 3] in [-1, 1]."""
-        with partitioning(self.mesh, self.rules, self.attention):
+        with self.layouts.of(len(latents.content), len(latents.content), guided=False).partitioning():
             return jax.device_get(self._from_latents(self.params["autoencoder"], latents))
 
     def first_call(self, request: Request, settings: SamplingSettings = DEFAULTS) -> tuple:
-        """-> (resolved settings, and with what `generate` calls its program for the first batch of a request)."""
+        """-> (resolved settings, layout, arguments) of the first batch for which `generate` calls its program."""
         settings, *arguments = self._arguments(settings)
-        _, batch = next(self._batches(drawn(request), len(request), settings.batch_size))
-        return settings, (self.params, batch, *arguments)
+        _, _, layout, batch = next(self._batches(drawn(request), len(request), settings, arguments[1]))
+        return settings, layout, (self.params, batch, *arguments)
 
     def _arguments(self, settings) -> tuple:
         """-> (resolved settings, and the arguments of the programs that draw: key, guidance, ids of the null text)."""
         return self.resolve(settings), jax.random.key(settings.seed), *self._guidance(settings)
 
     def _run(self, name: str, columns: dict, count: int, settings, *arguments) -> Iterator[Samples]:
+        guidance = arguments[1] if arguments else None
+
         def launched():
-            for start, batch in self._batches(columns, count, settings.batch_size):
-                out = self._launch(name, batch, settings, *arguments)
-                yield start, min(settings.batch_size, count - start), out
+            for start, few, layout, batch in self._batches(columns, count, settings, guidance):
+                yield start, few, self._launch(name, batch, layout, settings, *arguments)
 
         return fetched(launched())
 
-    def _launch(self, name: str, batch, settings, *arguments):
-        with partitioning(self.mesh, self.rules, self.attention):
-            return self._programs.run(name, settings, (self.params, batch, *arguments))
+    def _launch(self, name: str, batch, layout, settings, *arguments):
+        with layout.partitioning():
+            return self._programs.run(name, settings, layout, (self.params, batch, *arguments))
 
-    def _batches(self, columns: dict, count: int, size: int) -> Iterator[tuple[int, dict]]:
-        """(first row, batch [size, ...] on the mesh) of {name: values of `count` samples}; each process reads its own.
+    def _batches(self, columns: dict, count: int, settings, guidance) -> Iterator[tuple[int, int, Layout, dict]]:
+        """(first row, samples, layout, batch [layout.rows, ...]) of {name: values of `count` samples}; each process
+        reads its own rows.
 
-        The last batch is filled up by repeating its last sample.
+        Rows beyond the samples repeat the last one.
         """
-        rows = local_rows(size, self.mesh)
-        for start in range(0, count, size):
-            picks = {row: min(start + row, count - 1) for row in rows}
+        for start in range(0, count, settings.batch_size):
+            few = min(settings.batch_size, count - start)
+            layout = self.layouts.of(few, settings.batch_size, guided=guidance is not None)
+            picks = {row: start + min(row, few - 1) for row in local_rows(layout.rows, layout.mesh)}
             read = {i: {name: values[i] for name, values in columns.items()} for i in {*picks.values()}}
-            yield start, to_global({row: read[i] for row, i in picks.items()}, size, self.mesh)
+            batch = to_global({row: read[i] for row, i in picks.items()}, layout.rows, layout.mesh)
+            yield start, few, layout, batch
 
 
 def fetched(launched: Iterable[tuple[int, int, dict]]) -> Iterator[Samples]:

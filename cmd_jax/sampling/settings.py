@@ -8,14 +8,14 @@ from cmd_jax.diffusion.flow import Flow
 from cmd_jax.diffusion.plan import parse_reuse
 from cmd_jax.diffusion.schedules import check_count
 from cmd_jax.errors import UserError, choose
-from cmd_jax.sharding import check_batch
+from cmd_jax.sampling.layouts import Layouts
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
     """How to sample, an argument of each call of a Sampler.
 
-    batch_size: samples at once, a multiple of the mesh's data x fsdp.
+    batch_size: samples at once; of a sampler whose mesh was chosen a multiple of its data x fsdp.
     guidance: weight >= 0 of classifier-free guidance; 1 or None: none, at half the cost.
     negative: the text that guidance leads away from; "": the empty text.
     guidance_from, guidance_to: the levels of noise, as t/T in 0..1, between which guidance is; outside it is 1.
@@ -68,13 +68,13 @@ class SamplingSettings:
 DEFAULTS = SamplingSettings()
 
 
-def resolve(settings: SamplingSettings, denoisers: dict, mesh, dtype: str = "") -> SamplingSettings:
-    """The settings, solvers by their names; UserError for what these stages cannot do on this mesh.
+def resolve(settings: SamplingSettings, denoisers: dict, layouts: Layouts, dtype: str = "") -> SamplingSettings:
+    """The settings, solvers by their names; UserError for what these stages and devices cannot do.
 
     denoisers: {"content", "motion"}, DiffusionStages, or {} where none is asked. dtype: of a Sampler.
     """
     check_count("sampling.batch_size", settings.batch_size)
-    check_batch("sampling.batch_size", settings.batch_size, mesh)
+    layouts.check(settings.batch_size)
     choose("sampling.dtype", settings.dtype, ("", *DTYPES))
     if (settings.dtype or dtype) != dtype and dtype == "bfloat16":
         problem = f"the weights were read in {dtype}"

@@ -30,7 +30,17 @@ from cmd_jax.pretrained import (
     stated_space,
 )
 from cmd_jax.report.console import make_console
-from cmd_jax.sharding import Placed, batch_ways, check_batch, layout, make_mesh, replicated_report
+from cmd_jax.sampling.layouts import sizes_of
+from cmd_jax.sharding import (
+    SAMPLING_AXES,
+    Placed,
+    batch_ways,
+    check_batch,
+    is_unset,
+    layout,
+    make_mesh,
+    replicated_report,
+)
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 from cmd_jax.state import make_optimizer
 from cmd_jax.trained import Metadata, read_stage
@@ -58,7 +68,9 @@ def doctor(specification: str, overrides: dict[str, str], workdir: Path | None) 
     batch_size = config[group].batch_size
     console.print(parameter_table(records["params"]), soft_wrap=False)
     totals = total_table(records)
-    share = batch_size / batch_ways(mesh)
+    by_size = config.stage == "sample" and is_unset(config.mesh)
+    data = sizes_of(mesh.size, batch_size, config.sampling.guidance != 1)[0] if by_size else batch_ways(mesh)
+    share = batch_size / data
     sizes = (f"{batch_size * clip_bytes / MIB:,.1f}", f"{share * clip_bytes / MIB:,.1f}")
     totals.add_row(f"batch, {share:g} of {batch_size} clips on each device", "", *sizes)
     console.print(totals, soft_wrap=False)
@@ -68,6 +80,9 @@ def doctor(specification: str, overrides: dict[str, str], workdir: Path | None) 
         lines = replicated_report(records["params"], config.mesh.report_above)
         above = f"no parameter of more than mesh.report_above={config.mesh.report_above:,} values"
         console.print("\n".join(lines) or f"{above} is whole on each device")
+    if by_size:
+        print_layouts(console, mesh.size, batch_size, config.sampling.guidance != 1)
+        return 0
     check_batch(f"{group}.batch_size", batch_size, mesh, config.train.accumulate if group == "train" else 1)
     return 0
 
@@ -80,6 +95,13 @@ def print_machine(console, config, mesh):
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     preset = f", preset {config.preset}" if config.preset else ""
     console.print(f"mesh: {sizes}{preset}" + (f", {config.slices} slices" if config.slices > 1 else ""))
+
+
+def print_layouts(console, devices: int, batch_size: int, guided: bool):
+    """How batches of each number of samples lie that has a program of its own."""
+    for rows in sorted({*(1 << i for i in range(batch_size.bit_length())), batch_size}):
+        sizes = zip(SAMPLING_AXES, sizes_of(devices, rows, guided), strict=True)
+        console.print(f"a batch of {rows}: " + " ".join(f"{axis}={size}" for axis, size in sizes))
 
 
 def parameter_table(records: list[Placed]) -> Table:

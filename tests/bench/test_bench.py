@@ -158,8 +158,9 @@ def test_evaluations_are_counted(solver, evaluations):
     config = load(f"{TOY}:sample", {"sampling.content_solver": solver, "sampling.motion_solver": solver})
     sampler, origin = toys()
     assert origin == "random"
-    with partitioning(sampler.mesh, sampler.rules):
-        whole = next(sampling.components(sampler, sampling.settings_of(sampler, config, 2)))
+    settings = sampling.settings_of(sampler, config, 2)
+    with sampler.layout(2, settings).partitioning():
+        whole = next(sampling.components(sampler, settings))
     assert (whole.settings["content_evaluations"], whole.settings["motion_evaluations"]) == evaluations
 
 

@@ -103,9 +103,22 @@ def test_a_batch_that_does_not_divide_is_told_after_the_table(examine):
         examine("autoencoder", {"mesh.preset": "fsdp"})
     assert "batch, 0.5 of 4 clips on each device" in rows(examine.lines)
     with pytest.raises(UserError, match="^sampling.batch_size=2: not divisible by the 8 data x fsdp shards; use 8$"):
-        examine("sample")
+        examine("sample", {"mesh.preset": "dp"})
     with pytest.raises(UserError, match="^mesh=3x1x1: does not make the 8 devices here; "):
         examine("autoencoder", {"mesh.data": "3"})
+
+
+def test_a_sampler_lays_out_its_batches_by_size_where_no_mesh_was_asked_for(examine):
+    lines = examine("sample", {"sampling.batch_size": "6"})
+    assert "batch, 3 of 6 clips on each device" in rows(lines)
+    assert [line for line in lines if line.startswith("a batch of ")] == [
+        "a batch of 1: data=1 fsdp=1 guidance=2 tensor=4",
+        "a batch of 2: data=2 fsdp=1 guidance=2 tensor=2",
+        "a batch of 4: data=4 fsdp=1 guidance=2 tensor=1",
+        "a batch of 6: data=2 fsdp=1 guidance=2 tensor=2",
+    ]
+    lines = examine("sample", {"mesh.guidance": "2", "sampling.batch_size": "4"})
+    assert "mesh: data=4 fsdp=1 guidance=2 tensor=1" in lines
 
 
 def test_sampling_holds_the_three_stages(examine):
