@@ -57,12 +57,8 @@ from cmd_jax.trained import (
 RESUMABLE = ("train.log_every", "train.checkpoint_every", "train.keep", "train.preview_every", "data.threads")
 RESUMABLE += ("train.validate_every", "train.validation_clips", "train.profile")
 RESUMABLE += ("data.prefetch", "data.cache_", "data.root", "data.probe_", "mesh.", "processes.", "rules", "attention")
-RESUMABLE += (
-    "latents.store_shard",
-    "pretrained.path",
-    "pretrained.architecture",
-    "diffusion.clip",
-)  # the latter matters to sampling only
+RESUMABLE += ("latents.store_shard", "pretrained.path", "pretrained.architecture")
+RESUMABLE += ("diffusion.clip",)  # it matters to sampling only
 RESUMABLE += ("latents.autoencoder", "train.accumulate", "model.remat")  # fewer devices may need the last two
 RESUMABLE_CONSTANT = ("train.steps", "optimizer.steps")
 

@@ -17,8 +17,8 @@ small: 16x64x64, for a small folder that launch/make_pipeline.py trains on some 
 tiny: 8x32x64 with the random weights of tests/fixtures, any folder of captioned clips. With those of sd=21 the stages
     took 53, 84 and 29 s on 2 CPU cores and sampling 18 s; they show the path, not pictures.
 
-`sampling.preset` at sd=21, of one video: quality (50 + 100 steps) 57.4 T of the paper's multiply-adds, balanced 23.4 T,
-fast 13.2 T; 50 + 50 steps have 46.0 T. Nearness to the full run and score: not measured.
+`sampling.preset` at sd=21, of one video: quality (50 + 100 steps) 55.5 T of the paper's multiply-adds, balanced 22.5 T,
+fast 12.7 T; 50 + 50 steps have 44.1 T. Nearness to the full run and score: not measured.
 """
 
 from pathlib import Path

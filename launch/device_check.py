@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEAST = 10  # seconds without which no step is begun
 BFLOAT16 = "--config.{}.dtype=bfloat16"
 LATENT = ("webvid:content", "webvid:motion")
-NEEDED = ("jax", "flax", "optax", "ml_collections", "einops", "rich", "safetensors", "tokenizers")
+NEEDED = ("jax", "flax", "optax", "ml_collections", "einops", "rich", "safetensors", "tokenizers", "filelock")
 
 
 class Step(NamedTuple):

@@ -22,7 +22,7 @@ from cmd_jax.sampling.sampler import Sampler
 from cmd_jax.sharding import is_unset, make_mesh, replicated
 from cmd_jax.stages import AutoencoderStage, FrozenAutoencoder, diffusion_stage
 
-CLASSES = {"shapes": CLASS_NAMES, "": tuple(map(str, range(101)))}  # by data.source; of files as many as UCF-101 has
+CLASSES_OF_FILES = tuple(map(str, range(101)))  # as many as UCF-101 has
 CAPTION = 12  # tokens of a made-up text; a caption of WebVid has about as many
 
 
@@ -96,14 +96,16 @@ class Random:
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
-        if isinstance(self.conditions, Texts):
-            return ()
-        return CLASSES.get(self.config.data.source, CLASSES[""])
+        return () if isinstance(self.conditions, Texts) else self._classes
+
+    @property
+    def _classes(self) -> tuple[str, ...]:
+        return CLASS_NAMES if self.config.data.source == "shapes" else CLASSES_OF_FILES
 
     @cached_property
     def conditions(self) -> Classes | Texts:
         if self.stage_config("motion").model.condition != "text":
-            return Classes(len(CLASSES.get(self.config.data.source, CLASSES[""])))
+            return Classes(len(self._classes))
         module = text_from_config(self._stated(TextEncoderMetadata).config, self.pretrained_dtype)
         ids = np.zeros((1, 1), np.int32)
         params = self.draw(lambda key: module.init(key, ids)["params"])

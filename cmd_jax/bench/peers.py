@@ -18,11 +18,10 @@ from rich.table import Table
 
 from cmd_jax.bench.measure import GIB, program_bytes
 from cmd_jax.bench.table import number
-from cmd_jax.diffusion.plan import evaluation_kinds
 from cmd_jax.errors import UserError, choose
 from cmd_jax.performance.memory import process_peak
 from cmd_jax.performance.timing import LEAST_ROUNDS, in_turns, ratio
-from cmd_jax.planning.costs import CONTENT_PROCESS, MOTION_PROCESS, preset_runs
+from cmd_jax.planning.costs import kinds_of, preset_runs
 
 BATCHES = {  # of a forward pass and of a training step at full size; the VAE is frozen
     "autoencoder": {"forward": 1, "training": 1},
@@ -33,7 +32,6 @@ BATCHES = {  # of a forward pass and of a training step at full size; the VAE is
     "vae": {"forward": 1},
     "modelscope": {"forward": 1},
 }
-PROCESSES = {"content": CONTENT_PROCESS, "motion": MOTION_PROCESS}
 STEPS = 50  # of both models, in the comparison with ModelScope
 FRAMES = 16
 
@@ -138,8 +136,8 @@ def _clip(options, dtype: str) -> dict:
             compiled["program_gib"] = max(compiled["program_gib"], told["program_gib"])
         return in_turns(calls, warm(calls, options)[1], warmup=0)
 
-    ours, theirs = clip_256(tiny, dtype)
-    needed = {part for runs in preset_evaluations().values() for name, run in runs.items() for part in run}
+    (ours, theirs), evaluations = clip_256(tiny, dtype), preset_evaluations()
+    needed = {part for runs in evaluations.values() for run in runs.values() for part in run}
     ours = {part: one for part, one in ours.items() if part in needed or part == "decoder"}
     times, peer = measured(ours, theirs), theirs.name
     parameters = sum(size_of(ours[name]) for name in ("content", "motion", "decoder"))
@@ -153,7 +151,7 @@ def _clip(options, dtype: str) -> dict:
     peer_seconds = STEPS * part["theirs"]
     with_vae = seconds + FRAMES * part["vae"], peer_seconds + FRAMES * part["peer_vae"]
     presets = {}
-    for preset, runs in preset_evaluations().items():
+    for preset, runs in evaluations.items():
         took = part["decoder"] + sum(part[which] for run in runs.values() for which in run)
         steps = max(map(len, runs.values()))
         ratios = {"ratio": steps * part["theirs"] / took, "ratio_to_all": peer_seconds / took}
@@ -183,8 +181,7 @@ def preset_evaluations() -> dict[str, dict[str, list[str]]]:
     for preset in ("balanced", "fast"):
         found[preset] = {}
         for name, run in preset_runs(preset).items():
-            planned = {key: run.pop(key) for key in ("interval", "reuse") if key in run}
-            kinds = evaluation_kinds(PROCESSES[name].levels(**run), True, **planned)
+            kinds = kinds_of(name, guided=True, **run)
             endings = [f"{'_reusing' * kind.reuses}{'_alone' * (not kind.guided)}" for kind in kinds]
             found[preset][name] = [name + ending for ending in endings]
     return found

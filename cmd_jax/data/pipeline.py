@@ -191,20 +191,3 @@ def batches(
         pool.shutdown(wait=False, cancel_futures=True)
         if fetching:
             fetching.close()
-
-
-class Waited:
-    """The items of an iterator, and the seconds that whoever takes them has waited for them so far."""
-
-    def __init__(self, items: Iterator):
-        self.items, self.seconds = items, 0.0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        begun = time.perf_counter()
-        try:
-            return next(self.items)
-        finally:
-            self.seconds += time.perf_counter() - begun

@@ -187,7 +187,7 @@ def _backward_tiles(query, key, value, gradient, log_sums, means):
             weights = jnp.exp(_scores(query, key, there) - log_sum[..., None])
             d_logits = weights * (product("...qd,...kd->...qk", gradient, value) - mean[..., None]) * scale
             weights, d_logits = weights.astype(value.dtype), d_logits.astype(query.dtype)
-            # The narrow operand is the one that is transposed: XLA:CPU takes twice as long the other way round.
+            # The narrow operand is the one that is transposed: the other way all of it takes XLA:CPU 1.6 times as long.
             d_key = carry[0] + product("...qd,...qk->...dk", query, d_logits)
             d_value = carry[1] + product("...qd,...qk->...dk", gradient, weights)
             return (d_key, d_value), product("...qk,...kd->...qd", d_logits, key)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from cmd_jax.config import load
 from cmd_jax.diffusion.gaussian import Gaussian
-from cmd_jax.diffusion.plan import evaluation_kinds
+from cmd_jax.diffusion.plan import Kind, evaluation_kinds
 from cmd_jax.diffusion.schedules import Schedule, linear_betas, scaled_linear_betas
 from cmd_jax.interop.clip import text_from_config
 from cmd_jax.interop.sd_config import unet_from_config, vae_from_config
@@ -40,8 +40,10 @@ UNET, IMAGE_VAE, TEXT = unet_from_config(KNOWN.unet), vae_from_config(KNOWN.vae)
 AUTOENCODER = Autoencoder(channels=4, mode="latent")
 DEPTH, WIDTH, HEADS = SIZES["XL"]
 MOTION = DiT(out_channels=16, patch=2, width=WIDTH, depth=DEPTH, heads=HEADS, classes=None, content_patch=8)
-CONTENT_PROCESS = Gaussian(Schedule.from_betas(scaled_linear_betas()))
-MOTION_PROCESS = Gaussian(Schedule.from_betas(linear_betas()), learned_range=True)
+PROCESSES = {
+    "content": Gaussian(Schedule.from_betas(scaled_linear_betas())),
+    "motion": Gaussian(Schedule.from_betas(linear_betas()), learned_range=True),
+}
 FRAMES, TOKENS = 16, 77
 
 
@@ -115,20 +117,23 @@ class Sampling:
         self.decoder = count(decode, params["autoencoder"], Latents(clip.content, clip.motion))
         # The text reaches the motion model as one vector, whose linear map is not worth counting.
         self.evaluations = {
-            "content": (CONTENT_PROCESS, _evaluations(_unet, params["content"], clip.content, clip.time, clip.text)),
-            "motion": (MOTION_PROCESS, _evaluations(_motion, params["motion"], clip.motion, clip.time, clip.content)),
+            "content": _evaluations(_unet, params["content"], clip.content, clip.time, clip.text),
+            "motion": _evaluations(_motion, params["motion"], clip.motion, clip.time, clip.content),
         }
 
     def run(self, runs: dict[str, dict], guided: bool) -> Flops:
         """runs: of "content" and "motion", keyword arguments like those of `SamplingSettings.run_of`. guided: each
         model also answers for the null text, where it is asked to."""
         total = self.decoder
-        for name, (process, costs) in self.evaluations.items():
-            run = {key: value for key, value in runs[name].items() if key not in ("interval", "reuse")}
-            plan = (runs[name].get("interval", (0.0, 1.0)), runs[name].get("reuse", ()))
-            for kind in evaluation_kinds(process.levels(**run), guided, *plan):
+        for name, costs in self.evaluations.items():
+            for kind in kinds_of(name, guided, **runs[name]):
                 total += costs[kind.reuses] * (1 + kind.guided)
         return total
+
+
+def kinds_of(name: str, guided: bool, interval=(0.0, 1.0), reuse=(), **run) -> list[Kind]:
+    """Of each evaluation of a run of "content" or "motion", whose arguments are as of `SamplingSettings.run_of`."""
+    return evaluation_kinds(PROCESSES[name].levels(**run), guided, interval, reuse)
 
 
 def _evaluations(model, params, *inputs) -> tuple[Flops, Flops]:

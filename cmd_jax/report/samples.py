@@ -156,13 +156,8 @@ class SampleWriter:
     def __init__(
         self, output: OutputFolder, captions: list[str], fps: float, first: Callable[[Path], None] | None = None
     ):
-        self.folder, self.writes, self.captions, self.fps, self._first = (
-            output.path,
-            output.writes,
-            captions,
-            fps,
-            first,
-        )
+        self.folder, self.writes, self.captions = output.path, output.writes, captions
+        self.fps, self._first = fps, first
 
     def write(self, samples):
         """Of a sample.Samples. Reconstructions stand beside their originals."""
