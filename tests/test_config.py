@@ -178,7 +178,7 @@ def test_numbers_out_of_range_are_refused(stage, field, value, problem):
         ("content", "mesh.preset", "dp, fsdp, tp, fsdp_tp"),
         ("content", "pretrained.dtype", "float32, bfloat16"),
         ("sample", "data.source", "shapes, folder, dataset"),
-        ("sample", "sampling.motion_solver", "ddim, ddpm, dpmpp, euler, heun"),
+        ("sample", "sampling.motion_solver", "ddim, ddpm, dpmpp, euler, heun, ab2"),
     ],
 )
 def test_unknown_choices_are_answered_with_all_there_are(stage, field, choices):

@@ -190,9 +190,11 @@ def test_eta_and_steps_are_checked_for_the_solver_that_the_scheduler_is_for(tmp_
     config = exported(tmp_path, "content", image_model=replace(model, scheduler=scheduler))
     config.pretrained.path = str(with_scheduler(tmp_path / "sd", **scheduler))
     sampler = open_sampler(config, tmp_path)
-    resolved = sampler.resolve(SamplingSettings(content_steps=999, motion_steps=4))
+    resolved = sampler.resolve(SamplingSettings(content_steps=998, motion_steps=4))
     assert (resolved.content_solver, resolved.motion_solver) == ("dpmpp", "ddim")
     with pytest.raises(UserError, match="^sampling.content_steps=1000: more than the 999 training steps; use 1 to 999"):
         sampler.resolve(SamplingSettings(content_steps=1000, motion_steps=4))
+    with pytest.raises(UserError, match="^sampling.steps_offset=1: "):  # which leaves room for one step less
+        sampler.resolve(SamplingSettings(content_steps=999, motion_steps=4))
     with pytest.raises(UserError, match="^sampling.eta=0.5: the content solver is dpmpp, not ddim; set it to 0.0"):
         sampler.resolve(SamplingSettings(content_steps=3, motion_steps=4, eta=0.5))
