@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -14,12 +15,14 @@ import pytest
 
 from cmd_jax.bench import parts, quality, runs, sampling, training
 from cmd_jax.bench.measure import Component, measure
+from cmd_jax.bench.options import Options
 from cmd_jax.bench.parts import sampler_of
 from cmd_jax.bench.records import read
 from cmd_jax.bench.weights import draw
 from cmd_jax.config import load
 from cmd_jax.data.shapes import ShapesSource
 from cmd_jax.defaults import RULES
+from cmd_jax.evaluation.reconstruction import psnr
 from cmd_jax.interop import sd_known
 from cmd_jax.main import main
 from cmd_jax.sharding import make_mesh, partitioning
@@ -286,3 +289,19 @@ def test_nearness_to_the_full_run():
     assert (
         quality.psnr_to(video, video, mesh)["db"] is None and quality.psnr_to(video + 9, video + 1, mesh)["db"] is None
     )
+
+
+def test_a_rounded_run_is_compared_with_that_in_float32(toy_sampler):
+    """Of the run's seed, guidance and steps: with the same program's videos, made a little darker."""
+    whole, half = ({"sampling.dtype": dtype} for dtype in ("float32", "bfloat16"))
+    sampler, _ = toys()
+    settings = sampling.settings_of(sampler, load(f"{TOY}:sample", whole), 2)
+    with sampler.layout(2, settings).partitioning():
+        component = next(sampling.components(sampler, settings))
+        video = component.jitted()(*component.arguments)["video"]
+        run = runs.Run(load(f"{TOY}:sample", half), None, f"{TOY}:sample", half, Options())
+        found = runs.near(run, replace(component, dtype="bfloat16"), {"video": 0.9 * video})
+    expected = psnr(*(np.clip(np.asarray(x), -1, 1) for x in (0.9 * video, video)))
+    assert found.keys() == {"psnr_to"} and found["psnr_to"].keys() == {"float32"}
+    like = {"db": expected.mean(), "least_db": expected.min(), "clips": 2}
+    assert found["psnr_to"]["float32"] == pytest.approx(like, abs=1e-3) and 5 < expected.min() < 60
