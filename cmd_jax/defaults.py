@@ -58,7 +58,7 @@ MESH = dict(
     slices=key(1, "TPU slices, or hosts with a fast network each; the data axis spans them", at_least=1),
     report_above=key(1_000_000, "name parameters of more values that no axis splits", at_least=0),
 )
-SAMPLING_MESH = changed(MESH) | dict(
+SAMPLING_MESH = MESH | dict(
     guidance=key(1, "2: one device draws a clip as it is asked, another without the condition", at_least=1, at_most=2)
 )
 PROCESSES = dict(

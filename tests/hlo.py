@@ -3,7 +3,8 @@
 import re
 from collections import Counter
 
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast", "reduce-scatter")
+from cmd_jax.performance.hlo import COLLECTIVES
+
 SHAPED = r"= \w+\[([\d,]*)\](?:\{[^}]*\})? "
 
 

@@ -74,16 +74,9 @@ def component(parts: Random, stage, size: int) -> Component:
         "latents": config.latents.starts > 0,
     }
     return Component(
-        f"{config.stage}_step",
-        step,
-        arguments,
-        size,
-        config.model.dtype,
-        settings,
-        again=again,
-        counted=counted,
-        forward=forward,
-    )
+        f"{config.stage}_step", step, arguments, size, config.model.dtype, settings,
+        again=again, counted=counted, forward=forward,
+    )  # fmt: skip
 
 
 def components(parts: Random, sizes: tuple[int, ...]) -> Iterator[Component]:

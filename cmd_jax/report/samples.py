@@ -160,7 +160,7 @@ class SampleWriter:
         self.fps, self._first = fps, first
 
     def write(self, samples):
-        """Of a sample.Samples. Reconstructions stand beside their originals."""
+        """Of a sampling.sampler.Samples. Reconstructions stand beside their originals."""
         wanted = [(at, i) for at, i in enumerate(samples.index.tolist()) if i < len(self.captions)]
 
         def write(place: tuple[int, int]):
