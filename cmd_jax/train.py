@@ -23,7 +23,7 @@ from cmd_jax.models.frames import to_uint8
 from cmd_jax.performance.flops import operations
 from cmd_jax.performance.goodput import Clock, Devices, fed, goodput, in_words
 from cmd_jax.performance.memory import device_memory, process_peak
-from cmd_jax.performance.peak import matmul_peak
+from cmd_jax.performance.peak import device_peak
 from cmd_jax.prepare import Prepared, check_same_run, prepare
 from cmd_jax.report.console import make_console
 from cmd_jax.report.profile import Profile
@@ -165,7 +165,8 @@ def preview(params, frozen, batch, key, *, stage, mesh) -> dict:
 class Program:
     """What the devices compute for the loop: steps, previews, and where a refused step was not finite.
 
-    params: their shapes with logical axes. started: steps of the run up to the one that was started last. operations:
+    clock: of the run. params: their shapes with logical axes. peak: of a device, operations a second; None where none
+    is measured. started: steps of the run up to the one that was started last. operations:
     of all devices, in those that were started here.
     """
 
@@ -208,9 +209,7 @@ class Program:
                 self._steps[shapes] = traced.lower().compile(), cost
             if not self.peak and is_leader() and cost * self.options.steps >= WORTH_A_PEAK:
                 with self.clock.spent("start_up"):
-                    # Devices made of one CPU share what it can do.
-                    shared = jax.local_device_count() if jax.default_backend() == "cpu" else 1
-                    self.peak = matmul_peak(self.dtype) / shared
+                    self.peak = device_peak(self.dtype)
         return self._steps[shapes]
 
     def rates(self, operations: int, seconds: float) -> dict[str, float]:

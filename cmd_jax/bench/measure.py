@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from cmd_jax.performance.flops import count
 from cmd_jax.performance.memory import device_memory
-from cmd_jax.performance.peak import matmul_peak
+from cmd_jax.performance.peak import device_peak
 from cmd_jax.performance.timing import repeated
 
 GIB = 2**30
@@ -119,7 +119,7 @@ def measure(component: Component, rounds: int, budget: float) -> tuple[dict, obj
 
     times = repeated(call, rounds, budget)
     each = operations / times.p50 / jax.device_count()
-    peak = matmul_peak(component.dtype)
+    peak = device_peak(component.dtype)
     record |= {
         "rounds": len(times.seconds),
         "p50_seconds": times.p50,

@@ -24,6 +24,11 @@ def matmul_peak(dtype: str = "float32", seconds: float = 0.3) -> float:
     return apart(_measure, dtype, seconds)
 
 
+def device_peak(dtype: str = "float32") -> float:
+    """`matmul_peak` of a device while all of this process' devices work: those made of one CPU share its threads."""
+    return matmul_peak(dtype) / (jax.local_device_count() if jax.default_backend() == "cpu" else 1)
+
+
 def _measure(dtype: str, seconds: float) -> float:
     device = jax.local_devices()[0]
     size, products = SIZES.get(device.platform, ACCELERATOR)

@@ -211,6 +211,7 @@ def test_the_gate_ends_with_1_where_a_component_is_slower(timed, toy_sampler, tm
          "--rounds"), (["--bound=0.9"], "--bound"), (["--gate=nothing.jsonl"], "--gate"), (["--verb=train"], "config"),
         ([f"--gate={TOY}"], "--gate"), (["--gate=gs://"], "--gate"),
         (["--config.sampling.mode=animate"], "sampling.mode"), (["--verb=data", "--peers"], "--peers"),
+        (["--only=unet"], "--only"), (["--peers", "--only=whole"], "--only"), (["--peers-size=large"], "--peers-size"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line(flags, field, capsys):

@@ -2,13 +2,20 @@ import jax
 import numpy as np
 
 from cmd_jax.performance.memory import device_memory, process_peak
-from cmd_jax.performance.peak import matmul_peak
+from cmd_jax.performance.peak import device_peak, matmul_peak
 
 
 def test_the_peak_is_measured_once_and_no_product_beats_it():
     peak = matmul_peak(seconds=0.05)
     assert matmul_peak(seconds=0.05) == peak
     assert 1e9 < peak < 1e13  # a CPU, from a phone's to a server's
+
+
+def test_devices_made_of_one_cpu_share_its_peak(monkeypatch):
+    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
+    assert device_peak("float32") == matmul_peak("float32") / 4
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert device_peak("float32") == matmul_peak("float32")
 
 
 def test_memory_of_a_process():
