@@ -14,6 +14,7 @@ from cmd_jax.models.dit import SIZES
 from cmd_jax.models.frames import Pixels, VAELatents
 from cmd_jax.models.vae import VAE
 from cmd_jax.pretrained import ImageModelMetadata, load_space, load_texts, stated
+from cmd_jax.sampling.layouts import Layouts
 from cmd_jax.sampling.settings import SamplingSettings, resolve
 from cmd_jax.sharding import make_mesh
 from cmd_jax.stages import AutoencoderStage, ContentStage, FrozenAutoencoder, MotionStage, diffusion_stage
@@ -75,7 +76,7 @@ def test_the_stages_of_a_file_fit_each_other(specification):
         assert jax.eval_shape(stage.init, jax.random.key(0))
     for name in ("quality", "balanced", "fast"):
         sample = load(f"{file}:sample,{size}", given(specification) | {"sampling.preset": name})
-        resolve(SamplingSettings.of(sample), stages, make_mesh(sample.mesh))
+        resolve(SamplingSettings.of(sample), stages, Layouts(make_mesh(sample.mesh), sample.rules))
 
 
 def autoencoder_of(config):
