@@ -22,6 +22,7 @@ from cmd_jax.sampling.calibration import Cost, choose, cost_of, operations, reus
 from cmd_jax.sampling.programs import BACK
 from cmd_jax.sharding import batch_sharding, make_mesh, partitioning
 
+pytestmark = pytest.mark.xdist_group("tiny")
 COST = Cost(whole=100, reusing=4)
 WHOLE, GUIDED = Kind(False, False), Kind(True, False)
 

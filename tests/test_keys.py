@@ -54,7 +54,7 @@ def stage_of(name):
         return stage
     autoencoder = FrozenAutoencoder(tiny.config_of("autoencoder"), {"autoencoder": {}})
     stage = diffusion_stage(tiny.config_of(f"{name},kind=gaussian"), autoencoder, Classes(7))
-    stage.denoiser = lambda params, *_: lambda x, t: jnp.repeat(x * params["w"], 2, axis=-1)
+    stage.apply = lambda params, x, *_: jnp.repeat(x * params["w"], 2, axis=-1)
     stage.content_features = lambda params, content: content
     return stage
 

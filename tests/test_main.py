@@ -211,9 +211,9 @@ def test_help_shows_an_example_that_is_a_command(verb, capsys):
     flags, overrides = flags_of.parse(example.split()[2:])
     assert flags.verb == verb and "--config.KEY=VALUE" in shown
     assert bool(overrides) == (verb == "verify-resume")
-    assert ("--distributed" in shown) == (verb in ("train", "sample", "evaluate", "ingest", "bench"))
-    specification = flags.config
-    assert (load(specification, {}).stage == "sample") == (verb in ("sample", "evaluate", "bench"))
+    sampling = ("sample", "evaluate", "bench", "calibrate")
+    assert ("--distributed" in shown) == (verb in ("train", "ingest", *sampling))
+    assert (load(flags.config, {}).stage == "sample") == (verb in sampling)
 
 
 def test_the_verb_gets_the_config_and_an_absolute_workdir(monkeypatch, tmp_path):

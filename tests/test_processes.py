@@ -210,7 +210,7 @@ def test_two_processes_score_each_its_own_videos(tmp_path):
     arguments += [f"--workdir={run}", f"--config.sampling.output={name}"]
     with Job(tmp_path, *arguments, devices=1, before=dict.fromkeys(range(2), TOLD)) as job:
         assert job.wait() == [0, 0], job.out(0) + job.out(1)
-        assert [here(job, i) for i in (0, 1)] == [2 * [[0, 1, 2, 3], [8, 9]], 2 * [[4, 5, 6, 7], []]]
+        assert [here(job, i) for i in (0, 1)] == [2 * [[0, 1, 2, 3], [8]], 2 * [[4, 5, 6, 7], [9]]]
     scores = read_json(run / name / "summary.json")["scores"]
     assert scores["reconstruction_psnr"]["clips"] == scores["attributes"]["count"] == 10
 
