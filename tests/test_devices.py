@@ -54,8 +54,9 @@ def check_all(root, file, meshes, batch_size, *more, samples=()):
             assert difference <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_mesh_of_two_by_two_by_two_trains_as_one_device_does_and_samples(tmp_path):
-    """A toy, on the mesh that splits everything; the slow test below does the presets at the quickstart's size."""
+    """A toy, on the mesh that splits everything; the test below does the presets at the quickstart's size."""
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
     folder, drawn = tmp_path / "cube", tmp_path / "drawn"  # one run: the denoisers, and what they learnt on
     drawn.mkdir()

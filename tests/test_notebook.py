@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebook.ipynb"
@@ -15,6 +16,7 @@ def shown(notebook) -> list[int]:
     return [sum(page.count("<video") for page in cell) for cell in pages]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_videos(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     written = shown(notebook)

@@ -51,6 +51,7 @@ def test_content_model_of_the_paper(params, height, width, cost):
     assert flops.convolution > height * width // 64 * 9 * 4 * 320 and flops.other == 0
 
 
+@pytest.mark.slow
 def test_the_table_agrees_with_the_paper():
     rows = table()
     models = {"train at 512x512: content": spared(512, 512)}

@@ -272,6 +272,16 @@ def test_devices_that_the_batch_does_not_fit_are_refused_before_anything_is_trai
     assert not (tmp_path / "verify-resume" / "whole").exists()
 
 
+def test_training_survives_a_kill(real, tmp_path, capsys):
+    command = ["verify-resume", f"--config={CONFIG}", f"--workdir={tmp_path}", "--kills=1"]
+    code = main([*command, "--config.train.steps=24", "--config.train.checkpoint_every=4"])
+    assert code == 0, capsys.readouterr().out
+    report = read_json(tmp_path / "verify-resume" / "report.json")
+    assert report["equal"] and report["runs"]["killed"]["digests"] == report["runs"]["whole"]["digests"]
+    assert (len(report["runs"]["killed"]["kills"]), report["runs"]["killed"]["starts"]) == (1, 2)
+
+
+@pytest.mark.slow
 def test_training_survives_kills_and_changing_devices(real, tmp_path, capsys):
     command = ["verify-resume", f"--config={CONFIG}", f"--workdir={tmp_path}", "--kills=1", "--devices=2,1"]
     code = main([*command, "--config.train.steps=24", "--config.train.checkpoint_every=4"])
