@@ -1,8 +1,8 @@
 """CMD on the generated `shapes` clips, 8x32x32: small enough for 2 CPU cores.
 
-`size=small` (default) is what ./launch/quickstart.sh trains, in 457 s on 2 cores of an AMD EPYC, sampling and scores
-included: autoencoder 152 s on both cores, then side by side content 242 s and motion 160 s. Held-out clips 25.3 dB;
-colour 100 %, direction 100 %, shape 65.6 % of 256 videos (guidance 3, 25 and 20 Euler steps, seed 0).
+`size=small` (default) is what ./launch/quickstart.sh trains, in 418 s on 2 cores of an AMD EPYC, sampling and scores
+included: autoencoder 158 s on both cores, then side by side content 194 s and motion 139 s. Held-out clips 25.3 dB;
+colour 100 %, direction 100 %, shape 67.2 % of 256 videos (guidance 3, 25 and 20 Euler steps, seed 0).
 
 `size=long` made the shipped weights, configs/weights/quickstart, seed 0, on 2 cores of an AMD EPYC:
 
