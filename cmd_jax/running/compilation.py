@@ -33,7 +33,7 @@ def keep_compiled():
         jax.config.update("jax_enable_compilation_cache", False)
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
-    folder = cache_root() / "programs" / machine()
+    folder = cache_root() / "programs" / machine_digest()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_torn(folder)
@@ -72,7 +72,7 @@ def remove_torn(folder: Path):
                     (folder / name).unlink(missing_ok=True)
 
 
-def machine() -> str:
+def machine_digest() -> str:
     """A name for all machines that can run each other's programs: those of a CPU use what that one has."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -24,7 +24,7 @@ from jax.experimental import serialize_executable
 
 from cmd_jax.errors import UserError
 from cmd_jax.files import COUNT, as_path, atomic_path, code_digest, parse_json, versions
-from cmd_jax.running.compilation import machine
+from cmd_jax.running.compilation import machine_digest
 
 log = logging.getLogger(__name__)
 ENDING = ".executable"
@@ -113,7 +113,7 @@ def facts_of(mesh, **closed_over) -> dict[str, str]:
     """What a program depends on beside its arguments and settings. closed_over: what else its functions refer to."""
     device = mesh.devices.flat[0]
     settings = {k: v for k, v in jax.config.values.items() if not any(word in k for word in SILENT)}
-    where = {"machine": machine(), "platform": f"{device.platform} {device.client.platform_version}"}
+    where = {"machine": machine_digest(), "platform": f"{device.platform} {device.client.platform_version}"}
     shape = {"devices": f"{mesh.size} x {device.device_kind}", "mesh": f"{dict(mesh.shape)} {mesh.device_ids.tolist()}"}
     flags = {name: os.environ.get(name, "") for name in FLAGS}
     model = {"model": digest_of(closed_over), "settings of JAX": digest_of(settings)}

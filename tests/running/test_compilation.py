@@ -6,7 +6,7 @@ import sys
 
 from processes import ROOT, environment
 
-from cmd_jax.running.compilation import ENTRY, USED, machine
+from cmd_jax.running.compilation import ENTRY, USED, machine_digest
 
 RUN = """
 import jax, jax.monitoring
@@ -31,7 +31,7 @@ def run(cache, devices=1, **variables) -> list[str]:
 def test_the_next_process_takes_it_and_what_was_cut_short_is_made_anew(tmp_path):
     cache = tmp_path / "cache"
     assert run(cache) == ["7.0", "0", str(4 * 2**30)]
-    folder = cache / "programs" / machine()
+    folder = cache / "programs" / machine_digest()
     (entry,) = folder.glob(f"*{ENTRY}")
     used = folder / (entry.name.removesuffix(ENTRY) + USED)
     assert used.exists() and run(cache)[:2] == ["7.0", "1"]
